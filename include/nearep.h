@@ -1,0 +1,401 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * nearep: tokens near their experts. Dispatch and combine for expert-parallel mixture-of-experts.
+ *
+ * Words. rank: one participant (a process or a thread). node: ranks that reach each other by load
+ * and store. lane: the local index of a rank on its node. T: tokens of a call, M: most tokens of
+ * any call, H: hidden size in elements, K: top-k, E: logical experts, L: slots per rank, R: ranks,
+ * N: nodes. slot: a place for one expert on one rank; the physical slot number of slot l on rank r
+ * is r * L + l. map: logical expert -> its copies (slots). home: the node whose ranks run a
+ * request.
+ *
+ * Rules that hold for every call unless its comment says otherwise.
+ * - Returns NEP_OK (0) or a negative status. On failure nep_last_message() of the calling thread
+ * holds one sentence: what failed, where, and what to do. Outputs are written on success only.
+ * - Structures that a caller fills start with `size`, the sizeof the structure it was compiled
+ * with. Smaller is an older caller; larger is accepted if the tail is zero. In creation parameters
+ * a zero field asks for the documented default; structures of single calls have no defaults.
+ * - Sizes are in bytes where a name ends in _bytes, times in nanoseconds where it ends in _ns.
+ * - No call ends the process or prints, except the log that NEP_LOG asks for. Every wait is bounded
+ * by the communicator's timeout.
+ * - nep_*_destroy(NULL) is fine. Destroying always returns within a bound and never waits for a
+ * peer that is gone.
+ * - An `ep` is used by one thread at a time; different ones, also of one communicator, at once.
+ */
+#ifndef NEAREP_H
+#define NEAREP_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define NEP_API __attribute__((visibility("default")))
+#else
+#define NEP_API
+#endif
+
+#define NEP_VERSION_MAJOR 0
+#define NEP_VERSION_MINOR 1
+#define NEP_VERSION_PATCH 0
+
+/* The library's version, major * 10000 + minor * 100 + patch. Any thread, any time. */
+NEP_API uint32_t nep_version(void);
+/* The same as text, static: "0.1.0". */
+NEP_API const char *nep_version_string(void);
+
+/* ---- status ------------------------------------------------------------------------------- */
+
+/* Grouped by what is still usable after the failure. */
+enum nep_status {
+    NEP_OK = 0,
+    /* the call was refused; nothing changed */
+    NEP_ERR_INVALID = -1,     /* an argument is impossible */
+    NEP_ERR_UNSUPPORTED = -2, /* right, but not here or not in this build */
+    NEP_ERR_BUSY = -3,        /* too many operations outstanding, or still in use */
+    NEP_ERR_NOT_FOUND = -4,   /* a key, a file or a name does not exist */
+    NEP_ERR_FORMAT = -5,      /* a file or a message is damaged or of another version */
+    NEP_ERR_OVERFLOW = -6,    /* an output is too small; the message has the needed size */
+    NEP_ERR_NO_MEMORY = -7,   /* memory, shared memory or a locked-memory limit */
+    NEP_ERR_IO = -8,          /* the system refused a file, socket or device operation */
+    /* ranks disagree; the group cannot be made, or the operation cannot be done */
+    NEP_ERR_MISMATCH = -20,
+    /* the communicator is harmed: nep_comm_fault() names the culprit */
+    NEP_ERR_TIMEOUT = -30,   /* a deadline passed; the peer may only be slow */
+    NEP_ERR_PEER_LOST = -31, /* a peer is gone */
+    NEP_ERR_BROKEN = -32,    /* used after such a failure, or after fork() in the child */
+    /* a fault of nearep itself */
+    NEP_ERR_INTERNAL = -40
+};
+
+/* The name of a status, static: "NEP_ERR_TIMEOUT". Any thread. */
+NEP_API const char *nep_status_name(enum nep_status status);
+/* The sentence of this thread's last failed call; "" if none. Valid until its next nearep call. */
+NEP_API const char *nep_last_message(void);
+
+/* ---- bootstrap and communicator ----------------------------------------------------------- */
+
+/*
+ * How ranks find each other before there is a transport. The functions are called by the thread
+ * that calls nep_comm_create or nep_ep_create (allgather), and by any thread (put, get, cas). Each
+ * returns 0, or another value on failure; all must return within timeout_ns.
+ * - allgather: `bytes` bytes of every rank to every rank, in rank order; collective.
+ * - put, get, cas: a store of small values that outlives a rank. May be NULL, then faults are
+ * reported but not recovered from. get waits for the key; *len_p is its size on return, at most
+ * cap. cas replaces the value when it equals `expected` (a missing key equals the empty value) and
+ * returns the value that stands afterwards in `result`.
+ */
+struct nep_bootstrap {
+    size_t size;
+    void *ctx;
+    int (*allgather)(void *ctx, const void *in, void *out, size_t bytes, uint64_t timeout_ns);
+    int (*put)(void *ctx, const char *key, const void *value, size_t len, uint64_t timeout_ns);
+    int (*get)(void *ctx, const char *key, void *value, size_t cap, size_t *len_p,
+               uint64_t timeout_ns);
+    int (*cas)(void *ctx, const char *key, const void *expected, size_t expected_len,
+               const void *desired, size_t desired_len, void *result, size_t cap, size_t *len_p,
+               uint64_t timeout_ns);
+};
+
+struct nep_comm_params {
+    size_t size;
+    uint32_t rank;      /* this rank; used when num_ranks is not 0 */
+    uint32_t num_ranks; /* 0: rank, size and address from the launcher's environment */
+    const struct nep_bootstrap
+        *bootstrap;         /* copied; its ctx must outlive the communicator. NULL: built in */
+    const char *rendezvous; /* "host:port" of the built-in rendezvous; NULL: NEP_RENDEZVOUS */
+    const uint32_t *ranks_per_node; /* emulate nodes of these sizes, in rank order; NULL: detect */
+    uint32_t num_nodes;             /* entries of ranks_per_node */
+    const char *intra; /* transport inside a node: "shm", "loop"; NULL or "auto": choose */
+    const char
+        *inter; /* between nodes: "shm", "loop", "ucx", "verbs", "adversary:..."; NULL: choose */
+    uint64_t timeout_ns; /* deadline of every wait; 0: NEP_TIMEOUT (100 s) */
+};
+
+struct nep_comm;
+
+/*
+ * Makes this rank's seat in a group. Collective: all ranks call it with equal parameters (rank
+ * apart); wrong sizes, duplicate ranks, other versions and other configurations are found and named
+ * on every rank. Bounded by timeout_ns. Any thread.
+ */
+NEP_API enum nep_status nep_comm_create(const struct nep_comm_params *params,
+                                        struct nep_comm **comm_p);
+/* Frees it. Not collective. All its `ep`, handles and buffers must be destroyed before. */
+NEP_API void nep_comm_destroy(struct nep_comm *comm);
+
+/* Where ranks are. The arrays have num_ranks (or num_nodes) entries, belong to the communicator. */
+struct nep_topology {
+    size_t size;
+    uint32_t num_ranks;
+    uint32_t num_nodes;
+    uint32_t rank;
+    uint32_t node;                 /* of this rank */
+    uint32_t local;                /* of this rank: its lane */
+    const uint32_t *node_of_rank;  /* [num_ranks]; nodes are numbered by their lowest rank */
+    const uint32_t *local_of_rank; /* [num_ranks]; ascending by rank inside a node */
+    const uint32_t *node_ranks;    /* [num_nodes]: ranks on each node */
+};
+
+/* Any thread. */
+NEP_API enum nep_status nep_comm_topology(const struct nep_comm *comm,
+                                          struct nep_topology *topology_p);
+
+/* What went wrong, for programs. `message` is the sentence for people. */
+struct nep_fault {
+    size_t size;
+    enum nep_status status;
+    uint32_t rank;     /* the culprit; UINT32_MAX when no single rank is */
+    uint32_t node;     /* its node, or UINT32_MAX */
+    uint64_t op;       /* the operation that waited */
+    uint64_t expected; /* how many arrivals were expected */
+    uint64_t arrived;  /* how many came */
+    uint64_t idle_ns;  /* time since the last progress */
+    char phase[32];    /* "counts", "tiles", "push", "credit", ... */
+    char message[512];
+};
+
+/*
+ * The first fault of this communicator, also one that a background thread found. NEP_OK and
+ * fault_p->status == NEP_OK when there is none. Any thread.
+ */
+NEP_API enum nep_status nep_comm_fault(const struct nep_comm *comm, struct nep_fault *fault_p);
+
+/* ---- one MoE shape on a communicator ------------------------------------------------------ */
+
+enum nep_dtype {
+    NEP_DTYPE_DEFAULT = 0, /* bf16 */
+    NEP_DTYPE_BF16 = 1,
+    NEP_DTYPE_FP16 = 2,
+    NEP_DTYPE_FP32 = 3,
+    NEP_DTYPE_FP8_E4M3 = 4, /* with one scale per 128 channels */
+    NEP_DTYPE_OPAQUE = 5    /* row_bytes + scale_bytes pass through; no combine of its own */
+};
+
+/* The output of dispatch. */
+enum nep_layout {
+    NEP_LAYOUT_DEFAULT = 0, /* NEP_LAYOUT_EXPERT_PACKED */
+    NEP_LAYOUT_RANK = 1,    /* one row per token that this rank needs, by source rank, then token */
+    NEP_LAYOUT_EXPERT_PACKED =
+        2,                       /* rows grouped by local slot, inside by source rank, then token */
+    NEP_LAYOUT_EXPERT_PADDED = 3 /* slot l, source r, i-th row at (l * R + r) * M + i */
+};
+
+struct nep_map;
+
+struct nep_ep_params {
+    size_t size;
+    uint32_t num_experts;    /* E; required */
+    uint32_t slots_per_rank; /* L; 0: the map's, else ceil(E / R) */
+    uint32_t top_k;          /* K, 1 to 32; required */
+    uint32_t hidden;         /* H, a multiple of 16; required */
+    uint32_t max_tokens;     /* M; required; ranks may pass fewer per call */
+    enum nep_dtype dtype;    /* of inputs, expert outputs and results */
+    enum nep_dtype wire;     /* of dispatched rows; 0: dtype */
+    enum nep_layout layout;
+    uint32_t
+        expert_alignment; /* each slot's first row is a multiple of this (packed layout); 0: 1 */
+    uint32_t outstanding; /* S: operations between send and complete at once, 1 to 8; 0: 1 */
+    uint32_t num_layers; /* layers that share this ep, each with its table of the map; 0: the map's,
+                            else 1 */
+    const struct nep_map *map; /* NULL: contiguous; kept by reference until replaced or destroyed */
+    uint64_t pool_bytes;       /* memory for nep_buffer_alloc; 0: NEP_POOL */
+};
+
+struct nep_ep;
+
+/* Collective: equal parameters on all ranks; a difference names the field and the ranks. */
+NEP_API enum nep_status nep_ep_create(struct nep_comm *comm, const struct nep_ep_params *params,
+                                      struct nep_ep **ep_p);
+/* Not collective. All its handles and buffers must be destroyed before. */
+NEP_API void nep_ep_destroy(struct nep_ep *ep);
+
+/* What a shape costs per rank, in bytes; the parts add up to region_bytes. docs/memory.md has the
+ * formula. */
+struct nep_memory {
+    size_t size;
+    uint64_t region_bytes;  /* mapped on the node and, the landing parts, on the fabric; without the
+                               pool */
+    uint64_t control_bytes; /* words and COUNTS */
+    uint64_t dispatch_landing_bytes; /* tiles from other nodes */
+    uint64_t combine_landing_bytes;  /* partial sums from other nodes */
+    uint64_t send_bytes;             /* packed tiles on their way out */
+    uint64_t home_bytes;             /* tiles read by ranks of this node */
+    uint64_t staging_bytes;          /* expert outputs that lie in private memory */
+    uint64_t handle_bytes;           /* of each handle, private memory */
+};
+
+/* No communicator needed: topology is what the group will be. Any thread. */
+NEP_API enum nep_status nep_ep_memory(const struct nep_ep_params *params,
+                                      const struct nep_topology *topology,
+                                      struct nep_memory *memory_p);
+
+/*
+ * Memory that the ranks of this node map, from the pool of an ep: rows in it move once. Aligned to
+ * 4096 bytes, zeroed. When the pool is exhausted, private memory is returned, said once in the log;
+ * it works, with one more copy. Owned by the ep; free it with nep_buffer_free. Not on the path of a
+ * token.
+ */
+NEP_API enum nep_status nep_buffer_alloc(struct nep_ep *ep, size_t bytes, void **buffer_p);
+NEP_API void nep_buffer_free(struct nep_ep *ep, void *buffer);
+
+/* ---- handles, dispatch, combine ----------------------------------------------------------- */
+
+/* Where the rows of one dispatch went. Made ahead; reusable; one dispatch at a time. */
+struct nep_handle;
+
+/* Collective in the sense that all ranks create and use their handles in the same order. All memory
+ * here. */
+NEP_API enum nep_status nep_handle_create(struct nep_ep *ep, struct nep_handle **handle_p);
+NEP_API void nep_handle_destroy(struct nep_handle *handle);
+
+enum nep_id_type { NEP_IDS_INT32 = 0, NEP_IDS_INT64 = 1 };
+
+/* The tokens of one call. Arrays are the caller's until the operation completes. */
+struct nep_tokens {
+    size_t size;
+    uint32_t num_tokens; /* T, 0 to M */
+    uint32_t layer;      /* which table of the map, 0 to num_layers - 1 */
+    const void *x;       /* [T][H] of dtype (or wire type, when that is passed in already) */
+    const void *scales;  /* [T][ceil(H / 128)] float, where x is fp8; else NULL */
+    const void
+        *topk_ids; /* [T][K] logical experts, -1 = unused; NULL: the routing this handle holds */
+    enum nep_id_type id_type;
+    const float *topk_weights; /* [T][K]; NULL: all 1 */
+};
+
+/* Outputs of dispatch on this rank. Optional arrays may be NULL. rows = nep_counts.num_rows. */
+struct nep_rows {
+    size_t size;
+    void *x;           /* [capacity][H] */
+    uint64_t capacity; /* rows that fit; less than needed: NEP_ERR_OVERFLOW with the number */
+    float *scales;     /* [capacity][ceil(H / 128)] where the wire type is fp8 */
+    int32_t *
+        topk_slots; /* rank layout: [capacity][K] local slot, or -1 where the expert is elsewhere */
+    float *topk_weights;    /* rank layout: [capacity][K], 0 where the slot is -1; expert layouts:
+                               [capacity] */
+    uint32_t *source_rank;  /* [capacity] */
+    uint32_t *source_token; /* [capacity] */
+};
+
+/* Sizes of what a dispatch brings this rank. The arrays belong to the handle until its next use. */
+struct nep_counts {
+    size_t size;
+    uint64_t num_rows;             /* to the end of the last row: padding between slots included */
+    uint64_t num_real_rows;        /* rows that carry a token */
+    const uint32_t *rows_per_slot; /* [L] real rows of each local slot */
+    const uint64_t *first_row;     /* [L] where each slot's rows start (expert layouts) */
+    const uint32_t
+        *rows_per_source; /* [R] rank layout: rows from each rank; expert: (token, slot) pairs */
+};
+
+/* The expert outputs that combine reads: same rows as the dispatch output. */
+struct nep_expert_rows {
+    size_t size;
+    const void *
+        y; /* [num_rows][H] of dtype; rank layout: already weighted and summed over local experts */
+};
+
+/* The result, in token order. */
+struct nep_tokens_out {
+    size_t size;
+    uint32_t num_tokens; /* T of the dispatch; checked */
+    void *y;             /* [T][H] of dtype; a token without experts becomes zeros */
+};
+
+/*
+ * Starts a dispatch: route, layout, COUNTS to every node, and the tiles that credits allow now.
+ * Never waits for another node. NEP_ERR_BUSY when S operations are outstanding: complete one first.
+ * An id out of range is NEP_ERR_INVALID with token, k and value, and nothing is sent. stream: NULL
+ * on host memory.
+ */
+NEP_API enum nep_status nep_dispatch_send(struct nep_ep *ep, struct nep_handle *handle,
+                                          const struct nep_tokens *in, void *stream);
+/* Waits (bounded) until every rank's counts are here. Optional before nep_dispatch_recv. */
+NEP_API enum nep_status nep_dispatch_counts(struct nep_ep *ep, struct nep_handle *handle,
+                                            struct nep_counts *counts_p);
+/* Completes it: all rows are in `out`. Waits, bounded. */
+NEP_API enum nep_status nep_dispatch_recv(struct nep_ep *ep, struct nep_handle *handle,
+                                          const struct nep_rows *out, void *stream);
+/*
+ * Sends the expert outputs back and sums them per token: y[t] = sum over k of weight[t][k] *
+ * expert(t, k) (expert layouts), or the sum of the ranks' rows (rank layout). fp32, fixed order,
+ * rounded once per level: rank (k ascending), node (ranks ascending), home (nodes ascending); the
+ * same bits on every transport. `in->y` must stay as it is until nep_combine_recv returns.
+ */
+NEP_API enum nep_status nep_combine_send(struct nep_ep *ep, struct nep_handle *handle,
+                                         const struct nep_expert_rows *in, void *stream);
+NEP_API enum nep_status nep_combine_recv(struct nep_ep *ep, struct nep_handle *handle,
+                                         const struct nep_tokens_out *out, void *stream);
+
+/* Both halves in one call. */
+NEP_API enum nep_status nep_dispatch(struct nep_ep *ep, struct nep_handle *handle,
+                                     const struct nep_tokens *in, const struct nep_rows *out,
+                                     void *stream);
+NEP_API enum nep_status nep_combine(struct nep_ep *ep, struct nep_handle *handle,
+                                    const struct nep_expert_rows *in,
+                                    const struct nep_tokens_out *out, void *stream);
+
+/* Route and layout alone, without sending anything (DeepEP's get_dispatch_layout). Optional arrays
+ * may be NULL. */
+struct nep_layout_counts {
+    size_t size;
+    uint32_t *rows_per_rank;   /* [R] tokens that go to each rank */
+    uint32_t *rows_per_node;   /* [N] tokens that go to each node */
+    uint32_t *rows_per_slot;   /* [R * L] (token, k) pairs per physical slot */
+    uint8_t *is_token_in_rank; /* [T][R] 0 or 1 */
+    uint32_t *topk_slots;      /* [T][K] physical slot of each id, UINT32_MAX = unused */
+};
+NEP_API enum nep_status nep_ep_layout(struct nep_ep *ep, const struct nep_tokens *in,
+                                      const struct nep_layout_counts *counts);
+
+/* Counters since creation; this rank's view. Rows and bytes that it sent. */
+struct nep_stats {
+    size_t size;
+    uint64_t dispatches;
+    uint64_t combines;
+    uint64_t tokens;       /* tokens dispatched */
+    uint64_t tokens_local; /* of them, those whose experts are all on their node */
+    uint64_t remote_rows;  /* rows sent to other nodes by dispatch: one per (token, remote node) */
+    uint64_t remote_rows_back; /* rows sent to other nodes by combine */
+    uint64_t wire_bytes;       /* sent to other nodes, both ways, headers included */
+    uint64_t wire_messages;    /* puts posted to other nodes */
+    uint64_t intra_bytes;      /* payload bytes moved between ranks of this node */
+    uint64_t duplicates;       /* arrivals seen twice, dropped */
+    uint64_t stale;            /* arrivals of another generation or operation, dropped */
+    uint64_t wait_ns;          /* time in waits without progress */
+};
+/* Header bytes in wire_bytes follow from docs/protocol.md: wire_bytes - headers = rows * row bytes,
+ * exactly. */
+NEP_API enum nep_status nep_ep_stats(const struct nep_ep *ep, struct nep_stats *stats_p);
+
+/* ---- placement maps ----------------------------------------------------------------------- */
+
+struct nep_map_shape {
+    size_t size;
+    uint32_t num_layers;
+    uint32_t num_experts;
+    uint32_t num_nodes;
+    uint32_t num_ranks;
+    uint32_t slots_per_rank;
+    const uint32_t *ranks_per_node; /* [num_nodes]; in results it belongs to the map */
+};
+
+/* Expert e on slot e (rank e / L), L = ceil(E / R) when shape->slots_per_rank is 0. */
+NEP_API enum nep_status nep_map_contiguous(const struct nep_map_shape *shape,
+                                           struct nep_map **map_p);
+/* Reads and checks a .nepmap file; the message of NEP_ERR_FORMAT has the line. */
+NEP_API enum nep_status nep_map_load(const char *path, struct nep_map **map_p);
+/* Writes it sorted, through a temporary file renamed into place. */
+NEP_API enum nep_status nep_map_save(const struct nep_map *map, const char *path);
+NEP_API enum nep_status nep_map_get_shape(const struct nep_map *map, struct nep_map_shape *shape_p);
+NEP_API void nep_map_destroy(struct nep_map *map);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

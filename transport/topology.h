@@ -1,0 +1,38 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Which ranks share a node, their lanes, and cores for progress threads. Two processes are on one
+ * node when boot id, IPC namespace and the device of /dev/shm agree; overridden by
+ * params->ranks_per_node or NEP_NODE, to emulate nodes.
+ */
+#ifndef NEP_TRANSPORT_TOPOLOGY_H
+#define NEP_TRANSPORT_TOPOLOGY_H
+
+#include "base/config.h"
+#include "nearep.h"
+
+struct nep_topology_store; /* owns the arrays of a nep_topology */
+
+/* Collective. */
+enum nep_status nep_topology_create(const struct nep_comm_params *params,
+                                    const struct nep_config *config,
+                                    const struct nep_bootstrap *bootstrap, uint32_t rank,
+                                    uint32_t num_ranks, uint64_t timeout_ns,
+                                    struct nep_topology_store **store_p,
+                                    struct nep_topology *topology_p);
+void nep_topology_destroy(struct nep_topology_store *store);
+/* Not collective: from sizes of nodes alone, for tools and tests. */
+enum nep_status nep_topology_from_sizes(const uint32_t *ranks_per_node, uint32_t num_nodes,
+                                        uint32_t rank, struct nep_topology_store **store_p,
+                                        struct nep_topology *topology_p);
+
+/* Cores usable by this process (hwloc, cpuset aware), and one for the progress thread of a lane. */
+uint32_t nep_topology_num_cores(void);
+int nep_topology_progress_core(uint32_t local, uint32_t ranks_on_node); /* -1: no preference */
+
+/* The rank that lands messages of source rank `source` on node `node`: local index local(source)
+ * mod G_node. */
+uint32_t nep_topology_landing(const struct nep_topology *topology, uint32_t source, uint32_t node);
+/* The rank with local index `local` on node `node`. */
+uint32_t nep_topology_rank_at(const struct nep_topology *topology, uint32_t node, uint32_t local);
+
+#endif

@@ -1,0 +1,139 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The operations table and its contract. A transport moves bytes between ranks; it knows no token
+ * and no expert. Two seats use it: `intra` (ranks of one node, which map each other's windows) and
+ * `inter` (the fabric between nodes).
+ *
+ * Windows. A window is one contiguous piece of memory of this rank that peers may reach: an ep
+ * makes one for its region and pool. All ranks create their windows in the same order, so window i
+ * of one rank belongs with window i of another. Creation is collective over the ranks that the
+ * transport serves.
+ *
+ * Puts. nep_put copies `len` bytes to `offset` in window `window` of rank `dst` and then announces
+ * itself there ONCE with a 32-bit immediate: the receiving side's sink is called with (window, src,
+ * imm). No order is promised between puts, not even to one peer. The bytes of a put are visible
+ * (acquire) to whoever the sink's stores release to. The transport may call the sink from any
+ * thread; `shm` and `loop` call it from the SENDER's thread, on the receiver's window as the sender
+ * maps it, so the sink touches nothing but that window's memory, with atomics. A sink must take
+ * repeats: after a fail-over a put may be announced twice (same imm).
+ *
+ * The source bytes of a put belong to the transport until nep_transport_completed(dst) has reached
+ * the number that nep_put returned.
+ *
+ * Threads: put, progress, posted and completed may be called by several threads of a rank at once.
+ * Nothing blocks but create, connect, window_create and close, all bounded by their deadline.
+ */
+#ifndef NEP_TRANSPORT_H
+#define NEP_TRANSPORT_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/config.h"
+#include "base/status.h"
+#include "nearep.h"
+
+enum nep_transport_cap {
+    NEP_CAP_MAPPED = 1u << 0, /* peer_window gives a pointer: load and store reach the peer */
+    NEP_CAP_FABRIC = 1u << 1, /* put works */
+    NEP_CAP_THREAD = 1u << 2, /* has its own progress thread; progress need not be called */
+    NEP_CAP_ORDERED =
+        1u << 3 /* puts to one peer arrive in order (nobody may rely on it; tests print it) */
+};
+
+struct nep_transport;
+
+/* Called once per announced put. base: the receiver's window as this process maps it. */
+typedef void (*nep_sink_fn)(void *base, uint32_t dst, uint32_t src, uint32_t imm);
+
+/* What a transport gets at creation. Everything here outlives it. */
+struct nep_transport_params {
+    const struct nep_topology *topology;
+    const struct nep_bootstrap
+        *bootstrap; /* allgather over ALL ranks; collective calls in the same order */
+    const struct nep_config *config;
+    uint64_t timeout_ns;
+    nep_sink_fn sink;
+    const char *args;  /* what stood after the name: "ucx" for "adversary:ucx" */
+    uint32_t max_puts; /* puts that may be in flight to this rank at once: sizes receive queues */
+};
+
+struct nep_put {
+    uint32_t dst;
+    uint32_t window;
+    uint64_t offset;
+    const void *src; /* inside this rank's own window of the same number */
+    uint32_t len;    /* 0: only the announcement */
+    uint32_t imm;
+};
+
+struct nep_transport_stats {
+    uint64_t puts;          /* posted */
+    uint64_t put_bytes;     /* payload */
+    uint64_t work_requests; /* what the device saw, where that differs */
+    uint64_t arrivals;
+    uint64_t retries;
+};
+
+struct nep_transport_ops {
+    const char *name;
+    uint32_t caps; /* of enum nep_transport_cap */
+
+    /* Whether this machine can run it at all: NEP_OK, or NEP_ERR_UNSUPPORTED with a sentence. Not
+     * collective. */
+    enum nep_status (*probe)(const struct nep_config *config);
+    /* Collective; connects all ranks it serves. */
+    enum nep_status (*create)(const struct nep_transport_params *params,
+                              struct nep_transport **transport_p);
+    /* Bounded; never waits for a peer. */
+    void (*close)(struct nep_transport *transport);
+
+    /*
+     * Collective. Fabric-only transports get memory that exists (base != NULL: register it). A
+     * mapped transport allocates it when *base_p is NULL: zeroed, page-aligned, huge pages where
+     * configured.
+     */
+    enum nep_status (*window_create)(struct nep_transport *transport, void **base_p, size_t bytes,
+                                     uint32_t *window_p);
+    /* Not collective. Peers must have stopped using it. */
+    void (*window_destroy)(struct nep_transport *transport, uint32_t window);
+    /* The window of a peer as mapped here; NULL where there is none. Own rank: the own base. */
+    void *(*peer_window)(struct nep_transport *transport, uint32_t window, uint32_t rank);
+
+    /* Never blocks. *number_p: compare with completed(dst). A full queue is kept inside, not
+     * refused. */
+    enum nep_status (*put)(struct nep_transport *transport, const struct nep_put *put,
+                           uint64_t *number_p);
+    /* Moves things along; cheap when there is nothing. A fault of a peer is reported through
+     * peer_status. */
+    void (*progress)(struct nep_transport *transport);
+    /* Puts to dst whose source bytes are free again: all numbers <= the result. */
+    uint64_t (*completed)(struct nep_transport *transport, uint32_t dst);
+    /*
+     * NEP_OK while the peer is believed alive; else the status, with a sentence in this thread's
+     * message. May look at the system (process gone, link down): called about every 10 ms of a
+     * wait.
+     */
+    enum nep_status (*peer_status)(struct nep_transport *transport, uint32_t rank);
+    void (*stats)(struct nep_transport *transport, struct nep_transport_stats *stats);
+};
+
+/* First member of every transport's own structure. */
+struct nep_transport {
+    const struct nep_transport_ops *ops;
+};
+
+/* The one list of transports, ended by NULL: transport/list.c. */
+extern const struct nep_transport_ops *const nep_transport_list[];
+/* By name, where "name:args" splits at the first colon; *args_p is "" or what follows.
+ * NEP_ERR_NOT_FOUND lists the names. */
+enum nep_status nep_transport_find(const char *name, const struct nep_transport_ops **ops_p,
+                                   const char **args_p);
+
+/* Fill entries a transport does not have; they return NEP_ERR_UNSUPPORTED naming the transport. */
+enum nep_status nep_unsupported_put(struct nep_transport *transport, const struct nep_put *put,
+                                    uint64_t *number_p);
+void *nep_unsupported_peer_window(struct nep_transport *transport, uint32_t window, uint32_t rank);
+
+#endif
