@@ -5,9 +5,8 @@
  * `inter` (the fabric between nodes).
  *
  * Windows. A window is one contiguous piece of memory of this rank that peers may reach: an ep
- * makes one for its region and pool. All ranks create their windows in the same order, so window i
- * of one rank belongs with window i of another. Creation is collective over the ranks that the
- * transport serves.
+ * makes one for its region and pool, and names it by its own number, which immediates carry too.
+ * Creation is collective over all ranks of the communicator.
  *
  * Puts. nep_put copies `len` bytes to `offset` in window `window` of rank `dst` and then announces
  * itself there ONCE with a 32-bit immediate: the receiving side's sink is called with (window, src,
@@ -50,11 +49,12 @@ typedef void (*nep_sink_fn)(void *base, uint32_t dst, uint32_t src, uint32_t imm
 /* What a transport gets at creation. Everything here outlives it. */
 struct nep_transport_params {
     const struct nep_topology *topology;
-    const struct nep_bootstrap
-        *bootstrap; /* allgather over ALL ranks; collective calls in the same order */
+    /* allgather over ALL ranks; collective calls in the same order */
+    const struct nep_bootstrap *bootstrap;
     const struct nep_config *config;
     uint64_t timeout_ns;
     nep_sink_fn sink;
+    bool node_only;    /* serve the ranks of this node alone (the intra seat): map nobody else */
     const char *args;  /* what stood after the name: "ucx" for "adversary:ucx" */
     uint32_t max_puts; /* puts that may be in flight to this rank at once: sizes receive queues */
 };
@@ -90,12 +90,13 @@ struct nep_transport_ops {
     void (*close)(struct nep_transport *transport);
 
     /*
-     * Collective. Fabric-only transports get memory that exists (base != NULL: register it). A
-     * mapped transport allocates it when *base_p is NULL: zeroed, page-aligned, huge pages where
+     * Collective. Makes window number `window` (0 to 63, free on every rank; the caller agreed on
+     * it). Fabric-only transports get memory that exists (*base_p != NULL: register it). A mapped
+     * transport allocates it when *base_p is NULL: zeroed, page-aligned, huge pages where
      * configured.
      */
-    enum nep_status (*window_create)(struct nep_transport *transport, void **base_p, size_t bytes,
-                                     uint32_t *window_p);
+    enum nep_status (*window_create)(struct nep_transport *transport, uint32_t window,
+                                     void **base_p, size_t bytes);
     /* Not collective. Peers must have stopped using it. */
     void (*window_destroy)(struct nep_transport *transport, uint32_t window);
     /* The window of a peer as mapped here; NULL where there is none. Own rank: the own base. */
