@@ -1,0 +1,47 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The one list of transports, in the order in which "auto" prefers them for the fabric. */
+#include <string.h>
+
+#include "transport/transport.h"
+
+extern const struct nep_transport_ops nep_loop_ops;
+extern const struct nep_transport_ops nep_shm_ops;
+
+const struct nep_transport_ops *const nep_transport_list[] = {
+    &nep_shm_ops,
+    &nep_loop_ops,
+    NULL,
+};
+
+enum nep_status nep_transport_find(const char *name, const struct nep_transport_ops **ops_p,
+                                   const char **args_p)
+{
+    size_t len = strcspn(name, ":");
+    char known[256] = "";
+    for (const struct nep_transport_ops *const *ops = nep_transport_list; *ops != NULL; ops++) {
+        if (strlen((*ops)->name) == len && memcmp((*ops)->name, name, len) == 0) {
+            *ops_p = *ops;
+            *args_p = name[len] == ':' ? name + len + 1 : "";
+            return NEP_OK;
+        }
+        strncat(known, known[0] != '\0' ? ", " : "", sizeof known - strlen(known) - 1);
+        strncat(known, (*ops)->name, sizeof known - strlen(known) - 1);
+    }
+    return nep_fail(NEP_ERR_NOT_FOUND, "there is no transport \"%s\"; there are %s", name, known);
+}
+
+enum nep_status nep_unsupported_put(struct nep_transport *transport, const struct nep_put *put,
+                                    uint64_t *number_p)
+{
+    (void)put;
+    (void)number_p;
+    return nep_fail(NEP_ERR_UNSUPPORTED, "transport %s has no put", transport->ops->name);
+}
+
+void *nep_unsupported_peer_window(struct nep_transport *transport, uint32_t window, uint32_t rank)
+{
+    (void)transport;
+    (void)window;
+    (void)rank;
+    return NULL;
+}
