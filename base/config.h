@@ -14,46 +14,84 @@
 #include "base/status.h"
 
 struct nep_config {
-    char log[16];         /* NEP_LOG: none, error, warn, info, debug */
-    char log_file[256];   /* NEP_LOG_FILE */
-    uint64_t timeout_ns;  /* NEP_TIMEOUT */
-    uint32_t spin;        /* NEP_SPIN: looks before a wait yields; UINT32_MAX: auto */
-    char rendezvous[256]; /* NEP_RENDEZVOUS: host:port */
+    char log[16];          /* NEP_LOG: none, error, warn, info, debug */
+    char log_file[256];    /* NEP_LOG_FILE */
+    uint64_t timeout_ns;   /* NEP_TIMEOUT */
+    uint32_t spin;         /* NEP_SPIN: looks before a wait yields; UINT32_MAX: auto */
+    uint32_t rank;         /* NEP_RANK; UINT32_MAX: from the launcher */
+    uint32_t num_ranks;    /* NEP_RANKS; UINT32_MAX: from the launcher */
+    char rendezvous[256];  /* NEP_RENDEZVOUS: host:port */
+    char secret[256];      /* NEP_SECRET; never printed */
+    char secret_file[256]; /* NEP_SECRET_FILE */
     char node[64];       /* NEP_NODE: name of this rank's node; ranks of equal names share a node */
     char intra[32];      /* NEP_INTRA */
     char inter[64];      /* NEP_INTER */
     char simd[16];       /* NEP_SIMD: auto, c, avx2, avx512 */
     uint64_t pool_bytes; /* NEP_POOL: default size of an ep's pool of mapped memory */
     bool huge_pages;     /* NEP_HUGE_PAGES: try huge pages for regions */
+    uint64_t from_env;   /* bit i: row i of the table came from the environment */
 };
 
 /*
  * Defaults, then the environment. Unknown NEP_* names are warned about (with the nearest known
  * one); a value that does not parse is NEP_ERR_INVALID and names the variable. Units: 10ms, 1s,
- * 64k, 1M, 2G, inf, auto, on/off.
+ * 64k, 1M, 2G, inf, auto, on/off. Opens the log that NEP_LOG and NEP_LOG_FILE name.
  */
 enum nep_status nep_config_load(struct nep_config *config);
+/* The same from `name=value` strings ended by NULL instead of the environment; leaves the log. */
+enum nep_status nep_config_load_from(struct nep_config *config, const char *const *variables);
 /* Prints every variable: NAME=value, type, default, help, and whether it came from the environment.
  */
 void nep_config_print(FILE *out, const struct nep_config *config);
-/* A hash over the fields that must be equal on all ranks, and the name of the i-th such field. */
+
+/* The rows of the table, for tools and for the comparison between ranks. */
+struct nep_config_row {
+    const char *name;
+    const char *type; /* "time", "bytes", "count", "on/off", "text", or the words allowed: "a|b" */
+    const char *default_text;
+    const char *help;
+    bool is_shared; /* must be equal on all ranks */
+};
+uint32_t nep_config_num_rows(void);
+struct nep_config_row nep_config_row_at(uint32_t row_idx);
+/* The value in words, as it could be set; a secret is "(set)". */
+void nep_config_format(const struct nep_config *config, uint32_t row_idx, char *text, size_t cap);
+/* A hash over the fields that must be equal on all ranks. */
 uint64_t nep_config_digest(const struct nep_config *config);
+
 /* Parses "1.5s", "100ms", "200us", "inf"; and "64k", "2GiB". */
 enum nep_status nep_parse_time_ns(const char *text, uint64_t *ns_p);
 enum nep_status nep_parse_bytes(const char *text, uint64_t *bytes_p);
+/* The shortest exact way to write it: "1500ms", "64M". */
+void nep_format_time_ns(uint64_t ns, char *text, size_t cap);
+void nep_format_bytes(uint64_t bytes, char *text, size_t cap);
+
+/* The only door to the environment. NULL when unset; "" counts as unset. */
+const char *nep_env_get(const char *name);
+/* NEP_LOG and NEP_LOG_FILE alone, for a log line before any nep_config_load. Never fails. */
+void nep_config_open_log(void);
+
 /*
- * The launcher's environment, read here and nowhere else. rank and size are UINT32_MAX when absent.
- * Knows torchrun, Open MPI / PMIx, MPICH (PMI), Slurm. address/port: MASTER_ADDR/MASTER_PORT, or
- * NEP_RENDEZVOUS. launcher: the name of what was found.
+ * The launcher's environment, read here and nowhere else. Numbers are UINT32_MAX when absent. Knows
+ * nearep's own NEP_RANK and NEP_RANKS, torchrun, Open MPI / PMIx, MPICH (PMI), Slurm; the first
+ * that gives both rank and size wins. A variable that is there and makes no sense is
+ * NEP_ERR_INVALID and named.
  */
 struct nep_launch_env {
-    const char *launcher;
+    const char *launcher; /* the name of what was found, "none" when nothing was */
     uint32_t rank;
     uint32_t num_ranks;
-    char address[256];
-    uint16_t port;
-    char job[128]; /* an id of the job, equal on all its ranks, "" when there is none */
+    uint32_t local_rank; /* as the launcher says; only a hint */
+    uint32_t local_size;
+    char address[256];  /* where rank 0 is: NEP_RENDEZVOUS, MASTER_ADDR, Slurm's first host; "" */
+    uint16_t port;      /* of NEP_RENDEZVOUS, or MASTER_PORT; 0 when there is none */
+    bool is_rendezvous; /* address:port is NEP_RENDEZVOUS: a server is there, or rank 0 hosts it */
+    char job[128];      /* an id of the job, equal on all its ranks, "" when there is none */
 };
 enum nep_status nep_launch_env_read(struct nep_launch_env *env);
+/* Splits "host:port", "[::1]:port"; the port is 1 to 65535. `what` names the text in the message.
+ */
+enum nep_status nep_parse_host_port(const char *text, const char *what, char *host, size_t cap,
+                                    uint16_t *port_p);
 
 #endif
