@@ -22,7 +22,7 @@ set_target_properties(nearep PROPERTIES
   LINKER_LANGUAGE C VERSION ${PROJECT_VERSION} SOVERSION ${PROJECT_VERSION_MAJOR}
   LINK_DEPENDS ${CMAKE_SOURCE_DIR}/cmake/nearep.map)
 target_link_options(nearep PRIVATE -Wl,--version-script=${CMAKE_SOURCE_DIR}/cmake/nearep.map)
-if(NEP_WERROR AND NOT NEP_SANITIZE)
+if(NEP_WERROR AND NOT NEP_SANITIZE AND NOT CMAKE_CROSSCOMPILING)
   target_link_options(nearep PRIVATE -Wl,--no-undefined)
 endif()
 target_include_directories(nearep INTERFACE

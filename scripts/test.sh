@@ -17,7 +17,7 @@ Tests of a layer are in tests/LABEL/; the packages it needs are named in tests/L
 TEXT
 }
 
-preset=release label= quick= list=
+preset=release label='' quick='' list=''
 while [ $# -gt 0 ]; do
     case $1 in
     --quick) quick=1 ;;
