@@ -17,3 +17,20 @@ string(REGEX REPLACE "/$" "" nep_up "${nep_up}")
 configure_file(${CMAKE_SOURCE_DIR}/cmake/nearep.pc.in ${CMAKE_BINARY_DIR}/nearep.pc @ONLY)
 install(FILES ${CMAKE_BINARY_DIR}/nearep.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
 install(FILES ${CMAKE_SOURCE_DIR}/LICENSE DESTINATION ${CMAKE_INSTALL_DOCDIR})
+
+# Man pages, from the header's comments.
+if(NEP_BUILD_MAN)
+  find_package(Python3 QUIET COMPONENTS Interpreter)
+  if(Python3_FOUND)
+    set(man_dir ${CMAKE_BINARY_DIR}/man)
+    add_custom_command(
+      OUTPUT ${man_dir}/man7/nearep.7
+      COMMAND ${Python3_EXECUTABLE} ${CMAKE_SOURCE_DIR}/scripts/man.py
+              ${CMAKE_SOURCE_DIR}/include/nearep.h ${man_dir} ${PROJECT_VERSION}
+      DEPENDS ${CMAKE_SOURCE_DIR}/include/nearep.h ${CMAKE_SOURCE_DIR}/scripts/man.py)
+    add_custom_target(man ALL DEPENDS ${man_dir}/man7/nearep.7)
+    install(DIRECTORY ${man_dir}/man3 ${man_dir}/man7 DESTINATION ${CMAKE_INSTALL_MANDIR})
+  else()
+    message(STATUS "nearep: no python3, so no man pages; include/nearep.h has the same text")
+  endif()
+endif()
