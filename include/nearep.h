@@ -372,6 +372,64 @@ struct nep_stats {
  * exactly. */
 NEP_API enum nep_status nep_ep_stats(const struct nep_ep *ep, struct nep_stats *stats_p);
 
+/* ---- traces of routing -------------------------------------------------------------------- */
+
+/* Which experts a router picked, for every token of a set of requests; the format of the file is in
+ * docs/formats.md. A trace is immutable; any number of threads may read one. */
+struct nep_trace;
+
+struct nep_trace_shape {
+    size_t size;
+    uint32_t num_layers;
+    uint32_t num_experts;
+    uint32_t top_k;
+    uint32_t num_requests;
+    uint32_t num_domains;
+    uint64_t num_tokens;
+};
+
+#define NEP_TRACE_NO_BOUNDARY 1u /* where decode starts was not recorded: prefill_tokens is 0 */
+
+struct nep_trace_request {
+    uint32_t domain;
+    uint32_t prefill_tokens;
+    uint32_t decode_tokens;
+    uint32_t flags;
+    uint64_t first_token; /* prefill first, then decode, contiguous */
+};
+
+/* Maps a .nept file and checks all of it: sizes, CRC, every id, every request. NEP_ERR_FORMAT names
+ * what is wrong and where. The file must not shrink while it is open. */
+NEP_API enum nep_status nep_trace_open(const char *path, struct nep_trace **trace_p);
+NEP_API void nep_trace_close(struct nep_trace *trace);
+NEP_API enum nep_status nep_trace_get_shape(const struct nep_trace *trace,
+                                            struct nep_trace_shape *shape_p);
+/* Names belong to the trace. "" for an index out of range. */
+NEP_API const char *nep_trace_model(const struct nep_trace *trace);
+NEP_API const char *nep_trace_domain(const struct nep_trace *trace, uint32_t domain);
+/* NULL for an index out of range. */
+NEP_API const struct nep_trace_request *nep_trace_request_at(const struct nep_trace *trace,
+                                                             uint32_t idx);
+/* ids of one token and layer, in range: [top_k], -1 = none. */
+NEP_API void nep_trace_ids(const struct nep_trace *trace, uint64_t token, uint32_t layer,
+                           int32_t *ids);
+
+/* Collects requests in memory and writes them as one file. One thread at a time. */
+struct nep_trace_writer;
+
+/* num_requests, num_tokens of shape are ignored; domains: [num_domains] names, 31 bytes at most. */
+NEP_API enum nep_status nep_trace_writer_create(const struct nep_trace_shape *shape,
+                                                const char *model, const char *const *domains,
+                                                struct nep_trace_writer **writer_p);
+/* first_token of request is ignored; ids: [tokens][layers][top_k], -1 = none. */
+NEP_API enum nep_status nep_trace_writer_add(struct nep_trace_writer *writer,
+                                             const struct nep_trace_request *request,
+                                             const int32_t *ids);
+/* Writes through a temporary file renamed into place. The writer stays usable. */
+NEP_API enum nep_status nep_trace_writer_save(const struct nep_trace_writer *writer,
+                                              const char *path);
+NEP_API void nep_trace_writer_destroy(struct nep_trace_writer *writer);
+
 /* ---- placement maps ----------------------------------------------------------------------- */
 
 struct nep_map_shape {
