@@ -64,7 +64,7 @@ nep_need "${packages[@]}"
 tree=build
 [ "$preset" = release ] || tree=build-$preset
 jobs=$(nproc)
-cmake --preset "$preset" > "/tmp/nearep-configure.$$" 2>&1 || {
+cmake --preset "$preset" -DNEP_BUILD_TESTS=ON > "/tmp/nearep-configure.$$" 2>&1 || {
     cat "/tmp/nearep-configure.$$" >&2
     rm -f "/tmp/nearep-configure.$$"
     exit 1

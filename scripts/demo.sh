@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Installs what is missing, builds the tools, and runs the main job on the shipped sample trace:
+# 8 ranks on 2 emulated nodes dispatch to experts and combine, every element checked. Then says what
+# went over the wire, and why not less.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=scripts/lib/packages.sh
+. scripts/lib/packages.sh
+
+trace=data/demo256.nept ranks=8 per_node=4
+mapfile -t packages < <(nep_list scripts/packages.txt | awk '{ print $1 }')
+nep_need "${packages[@]}"
+
+# The demo needs no tests; a tree that has them keeps them.
+[ -f build/CMakeCache.txt ] || first=-DNEP_BUILD_TESTS=OFF
+cmake --preset release ${first:+"$first"} > build-demo.log 2>&1 &&
+    cmake --build build -j "$(nproc)" --target nep-perf nep-info nep-place >> build-demo.log 2>&1 || {
+    cat build-demo.log >&2
+    exit 1
+}
+rm -f build-demo.log
+mkdir -p build/demo
+
+perf() { # NAME TITLE ARGUMENT...: one verified run, its results in build/demo/NAME.json
+    local name=$1
+    printf '\n== %s\n' "$2"
+    shift 2
+    echo "nep-perf ep --ranks $ranks --ranks-per-node $per_node $* --verify"
+    build/bin/nep-perf ep --ranks $ranks --ranks-per-node $per_node "$@" --verify \
+        --json "build/demo/$name.json"
+}
+
+perf contiguous "$ranks ranks on 2 emulated nodes, experts in order" --routing "trace:$trace"
+python3 scripts/lib/demo_report.py build/demo/contiguous.json
