@@ -64,6 +64,8 @@ struct nep_kernels {
     void (*push)(void *const *dsts, uint32_t num, const void *src, size_t bytes);
     /* By dtype - NEP_DTYPE_BF16: bf16, fp16, fp32. Stores are plain: no fence is needed. */
     nep_sum_fn sum[3];
+    /* The same, for results that no core reads soon: past the caches. Call fence as after copy. */
+    nep_sum_fn sum_final[3];
     /*
      * q[i] = e4m3(x[i] / s), nearest even, saturating at 448; NaN gives 0x7f. x is bf16, fp16 or
      * fp32. An infinity counts as the largest finite float in amax, a NaN as 0. scales has
@@ -83,6 +85,19 @@ struct nep_kernels {
  * build have. NEP_ERR_UNSUPPORTED names what the CPU lacks, NEP_ERR_INVALID an unknown name.
  */
 enum nep_status nep_kernels_select(const char *simd, const struct nep_kernels **kernels_p);
+
+/*
+ * Optional, before the sum of an earlier row: starts loading the first bytes of the next terms'
+ * rows, where a sum would wait for memory. The rest of a row is prefetched by the sum itself.
+ */
+static inline void nep_terms_prefetch(const struct nep_term *terms, uint32_t num_terms)
+{
+    for (uint32_t t = 0; t < num_terms; t++) {
+        for (size_t byte = 0; byte < 256; byte += 64) {
+            __builtin_prefetch((const char *)terms[t].row + byte);
+        }
+    }
+}
 
 /* Bytes of one scale, of a row's scales. */
 static inline size_t nep_scale_bytes(enum nep_scale kind)

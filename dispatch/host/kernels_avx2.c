@@ -33,10 +33,6 @@ VEC vf vf_load(const void *from)
 {
     return _mm256_loadu_ps(from);
 }
-VEC void vf_store(void *to, vf value)
-{
-    _mm256_storeu_ps(to, value);
-}
 VEC vf vf_load_fp16(const void *from)
 {
     return _mm256_cvtph_ps(_mm_loadu_si128(from));
@@ -45,6 +41,11 @@ VEC void vf_store_fp16(void *to, vf value)
 {
     __m128i half = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
     _mm_storeu_si128(to, half);
+}
+VEC __m256i vf_pack_fp16(vf low, vf high)
+{
+    return _mm256_set_m128i(_mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT),
+                            _mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT));
 }
 VEC vf vf_round_fp16(vf value)
 {
@@ -120,6 +121,13 @@ VEC vi vi_or(vi a, vi b)
 }
 #define vi_shl(a, bits) _mm256_slli_epi32(a, bits)
 #define vi_shr(a, bits) _mm256_srli_epi32(a, bits)
+/* bf16 to nearest even in the upper halves, the lower ones cleared. */
+VEC vi vi_round_bf16(vi bits)
+{
+    vi odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    vi up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    return _mm256_and_si256(up, _mm256_set1_epi32((int)0xffff0000u));
+}
 /* nan where value is a NaN, else other. */
 VEC vi vi_where_nan(vf value, vi nan, vi other)
 {
@@ -139,6 +147,18 @@ VEC vi vi_where_equal(vi a, vi b, vi yes, vi no)
 VEC __m128i pack_u16(vi value)
 {
     return _mm_packus_epi32(_mm256_castsi256_si128(value), _mm256_extracti128_si256(value, 1));
+}
+VEC vi vi_load(const void *from)
+{
+    return _mm256_loadu_si256(from);
+}
+VEC void vi_store(void *to, vi value)
+{
+    _mm256_storeu_si256(to, value);
+}
+VEC void vi_stream(void *to, vi value)
+{
+    _mm256_stream_si256(to, value);
 }
 VEC vi vi_load_u16(const void *from)
 {

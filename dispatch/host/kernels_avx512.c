@@ -30,10 +30,6 @@ VEC vf vf_load(const void *from)
 {
     return _mm512_loadu_ps(from);
 }
-VEC void vf_store(void *to, vf value)
-{
-    _mm512_storeu_ps(to, value);
-}
 VEC vf vf_load_fp16(const void *from)
 {
     return _mm512_cvtph_ps(_mm256_loadu_si256(from));
@@ -42,6 +38,12 @@ VEC void vf_store_fp16(void *to, vf value)
 {
     __m256i half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm256_storeu_si256(to, half);
+}
+VEC __m512i vf_pack_fp16(vf low, vf high)
+{
+    __m256i a = _mm512_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256i b = _mm512_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
 }
 VEC vf vf_round_fp16(vf value)
 {
@@ -114,6 +116,17 @@ VEC vi vi_or(vi a, vi b)
 }
 #define vi_shl(a, bits) _mm512_slli_epi32(a, bits)
 #define vi_shr(a, bits) _mm512_srli_epi32(a, bits)
+/*
+ * bf16 to nearest even in the upper halves, the lower ones cleared: half up, then the ties, whose
+ * lower half has become 0, to even. One instruction less than adding the odd bit.
+ */
+VEC vi vi_round_bf16(vi bits)
+{
+    vi up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x8000));
+    __mmask16 tie = _mm512_testn_epi32_mask(up, _mm512_set1_epi32(0xffff));
+    up = _mm512_and_si512(up, _mm512_set1_epi32((int)0xffff0000u));
+    return _mm512_mask_and_epi32(up, tie, up, _mm512_set1_epi32((int)0xfffe0000u));
+}
 /* nan where value is a NaN, else other. */
 VEC vi vi_where_nan(vf value, vi nan, vi other)
 {
@@ -126,6 +139,18 @@ VEC vi vi_where_less(vf a, vf b, vi yes, vi no)
 VEC vi vi_where_equal(vi a, vi b, vi yes, vi no)
 {
     return _mm512_mask_mov_epi32(no, _mm512_cmpeq_epi32_mask(a, b), yes);
+}
+VEC vi vi_load(const void *from)
+{
+    return _mm512_loadu_si512(from);
+}
+VEC void vi_store(void *to, vi value)
+{
+    _mm512_storeu_si512(to, value);
+}
+VEC void vi_stream(void *to, vi value)
+{
+    _mm512_stream_si512(to, value);
 }
 VEC vi vi_load_u16(const void *from)
 {

@@ -184,6 +184,7 @@ const struct nep_kernels nep_kernels_c = {
     .copy = copy,
     .push = push,
     .sum = {sum_bf16, sum_fp16, sum_fp32},
+    .sum_final = {sum_bf16, sum_fp16, sum_fp32},
     .cast_fp8 = cast_fp8,
     .uncast_fp8 = uncast_fp8,
     .fence = fence,

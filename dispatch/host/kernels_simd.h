@@ -7,7 +7,9 @@
  * Sums: a block of VECS vectors of columns goes through all terms with the three levels of the tree
  * in registers; every row is read once, front to back, by as many streams as there are terms. The
  * hardware's prefetchers stop at pages and lose count of so many streams, so each row is prefetched
- * SUM_AHEAD bytes ahead. Rounding is done in integers: vcvtneps2bf16 flushes denormals.
+ * SUM_AHEAD bytes ahead. Measured (docs/performance-kernels.md): 256 bytes beat 2 KiB, blocks of 4
+ * vectors beat 8, and results that nobody reads soon are better streamed past the caches. Rejected:
+ * vcvtneps2bf16, which flushes denormals; so bf16 is rounded in integers.
  */
 #ifndef NEP_DISPATCH_HOST_KERNELS_SIMD_H
 #define NEP_DISPATCH_HOST_KERNELS_SIMD_H
@@ -21,13 +23,9 @@
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-#ifndef VECS
-#define VECS 4
-#endif
-#ifndef SUM_AHEAD
-#define SUM_AHEAD 2048
-#endif
-#define LINE 64
+#define VECS      4
+#define SUM_AHEAD 256
+#define LINE      64
 /* Below this a copy stays in the caches: partial lines and the fence cost more than they save. */
 #define STREAM_MIN 512
 
@@ -51,21 +49,15 @@ INLINE vf v_load(const void *row, size_t idx, enum nep_dtype dtype)
     }
 }
 
-/* The bits of a float rounded to bf16, as a float. */
-INLINE vi v_round_bf16(vf value)
-{
-    vi bits = vf_as_vi(value);
-    vi odd = vi_and(vi_shr(bits, 16), vi_set1(1));
-    vi rounded = vi_add(vi_add(bits, vi_set1(0x7fff)), odd);
-    rounded = vi_and(rounded, vi_set1((int)0xffff0000u));
-    return vi_where_nan(value, vi_set1(0x7fff0000), rounded);
-}
-
+/*
+ * Between levels a NaN only has to stay one. Those of bf16 rows and those that arithmetic makes
+ * have lower halves of 0, which vi_round_bf16 keeps; sum_row keeps weights away that are NaNs.
+ */
 INLINE vf v_round(vf value, enum nep_dtype dtype)
 {
     switch (dtype) {
     case NEP_DTYPE_BF16:
-        return vi_as_vf(v_round_bf16(value));
+        return vi_as_vf(vi_round_bf16(vf_as_vi(value)));
     case NEP_DTYPE_FP16:
         return vf_round_fp16(value);
     default:
@@ -73,98 +65,219 @@ INLINE vf v_round(vf value, enum nep_dtype dtype)
     }
 }
 
+/* The rounded bits of a result, in the upper halves; a NaN becomes the one of kernels.h. */
+INLINE vi v_result_bf16(vf value)
+{
+    return vi_where_nan(value, vi_set1(0x7fff0000), vi_round_bf16(vf_as_vi(value)));
+}
+
+INLINE vf v_result(vf value)
+{
+    return vi_as_vf(vi_where_nan(value, vi_set1(NEP_NAN_BITS), vf_as_vi(value)));
+}
+
 INLINE void v_store(void *row, size_t idx, vf value, enum nep_dtype dtype)
 {
     char *to = (char *)row + idx * v_bytes(dtype);
-    if (dtype == NEP_DTYPE_BF16) {
-        vi_store_u16(to, vi_shr(v_round_bf16(value), 16));
-        return;
+    switch (dtype) {
+    case NEP_DTYPE_BF16:
+        vi_store_u16(to, vi_shr(v_result_bf16(value), 16));
+        break;
+    case NEP_DTYPE_FP16:
+        vf_store_fp16(to, v_result(value));
+        break;
+    default:
+        vi_store(to, vf_as_vi(v_result(value)));
+        break;
     }
-    value = vi_as_vf(vi_where_nan(value, vi_set1(0x7fffffff), vf_as_vi(value)));
-    if (dtype == NEP_DTYPE_FP16) {
-        vf_store_fp16(to, value);
+}
+
+/*
+ * Two vectors of neighbouring columns; which vector has which column is the type's affair, the same
+ * for load and store. bf16: the even columns and the odd ones, one instruction each.
+ */
+INLINE void v_load_pair(const void *row, size_t idx, enum nep_dtype dtype, vf *pair)
+{
+    if (dtype == NEP_DTYPE_BF16) {
+        vi both = vi_load((const char *)row + idx * 2);
+        pair[0] = vi_as_vf(vi_shl(both, 16));
+        pair[1] = vi_as_vf(vi_and(both, vi_set1((int)0xffff0000u)));
     } else {
-        vf_store(to, value);
+        pair[0] = v_load(row, idx, dtype);
+        pair[1] = v_load(row, idx + LANES, dtype);
+    }
+}
+
+INLINE void v_put(void *to, vi value, bool stream)
+{
+    if (stream) {
+        vi_stream(to, value);
+    } else {
+        vi_store(to, value);
+    }
+}
+
+/* stream: past the caches; the address is then a multiple of the vector's size. */
+INLINE void v_store_pair(void *row, size_t idx, const vf *pair, enum nep_dtype dtype, bool stream)
+{
+    char *to = (char *)row + idx * v_bytes(dtype);
+    switch (dtype) {
+    case NEP_DTYPE_BF16:
+        v_put(to, vi_or(vi_shr(v_result_bf16(pair[0]), 16), v_result_bf16(pair[1])), stream);
+        break;
+    case NEP_DTYPE_FP16:
+        v_put(to, vf_pack_fp16(v_result(pair[0]), v_result(pair[1])), stream);
+        break;
+    default:
+        v_put(to, vf_as_vi(v_result(pair[0])), stream);
+        v_put(to + LANES * 4, vf_as_vi(v_result(pair[1])), stream);
+        break;
     }
 }
 
 /* ---- sums --------------------------------------------------------------------------------- */
 
-INLINE void sum_block(void *out, const struct nep_term *terms, uint32_t num_terms,
-                      enum nep_dtype dtype, size_t column, int num_vecs, bool ahead)
+/* upper += round(lower), lower = +0. */
+INLINE void level_end(vf *upper, vf *lower, int num_vecs, enum nep_dtype dtype)
 {
-    vf rank[VECS], node[VECS], home[VECS];
     UNROLL
     for (int v = 0; v < num_vecs; v++) {
-        rank[v] = node[v] = home[v] = vf_zero();
-    }
-    for (uint32_t t = 0; t < num_terms; t++) {
-        const void *row = terms[t].row;
-        vf weight = vf_set1(terms[t].weight);
-        uint32_t ends = t + 1 == num_terms ? NEP_ENDS_NODE : terms[t].ends;
-        if (ahead) {
-            UNROLL
-            for (size_t byte = 0; byte < (size_t)num_vecs * LANES * v_bytes(dtype); byte += LINE) {
-                __builtin_prefetch((const char *)row + column * v_bytes(dtype) + SUM_AHEAD + byte);
-            }
-        }
-        UNROLL
-        for (int v = 0; v < num_vecs; v++) {
-            rank[v] = vf_fma(weight, v_load(row, column + (size_t)v * LANES, dtype), rank[v]);
-        }
-        if (ends == 0) {
-            continue;
-        }
-        UNROLL
-        for (int v = 0; v < num_vecs; v++) {
-            node[v] = vf_add(node[v], v_round(rank[v], dtype));
-            rank[v] = vf_zero();
-        }
-        if (ends & NEP_ENDS_NODE) {
-            UNROLL
-            for (int v = 0; v < num_vecs; v++) {
-                home[v] = vf_add(home[v], v_round(node[v], dtype));
-                node[v] = vf_zero();
-            }
-        }
-    }
-    UNROLL
-    for (int v = 0; v < num_vecs; v++) {
-        v_store(out, column + (size_t)v * LANES, home[v], dtype);
+        upper[v] = vf_add(upper[v], v_round(lower[v], dtype));
+        lower[v] = vf_zero();
     }
 }
 
+/* The columns of a block, and how they are read and written: constants in each call. */
+struct block {
+    enum nep_dtype dtype;
+    int num_vecs; /* VECS or 1 */
+    bool ahead;   /* prefetch */
+    bool stream;
+};
+
+INLINE void block_load(vf *x, const void *row, size_t column, const struct block block)
+{
+    if (block.num_vecs == 1) {
+        x[0] = v_load(row, column, block.dtype);
+        return;
+    }
+    UNROLL
+    for (int v = 0; v + 1 < block.num_vecs; v += 2) {
+        v_load_pair(row, column + (size_t)v * LANES, block.dtype, x + v);
+    }
+}
+
+INLINE void block_store(void *out, size_t column, const vf *home, const struct block block)
+{
+    if (block.num_vecs == 1) {
+        v_store(out, column, home[0], block.dtype);
+        return;
+    }
+    UNROLL
+    for (int v = 0; v + 1 < block.num_vecs; v += 2) {
+        v_store_pair(out, column + (size_t)v * LANES, home + v, block.dtype, block.stream);
+    }
+}
+
+INLINE void block_prefetch(const void *row, size_t column, const struct block block)
+{
+    const char *from = (const char *)row + column * v_bytes(block.dtype) + SUM_AHEAD;
+    for (size_t byte = 0; byte < VECS * LANES * v_bytes(block.dtype); byte += LINE) {
+        __builtin_prefetch(from + byte);
+    }
+}
+
+INLINE void sum_block(void *out, const struct nep_term *terms, uint32_t num_terms, size_t column,
+                      const struct block block)
+{
+    vf rank[VECS], node[VECS], home[VECS], x[VECS];
+    bool first = true; /* the next term is the first of its rank */
+    UNROLL
+    for (int v = 0; v < block.num_vecs; v++) {
+        rank[v] = node[v] = home[v] = vf_zero();
+    }
+    for (uint32_t t = 0; t < num_terms; t++) {
+        uint32_t ends = t + 1 == num_terms ? NEP_ENDS_NODE : terms[t].ends;
+        if (block.ahead) {
+            block_prefetch(terms[t].row, column, block);
+        }
+        block_load(x, terms[t].row, column, block);
+        if (first && ends != 0 && terms[t].weight == 1) {
+            /* a rank of one row as it is, or a partial: rounding would give it back */
+            UNROLL
+            for (int v = 0; v < block.num_vecs; v++) {
+                node[v] = vf_add(node[v], x[v]);
+            }
+        } else {
+            UNROLL
+            for (int v = 0; v < block.num_vecs; v++) {
+                rank[v] = vf_fma(vf_set1(terms[t].weight), x[v], rank[v]);
+            }
+            first = ends != 0;
+            if (first) {
+                level_end(node, rank, block.num_vecs, block.dtype);
+            }
+        }
+        if (ends & NEP_ENDS_NODE) {
+            level_end(home, node, block.num_vecs, block.dtype);
+        }
+    }
+    block_store(out, column, home, block);
+}
+
 INLINE void sum_row(void *out, const struct nep_term *terms, uint32_t num_terms, size_t elements,
-                    enum nep_dtype dtype)
+                    enum nep_dtype dtype, bool stream)
 {
     const size_t step = VECS * LANES;
     const size_t ahead = SUM_AHEAD / v_bytes(dtype);
     size_t column = 0;
+    for (uint32_t t = 0; t < num_terms; t++) {
+        if (nep_bits_nan(nep_bits(terms[t].weight))) {
+            nep_sum_c_range(out, terms, num_terms, dtype, 0, elements); /* rare: see v_round */
+            return;
+        }
+    }
     for (; column + ahead + step <= elements; column += step) {
-        sum_block(out, terms, num_terms, dtype, column, VECS, true);
+        sum_block(out, terms, num_terms, column, (struct block){dtype, VECS, true, stream});
     }
     for (; column + step <= elements; column += step) {
-        sum_block(out, terms, num_terms, dtype, column, VECS, false);
+        sum_block(out, terms, num_terms, column, (struct block){dtype, VECS, false, stream});
     }
     for (; column + LANES <= elements; column += LANES) {
-        sum_block(out, terms, num_terms, dtype, column, 1, false);
+        sum_block(out, terms, num_terms, column, (struct block){dtype, 1, false, false});
     }
     if (column < elements) {
         nep_sum_c_range(out, terms, num_terms, dtype, column, elements);
     }
 }
 
-/* Not inlined: between nep_fpenv_enter and leave. */
+/* The rows are not inlined: they stand between nep_fpenv_enter and leave. */
 #define DEFINE_SUM(name, dtype)                                                                    \
     static __attribute__((noinline)) void name##_row(void *out, const struct nep_term *terms,      \
                                                      uint32_t num_terms, size_t elements)          \
     {                                                                                              \
-        sum_row(out, terms, num_terms, elements, dtype);                                           \
+        sum_row(out, terms, num_terms, elements, dtype, false);                                    \
+    }                                                                                              \
+    static __attribute__((noinline)) void name##_row_final(                                        \
+        void *out, const struct nep_term *terms, uint32_t num_terms, size_t elements)              \
+    {                                                                                              \
+        sum_row(out, terms, num_terms, elements, dtype, true);                                     \
     }                                                                                              \
     static void name(void *out, const struct nep_term *terms, uint32_t num_terms, size_t elements) \
     {                                                                                              \
         nep_fpenv env = nep_fpenv_enter();                                                         \
         name##_row(out, terms, num_terms, elements);                                               \
+        nep_fpenv_leave(env);                                                                      \
+    }                                                                                              \
+    static void name##_final(void *out, const struct nep_term *terms, uint32_t num_terms,          \
+                             size_t elements)                                                      \
+    {                                                                                              \
+        nep_fpenv env = nep_fpenv_enter();                                                         \
+        if ((uintptr_t)out % LINE == 0) {                                                          \
+            name##_row_final(out, terms, num_terms, elements);                                     \
+        } else {                                                                                   \
+            name##_row(out, terms, num_terms, elements);                                           \
+        }                                                                                          \
         nep_fpenv_leave(env);                                                                      \
     }
 DEFINE_SUM(sum_bf16, NEP_DTYPE_BF16)
@@ -327,7 +440,8 @@ static void uncast_fp8(void *x, enum nep_dtype dtype, const void *q, const void 
 #define KERNELS_TABLE(isa)                                                                         \
     {                                                                                              \
         .name = isa, .copy = copy, .push = push, .sum = {sum_bf16, sum_fp16, sum_fp32},            \
-        .cast_fp8 = cast_fp8, .uncast_fp8 = uncast_fp8, .fence = fence,                            \
+        .sum_final = {sum_bf16_final, sum_fp16_final, sum_fp32_final}, .cast_fp8 = cast_fp8,       \
+        .uncast_fp8 = uncast_fp8, .fence = fence,                                                  \
     }
 
 #endif
