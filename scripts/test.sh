@@ -36,15 +36,15 @@ done
 
 # shellcheck source=scripts/lib/packages.sh
 . scripts/lib/packages.sh
-layers=(unit ref model multi hosts vm adversary fuzz chaos gpu install)
+layers=(unit ref lint install model multi hosts vm adversary fuzz chaos gpu)
 if [ -n "$label" ]; then
     case " ${layers[*]} " in
     *" $label "*) ;;
     *) echo "test.sh: no layer '$label'; there are: ${layers[*]}" >&2; exit 2 ;;
     esac
-    layers=(unit "$label")
+    layers=(unit ref lint install "$label")
 elif [ -n "$quick" ]; then
-    layers=(unit ref model multi adversary gpu install)
+    layers=(unit ref lint install model multi adversary gpu)
 fi
 lists=(scripts/packages.txt)
 for layer in "${layers[@]}"; do

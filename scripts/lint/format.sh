@@ -10,8 +10,11 @@ tool=$(command -v clang-format-14 || command -v clang-format)
 }
 failed=0
 mapfile -t files < <(git ls-files -co --exclude-standard '*.c' '*.h' '*.cu' '*.cuh' '*.cc')
-"$tool" --dry-run -Werror "${files[@]}" 2>&1 | grep -E 'error|warning' | sort -u -t: -k1,1 \
-    && { echo "format: run clang-format -i on the files above"; failed=1; }
+if ! "$tool" --dry-run -Werror "${files[@]}" > /dev/null 2>&1; then
+    "$tool" --dry-run -Werror "${files[@]}" 2>&1 | grep 'error:' | sort -u -t: -k1,1
+    echo "format: run clang-format -i on the files above"
+    failed=1
+fi
 for file in $(git ls-files -co --exclude-standard '*.c' '*.h' '*.cu' '*.cuh' '*.cc' '*.py' '*.sh'); do
     head -n 2 "$file" | grep -q 'SPDX-License-Identifier: Apache-2.0' || {
         echo "$file: the first line must be SPDX-License-Identifier: Apache-2.0"
