@@ -10,7 +10,7 @@ foreach(folder nep_base nep_transport nep_placement nep_dispatch nep_cuda)
     list(APPEND objects $<TARGET_OBJECTS:${folder}>)
   endif()
 endforeach()
-set(links Threads::Threads ZLIB::ZLIB PkgConfig::HWLOC m rt ${CMAKE_DL_LIBS})
+set(links Threads::Threads ZLIB::ZLIB PkgConfig::HWLOC PkgConfig::SODIUM m rt ${CMAKE_DL_LIBS})
 if(NEP_HAVE_CUDA)
   # The static run-time library opens the driver lazily: the result also starts where there is no GPU.
   list(APPEND links CUDA::cudart_static)
