@@ -177,6 +177,10 @@ static enum nep_status read_launcher(const struct launcher *launcher, struct nep
                         "%s gives rank %u of %u ranks (%s, %s): ranks count from 0", launcher->name,
                         env->rank, env->num_ranks, launcher->rank[0], launcher->size[0]);
     }
+    const char *num_nodes = nep_env_get("SLURM_STEP_NUM_NODES");
+    if (strcmp(launcher->name, "Slurm") == 0 && num_nodes != NULL && strcmp(num_nodes, "1") == 0) {
+        env->local_size = env->num_ranks;
+    }
     env->launcher = launcher->name;
     read_job(launcher, env);
     return NEP_OK;
