@@ -23,6 +23,14 @@ void nep_rdv_end_wait(struct nep_rdv_member *member)
     member->part_len = 0;
 }
 
+/* A tenth of the caller's time, at most half a second, is left for the answer's way. */
+static uint64_t answer_by(uint64_t timeout_ns, uint64_t now_ns)
+{
+    uint64_t early_ns = timeout_ns / 10 > NEP_S / 2 ? NEP_S / 2 : timeout_ns / 10;
+    uint64_t wait_ns = timeout_ns - early_ns;
+    return wait_ns > UINT64_MAX - now_ns ? UINT64_MAX : now_ns + wait_ns;
+}
+
 /* ---- gather --------------------------------------------------------------------------------- */
 
 static bool never_came(const void *ctx, uint32_t rank)
@@ -146,8 +154,7 @@ enum nep_status nep_rdv_gather(struct nep_rdv_member *member, const struct nep_r
     member->id = request->id;
     member->number = request->number;
     member->timeout_ns = request->timeout_ns;
-    member->deadline_ns =
-        request->timeout_ns > UINT64_MAX - now_ns ? UINT64_MAX : now_ns + request->timeout_ns;
+    member->deadline_ns = answer_by(request->timeout_ns, now_ns);
     member->is_waiting = true;
     if (++group->num_waiting == hub->num_ranks) {
         complete_gather(hub, group);
@@ -209,8 +216,7 @@ static enum nep_status wait_get(struct nep_rdv_member *member,
     }
     get->member = member;
     get->id = request->id;
-    get->deadline_ns =
-        request->timeout_ns > UINT64_MAX - now_ns ? UINT64_MAX : now_ns + request->timeout_ns;
+    get->deadline_ns = answer_by(request->timeout_ns, now_ns);
     get->key_len = request->key_len;
     memcpy(get->key, request->key, request->key_len);
     get->next = member->group->gets;

@@ -4,8 +4,8 @@
  * the reading on when its own has come (leader and followers), so that a get that waits for a key
  * holds up neither a put nor a gather of another thread, and no thread of its own is needed.
  *
- * The server is told a deadline a little before the caller's, so that its sentence, which names who
- * is missing, arrives before the caller gives up by itself with a sentence that cannot.
+ * The server takes a request's deadline to be a little before the caller's, so that its sentence,
+ * which names who is missing, arrives before the caller gives up by itself with one that cannot.
  */
 #include <errno.h>
 #include <poll.h>
@@ -272,8 +272,7 @@ static enum nep_status do_call(struct nep_rendezvous_client *client, struct call
                                struct nep_rdv_message *request, uint64_t timeout_ns)
 {
     uint64_t deadline_ns = nep_deadline_ns(timeout_ns);
-    uint64_t early = timeout_ns / 10 > NEP_S / 2 ? NEP_S / 2 : timeout_ns / 10;
-    request->timeout_ns = timeout_ns == UINT64_MAX ? UINT64_MAX : timeout_ns - early;
+    request->timeout_ns = timeout_ns;
     pthread_mutex_lock(&client->mutex);
     start_call(client, call, request, deadline_ns);
     while (!call->is_done && nep_left_ns(deadline_ns) != 0) {
@@ -496,7 +495,8 @@ static enum nep_status try_port(struct nep_rendezvous_client *client,
         snprintf(client->name, sizeof client->name, "the rendezvous at %s port %u%s", params->host,
                  port, whose);
     }
-    uint64_t most = nep_deadline_ns(TRY_S * NEP_S + nep_left_ns(deadline_ns) / 8);
+    uint64_t share = params->num_ports < 2 ? nep_left_ns(deadline_ns) / 8 : 0;
+    uint64_t most = nep_deadline_ns(TRY_S * NEP_S + share);
     uint64_t try_ns = most < deadline_ns ? most : deadline_ns;
     enum nep_status status = nep_rdv_connect(params->host, port, try_ns, &client->fd);
     if (status != NEP_OK) {
@@ -589,9 +589,15 @@ void nep_rendezvous_client_close(struct nep_rendezvous_client *client)
     if (client == NULL) {
         return;
     }
+    /*
+     * The answer to a goodbye says that everything before it was answered too, also to the others:
+     * a process that ends after this call does not take their answers with it when it is the one
+     * that serves.
+     */
     struct nep_rdv_message goodbye = {.op = NEP_RDV_LEAVE};
+    struct call call = {.cap = 0};
     if (client->broken == NEP_OK) {
-        send_message(client, &goodbye, nep_deadline_ns(client->leave_ns));
+        do_call(client, &call, &goodbye, client->leave_ns);
     }
     struct nep_rendezvous_server *server = client->server;
     client_destroy(client);

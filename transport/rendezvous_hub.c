@@ -279,6 +279,7 @@ enum nep_status nep_rdv_hub_request(struct nep_rdv_member *member,
         return nep_rdv_put_or_cas(member, request);
     case NEP_RDV_LEAVE:
         member->said_goodbye = true;
+        nep_rdv_reply_value(member->hub, member->conn, request->id, NULL, 0);
         return NEP_OK;
     case NEP_RDV_JOIN:
     case NEP_RDV_REPLY:
