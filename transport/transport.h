@@ -74,6 +74,7 @@ struct nep_transport_stats {
     uint64_t work_requests; /* what the device saw, where that differs */
     uint64_t arrivals;
     uint64_t retries;
+    uint64_t refused; /* messages that named no window or no place in it: dropped */
 };
 
 struct nep_transport_ops {
