@@ -20,7 +20,7 @@ function(nep_feature name)
   message(STATUS "nearep: ${name} ${found}")
 endfunction()
 
-nep_feature(UCX MODULES ucx)
+nep_feature(UCX MODULES ucx>=1.13)
 nep_feature(VERBS MODULES libibverbs librdmacm)
 
 set(NEP_HAVE_CUDA 0)

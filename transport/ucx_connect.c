@@ -1,0 +1,356 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * From nothing to an endpoint per peer, and back. Every rank makes an endpoint to every peer
+ * at creation and flushes it, so that an address that cannot be reached is an error of create with
+ * the rank's number, not a timeout of the first dispatch. Rejected: connecting at the first put;
+ * it saves file descriptors in groups of hundreds, and moves a 1 ms handshake and every network
+ * misconfiguration onto the path of the first token.
+ *
+ * Leaving. A TCP connection that is torn down with data in flight loses it, and a peer that hears
+ * nothing but a reset must call this rank dead. So close flushes, says goodbye, flushes again, all
+ * within a short bound, and only then closes by force. A peer that does not answer costs the bound
+ * once, not each.
+ */
+#if NEP_HAVE_UCX
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/random.h>
+#include <unistd.h>
+
+#include "base/backoff.h"
+#include "base/clock.h"
+#include "base/log.h"
+#include "transport/bootstrap.h"
+#include "transport/ucx.h"
+
+enum { OLDEST_MAJOR = 1, OLDEST_MINOR = 13, MAX_ADDRESS = 1 << 16 };
+static const uint64_t LEAVE_NS = 1 * NEP_S;
+
+/* ---- context and worker ------------------------------------------------------------------- */
+
+static enum nep_status fail_ucs(const struct nep_ucx *ux, const char *what, ucs_status_t status)
+{
+    enum nep_status mine = status == UCS_ERR_NO_MEMORY   ? NEP_ERR_NO_MEMORY
+                           : status == UCS_ERR_NO_DEVICE ? NEP_ERR_UNSUPPORTED
+                                                         : NEP_ERR_IO;
+    return nep_fail(mine, "transport ucx, rank %u: %s: %s; `ucx_info -d` lists what UCX finds here",
+                    ux->rank, what, ux->lib.ucs_status_string(status));
+}
+
+static enum nep_status context_open(struct nep_ucx *ux)
+{
+    ucp_config_t *config;
+    ucs_status_t status = ux->lib.ucp_config_read(NULL, NULL, &config);
+    if (status != UCS_OK) {
+        return fail_ucs(ux, "reading UCX's configuration", status);
+    }
+    ucp_params_t params = {
+        .field_mask =
+            UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_ESTIMATED_NUM_EPS | UCP_PARAM_FIELD_NAME,
+        .features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP,
+        .estimated_num_eps = ux->num_ranks,
+        .name = "nearep",
+    };
+    status = ux->lib.ucp_init_version(OLDEST_MAJOR, OLDEST_MINOR, &params, config, &ux->context);
+    ux->lib.ucp_config_release(config);
+    if (status != UCS_OK) {
+        ux->context = NULL;
+        return fail_ucs(ux, "ucp_init", status);
+    }
+    return NEP_OK;
+}
+
+static enum nep_status worker_check(struct nep_ucx *ux)
+{
+    ucp_worker_attr_t attr = {.field_mask = UCP_WORKER_ATTR_FIELD_THREAD_MODE |
+                                            UCP_WORKER_ATTR_FIELD_MAX_AM_HEADER};
+    ucs_status_t status = ux->lib.ucp_worker_query(ux->worker, &attr);
+    if (status != UCS_OK) {
+        return fail_ucs(ux, "ucp_worker_query", status);
+    }
+    if (attr.thread_mode == UCS_THREAD_MODE_SINGLE) {
+        return nep_fail(
+            NEP_ERR_UNSUPPORTED,
+            "transport ucx: this UCX grants thread mode SINGLE only, and puts come from "
+            "several threads");
+    }
+    if (attr.max_am_header < sizeof(struct nep_ucx_header)) {
+        return nep_fail(NEP_ERR_UNSUPPORTED,
+                        "transport ucx: headers of active messages hold %zu bytes, %zu are needed",
+                        attr.max_am_header, sizeof(struct nep_ucx_header));
+    }
+    return NEP_OK;
+}
+
+enum nep_status nep_ucx_worker_open(struct nep_ucx *ux)
+{
+    enum nep_status result = context_open(ux);
+    if (result != NEP_OK) {
+        return result;
+    }
+    ucp_worker_params_t params = {
+        .field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE | UCP_WORKER_PARAM_FIELD_FLAGS,
+        .thread_mode = UCS_THREAD_MODE_SERIALIZED,
+        .flags = UCP_WORKER_FLAG_IGNORE_REQUEST_LEAK, /* of peers that died during a rendezvous */
+    };
+    ucs_status_t status = ux->lib.ucp_worker_create(ux->context, &params, &ux->worker);
+    if (status != UCS_OK) {
+        ux->worker = NULL;
+        return fail_ucs(ux, "ucp_worker_create", status);
+    }
+    result = worker_check(ux);
+    if (result != NEP_OK) {
+        return result;
+    }
+    status = ux->lib.ucp_worker_get_efd(ux->worker, &ux->worker_fd);
+    if (status != UCS_OK) {
+        return fail_ucs(ux, "no event file of the worker", status);
+    }
+    status = ux->lib.ucp_worker_get_address(ux->worker, &ux->address, &ux->address_len);
+    if (status != UCS_OK || ux->address_len > MAX_ADDRESS) {
+        return fail_ucs(ux, "no usable address of the worker", status);
+    }
+    ux->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (ux->wake_fd < 0) {
+        return nep_fail(NEP_ERR_IO, "transport ucx: eventfd: %s", strerror(errno));
+    }
+    return nep_ucx_handlers_set(ux);
+}
+
+void nep_ucx_worker_close(struct nep_ucx *ux)
+{
+    if (ux->address != NULL) {
+        ux->lib.ucp_worker_release_address(ux->worker, ux->address);
+    }
+    if (ux->worker != NULL) {
+        ux->lib.ucp_worker_destroy(ux->worker);
+    }
+    if (ux->context != NULL) {
+        ux->lib.ucp_cleanup(ux->context);
+    }
+    if (ux->wake_fd >= 0) {
+        close(ux->wake_fd);
+    }
+}
+
+/* ---- endpoints ---------------------------------------------------------------------------- */
+
+static void on_failure(void *arg, ucp_ep_h ep, ucs_status_t status)
+{
+    (void)ep;
+    nep_ucx_peer_fail(arg, status);
+}
+
+static enum nep_status endpoint_open(struct nep_ucx *ux, struct nep_ucx_peer *peer,
+                                     const void *address)
+{
+    ucp_ep_params_t params = {
+        .field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
+                      UCP_EP_PARAM_FIELD_ERR_HANDLER,
+        .address = address,
+        .err_mode = UCP_ERR_HANDLING_MODE_PEER,
+        .err_handler = {.cb = on_failure, .arg = peer},
+    };
+    ucs_status_t status = ux->lib.ucp_ep_create(ux->worker, &params, &peer->ep);
+    if (status != UCS_OK) {
+        peer->ep = NULL;
+        return nep_fail(NEP_ERR_IO, "transport ucx: rank %u found no way to rank %u: %s", ux->rank,
+                        peer->rank, ux->lib.ucs_status_string(status));
+    }
+    atomic_store(&peer->heard_ns, nep_now_ns());
+    atomic_store(&peer->state, NEP_UCX_ALIVE);
+    return NEP_OK;
+}
+
+/*
+ * Flushes all endpoints, until the deadline. status[i] becomes what UCX says of peer i:
+ * UCS_INPROGRESS where it did not finish.
+ */
+static void flush_all(struct nep_ucx *ux, uint64_t timeout_ns, void **requests,
+                      ucs_status_t *status)
+{
+    ucp_request_param_t none = {0};
+    uint32_t num_open = 0;
+    for (uint32_t i = 0; i < ux->num_ranks; i++) {
+        struct nep_ucx_peer *peer = &ux->peers[i];
+        requests[i] =
+            peer->ep != NULL && !peer->close_ep ? ux->lib.ucp_ep_flush_nbx(peer->ep, &none) : NULL;
+        status[i] = UCS_PTR_IS_PTR(requests[i]) ? UCS_INPROGRESS : UCS_PTR_STATUS(requests[i]);
+        num_open += UCS_PTR_IS_PTR(requests[i]);
+    }
+    struct nep_backoff backoff;
+    nep_backoff_init(&backoff, timeout_ns, 0);
+    do {
+        if (nep_ucx_pump(ux) != 0) {
+            nep_backoff_reset(&backoff);
+        }
+        for (uint32_t i = 0; i < ux->num_ranks; i++) {
+            if (status[i] == UCS_INPROGRESS) {
+                status[i] = ux->lib.ucp_request_check_status(requests[i]);
+                num_open -= status[i] != UCS_INPROGRESS;
+            }
+        }
+    } while (num_open != 0 && nep_backoff_pause(&backoff));
+    for (uint32_t i = 0; i < ux->num_ranks; i++) {
+        if (UCS_PTR_IS_PTR(requests[i])) {
+            ux->lib.ucp_request_free(requests[i]);
+        }
+    }
+}
+
+static enum nep_status connect_peers(struct nep_ucx *ux, const char *addresses, size_t stride,
+                                     void **requests, ucs_status_t *flushed)
+{
+    const struct nep_topology *topology = ux->params.topology;
+    for (uint32_t i = 0; i < ux->num_ranks; i++) {
+        ux->peers[i].ux = ux;
+        ux->peers[i].rank = i;
+        bool here = topology->node_of_rank[i] == topology->node;
+        if (i == ux->rank || (ux->params.node_only && !here)) {
+            continue;
+        }
+        enum nep_status result = endpoint_open(ux, &ux->peers[i], addresses + i * stride);
+        if (result != NEP_OK) {
+            return result;
+        }
+    }
+    flush_all(ux, ux->params.timeout_ns, requests, flushed);
+    for (uint32_t i = 0; i < ux->num_ranks; i++) {
+        if (flushed[i] != UCS_OK) {
+            return nep_fail(flushed[i] == UCS_INPROGRESS ? NEP_ERR_TIMEOUT : NEP_ERR_IO,
+                            "transport ucx: rank %u could not connect to rank %u: %s (UCX_TLS and "
+                            "UCX_NET_DEVICES narrow what UCX tries)",
+                            ux->rank, i, ux->lib.ucs_status_string(flushed[i]));
+        }
+    }
+    return NEP_OK;
+}
+
+struct hello {
+    uint32_t address_len;
+    uint32_t nonce; /* rank 0's counts */
+};
+
+/* Gathers all addresses, each in a place of *stride_p bytes. */
+static enum nep_status gather_addresses(struct nep_ucx *ux, char **addresses_p, size_t *stride_p)
+{
+    struct hello mine = {.address_len = (uint32_t)ux->address_len};
+    if (getrandom(&mine.nonce, sizeof mine.nonce, 0) != (ssize_t)sizeof mine.nonce) {
+        mine.nonce = (uint32_t)nep_now_ns();
+    }
+    struct hello *hellos = calloc(ux->num_ranks, sizeof *hellos);
+    if (hellos == NULL) {
+        return nep_fail(NEP_ERR_NO_MEMORY, "transport ucx: no memory for %u ranks", ux->num_ranks);
+    }
+    enum nep_status result =
+        nep_bootstrap_allgather(ux->params.bootstrap, &mine, hellos, sizeof mine,
+                                ux->params.timeout_ns, "ucx address lengths");
+    size_t stride = 0;
+    for (uint32_t i = 0; result == NEP_OK && i < ux->num_ranks; i++) {
+        if (hellos[i].address_len == 0 || hellos[i].address_len > MAX_ADDRESS) {
+            result = nep_fail(NEP_ERR_MISMATCH, "rank %u announced a ucx address of %u bytes", i,
+                              hellos[i].address_len);
+        }
+        stride = hellos[i].address_len > stride ? hellos[i].address_len : stride;
+    }
+    ux->nonce = hellos[0].nonce;
+    free(hellos);
+    if (result != NEP_OK) {
+        return result;
+    }
+    char *own = calloc(1, stride);
+    char *all = calloc(ux->num_ranks, stride);
+    if (own == NULL || all == NULL) {
+        result =
+            nep_fail(NEP_ERR_NO_MEMORY, "transport ucx: no memory for %u addresses", ux->num_ranks);
+    } else {
+        memcpy(own, ux->address, ux->address_len);
+        result = nep_bootstrap_allgather(ux->params.bootstrap, own, all, stride,
+                                         ux->params.timeout_ns, "ucx addresses");
+    }
+    free(own);
+    if (result != NEP_OK) {
+        free(all);
+        return result;
+    }
+    *addresses_p = all;
+    *stride_p = stride;
+    return NEP_OK;
+}
+
+enum nep_status nep_ucx_connect(struct nep_ucx *ux)
+{
+    char *addresses = NULL;
+    size_t stride = 0;
+    enum nep_status result = gather_addresses(ux, &addresses, &stride);
+    if (result != NEP_OK) {
+        return result;
+    }
+    void **requests = calloc(ux->num_ranks, sizeof *requests);
+    ucs_status_t *flushed = calloc(ux->num_ranks, sizeof *flushed);
+    if (requests != NULL && flushed != NULL) {
+        result = connect_peers(ux, addresses, stride, requests, flushed);
+    } else {
+        result =
+            nep_fail(NEP_ERR_NO_MEMORY, "transport ucx: no memory for %u peers", ux->num_ranks);
+    }
+    free(requests);
+    free(flushed);
+    free(addresses);
+    return result;
+}
+
+/* ---- leaving ------------------------------------------------------------------------------ */
+
+static void say_goodbye(struct nep_ucx *ux, struct nep_ucx_header *word)
+{
+    ucp_request_param_t none = {0};
+    *word = (struct nep_ucx_header){.nonce = ux->nonce, .src = ux->rank};
+    for (uint32_t i = 0; i < ux->num_ranks; i++) {
+        struct nep_ucx_peer *peer = &ux->peers[i];
+        if (peer->ep == NULL || peer->close_ep) {
+            continue;
+        }
+        void *request =
+            ux->lib.ucp_am_send_nbx(peer->ep, NEP_UCX_AM_LEAVE, word, sizeof *word, NULL, 0, &none);
+        if (UCS_PTR_IS_PTR(request)) {
+            ux->lib.ucp_request_free(request);
+        }
+    }
+}
+
+void nep_ucx_leave(struct nep_ucx *ux)
+{
+    uint64_t bound_ns = ux->params.timeout_ns < LEAVE_NS ? ux->params.timeout_ns : LEAVE_NS;
+    uint64_t deadline_ns = nep_deadline_ns(bound_ns);
+    struct nep_ucx_header word; /* UCX reads it until the endpoints are closed, below */
+    void **requests = calloc(ux->num_ranks, sizeof *requests);
+    ucs_status_t *flushed = calloc(ux->num_ranks, sizeof *flushed);
+    nep_ucx_hold(ux);
+    if (requests != NULL && flushed != NULL) {
+        nep_ucx_pump(ux);
+        flush_all(ux, nep_left_ns(deadline_ns), requests, flushed);
+        say_goodbye(ux, &word);
+        flush_all(ux, nep_left_ns(deadline_ns), requests, flushed);
+    }
+    for (uint32_t i = 0; i < ux->num_ranks; i++) {
+        struct nep_ucx_peer *peer = &ux->peers[i];
+        if (peer->ep != NULL && !peer->close_ep) {
+            peer->close_ep = true;
+            ux->num_to_close++;
+        }
+    }
+    nep_ucx_close_failed(ux);
+    /* Closing by force completes at once what was in flight; a few rounds deliver that. */
+    for (int i = 0; i < 1000 && nep_ucx_pump(ux) != 0; i++) {
+    }
+    nep_ucx_release(ux);
+    free(requests);
+    free(flushed);
+}
+
+#endif

@@ -1,0 +1,227 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What leaves over UCX: puts as active messages, because UCP's own put reaches less than half of a
+ * wire over TCP and has no immediate anywhere; heartbeats; and the closing of endpoints that
+ * failed.
+ *
+ * A put is only queued by its caller; whoever drives the worker (ucx_thread.c) hands it to UCX.
+ * Liveness. UCX reports what the system reports (a closed or reset connection). A pulled cable
+ * leaves a TCP connection silent for many minutes, so each rank sends a heartbeat a second and
+ * peer_status (ucx.c) looks at the age of what was heard last.
+ */
+#if NEP_HAVE_UCX
+
+#include <stdlib.h>
+
+#include "base/clock.h"
+#include "transport/ucx.h"
+
+static const uint64_t BEAT_NS = 1 * NEP_S;
+
+static struct nep_ucx_send *send_get(struct nep_ucx *ux)
+{
+    if (ux->unused == NULL) {
+        struct nep_ucx_block *block = calloc(1, sizeof *block);
+        if (block == NULL) {
+            return NULL;
+        }
+        block->next = ux->blocks;
+        ux->blocks = block;
+        for (size_t i = 0; i < sizeof block->sends / sizeof block->sends[0]; i++) {
+            block->sends[i].next = ux->unused;
+            ux->unused = &block->sends[i];
+        }
+    }
+    struct nep_ucx_send *send = ux->unused;
+    ux->unused = send->next;
+    return send;
+}
+
+/* Numbers complete in any order; `completed` is the end of the unbroken run from the start. */
+static void send_complete(struct nep_ucx_send *send)
+{
+    struct nep_ucx *ux = send->ux;
+    struct nep_ucx_peer *peer = &ux->peers[send->dst];
+    pthread_mutex_lock(&ux->queue_lock);
+    send->done = true;
+    while (peer->first != NULL && peer->first->done) {
+        struct nep_ucx_send *first = peer->first;
+        /* Release: pairs with the acquire in ucx.c, completed(). */
+        atomic_store_explicit(&peer->completed, first->number, memory_order_release);
+        peer->first = first->next_peer;
+        first->next = ux->unused;
+        ux->unused = first;
+    }
+    pthread_mutex_unlock(&ux->queue_lock);
+}
+
+static void on_sent(void *request, ucs_status_t status, void *user)
+{
+    struct nep_ucx_send *send = user;
+    struct nep_ucx *ux = send->ux;
+    ux->lib.ucp_request_free(request);
+    atomic_fetch_sub_explicit(&ux->num_in_flight, 1, memory_order_relaxed);
+    if (status != UCS_OK) {
+        nep_ucx_peer_fail(&ux->peers[send->dst], status);
+    }
+    send_complete(send);
+}
+
+static void send_start(struct nep_ucx_send *send)
+{
+    struct nep_ucx *ux = send->ux;
+    struct nep_ucx_peer *peer = &ux->peers[send->dst];
+    if (peer->ep == NULL || peer->close_ep) {
+        send_complete(send); /* the peer is gone; its status says so */
+        return;
+    }
+    ucp_request_param_t param = {
+        .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA,
+        .cb.send = on_sent,
+        .user_data = send,
+    };
+    if (send->memory != NULL) {
+        param.op_attr_mask |= UCP_OP_ATTR_FIELD_MEMH;
+        param.memh = send->memory;
+    }
+    atomic_fetch_add_explicit(&ux->num_messages, 1, memory_order_relaxed);
+    void *request =
+        ux->lib.ucp_am_send_nbx(peer->ep, NEP_UCX_AM_PUT, &send->header, sizeof send->header,
+                                send->src, send->header.len, &param);
+    if (UCS_PTR_IS_PTR(request)) {
+        atomic_fetch_add_explicit(&ux->num_in_flight, 1, memory_order_relaxed);
+        return;
+    }
+    if (UCS_PTR_STATUS(request) != UCS_OK) {
+        nep_ucx_peer_fail(peer, UCS_PTR_STATUS(request));
+    }
+    send_complete(send);
+}
+
+uint32_t nep_ucx_send_queued(struct nep_ucx *ux)
+{
+    if (atomic_load_explicit(&ux->num_queued, memory_order_relaxed) == 0) {
+        return 0;
+    }
+    pthread_mutex_lock(&ux->queue_lock);
+    struct nep_ucx_send *send = ux->queue_first;
+    ux->queue_first = NULL;
+    ux->queue_last = NULL;
+    uint32_t num = atomic_exchange_explicit(&ux->num_queued, 0, memory_order_relaxed);
+    pthread_mutex_unlock(&ux->queue_lock);
+    while (send != NULL) {
+        struct nep_ucx_send *next = send->next;
+        send_start(send);
+        send = next;
+    }
+    return num;
+}
+
+enum nep_status nep_ucx_send_push(struct nep_ucx *ux, const struct nep_put *put, uint64_t *number_p)
+{
+    struct nep_ucx_peer *peer = &ux->peers[put->dst];
+    const struct nep_ucx_window *window = &ux->windows[put->window];
+    pthread_mutex_lock(&ux->queue_lock);
+    struct nep_ucx_send *send = send_get(ux);
+    if (send == NULL) {
+        pthread_mutex_unlock(&ux->queue_lock);
+        return nep_fail(NEP_ERR_NO_MEMORY, "transport ucx: no memory for a put to rank %u",
+                        put->dst);
+    }
+    *send = (struct nep_ucx_send){
+        .ux = ux,
+        .dst = put->dst,
+        .number = ++peer->posted,
+        .src = put->len != 0 ? put->src : NULL,
+        .memory = put->len != 0 ? window->memory : NULL,
+        .header = {.nonce = ux->nonce,
+                   .src = ux->rank,
+                   .window = put->window,
+                   .imm = put->imm,
+                   .offset = put->offset,
+                   .len = put->len,
+                   .life = window->life},
+    };
+    *(peer->first == NULL ? &peer->first : &peer->last->next_peer) = send;
+    peer->last = send;
+    *(ux->queue_first == NULL ? &ux->queue_first : &ux->queue_last->next) = send;
+    ux->queue_last = send;
+    *number_p = send->number;
+    /* Before the look at `held` in try_pump, whose fence pairs with the one after its release. */
+    atomic_fetch_add_explicit(&ux->num_queued, 1, memory_order_relaxed);
+    pthread_mutex_unlock(&ux->queue_lock);
+    return NEP_OK;
+}
+
+/* ---- peers -------------------------------------------------------------------------------- */
+
+void nep_ucx_peer_fail(struct nep_ucx_peer *peer, ucs_status_t status)
+{
+    int alive = NEP_UCX_ALIVE;
+    if (atomic_load_explicit(&peer->state, memory_order_relaxed) == NEP_UCX_ALIVE) {
+        atomic_store_explicit(&peer->failure, (int)status, memory_order_relaxed);
+    }
+    /* Release: whoever reads FAILED (ucx.c, peer_status) also reads `failure`. */
+    atomic_compare_exchange_strong(&peer->state, &alive, NEP_UCX_FAILED);
+    if (peer->ep != NULL && !peer->close_ep) {
+        peer->close_ep = true;
+        peer->ux->num_to_close++;
+    }
+}
+
+/* Outside of handlers, because closing purges requests and so calls them. */
+void nep_ucx_close_failed(struct nep_ucx *ux)
+{
+    ucp_request_param_t param = {.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS,
+                                 .flags = UCP_EP_CLOSE_FLAG_FORCE};
+    for (uint32_t i = 0; i < ux->num_ranks && ux->num_to_close != 0; i++) {
+        struct nep_ucx_peer *peer = &ux->peers[i];
+        if (!peer->close_ep) {
+            continue;
+        }
+        ucp_ep_h ep = peer->ep;
+        peer->ep = NULL;
+        peer->close_ep = false;
+        ux->num_to_close--;
+        void *request = ux->lib.ucp_ep_close_nbx(ep, &param);
+        if (UCS_PTR_IS_PTR(request)) {
+            ux->lib.ucp_request_free(request); /* UCX keeps it until it is done */
+        }
+    }
+}
+
+static void on_beat_sent(void *request, ucs_status_t status, void *user)
+{
+    struct nep_ucx_peer *peer = user;
+    peer->ux->lib.ucp_request_free(request);
+    peer->beat_pending = false;
+    if (status != UCS_OK) {
+        nep_ucx_peer_fail(peer, status);
+    }
+}
+
+void nep_ucx_beat(struct nep_ucx *ux)
+{
+    ux->beat_ns = nep_now_ns() + BEAT_NS;
+    for (uint32_t i = 0; i < ux->num_ranks; i++) {
+        struct nep_ucx_peer *peer = &ux->peers[i];
+        if (peer->ep == NULL || peer->close_ep || peer->beat_pending) {
+            continue;
+        }
+        ucp_request_param_t param = {
+            .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA,
+            .cb.send = on_beat_sent,
+            .user_data = peer,
+        };
+        peer->beat = (struct nep_ucx_header){.nonce = ux->nonce, .src = ux->rank};
+        void *request = ux->lib.ucp_am_send_nbx(peer->ep, NEP_UCX_AM_BEAT, &peer->beat,
+                                                sizeof peer->beat, NULL, 0, &param);
+        if (UCS_PTR_IS_PTR(request)) {
+            peer->beat_pending = true;
+        } else if (UCS_PTR_STATUS(request) != UCS_OK) {
+            nep_ucx_peer_fail(peer, UCS_PTR_STATUS(request));
+        }
+    }
+}
+
+#endif
