@@ -35,6 +35,15 @@ static enum nep_status probe(const struct nep_config *config)
     return status;
 }
 
+static void partials_free(struct nep_ucx_partial *partial)
+{
+    while (partial != NULL) {
+        struct nep_ucx_partial *next = partial->next;
+        free(partial);
+        partial = next;
+    }
+}
+
 static void ux_free(struct nep_ucx *ux)
 {
     for (struct nep_ucx_block *block = ux->blocks; block != NULL;) {
@@ -46,6 +55,15 @@ static void ux_free(struct nep_ucx *ux)
         struct nep_ucx_recv *next = recv->next_made;
         free(recv);
         recv = next;
+    }
+    for (struct nep_ucx_piece *piece = ux->pieces; piece != NULL;) {
+        struct nep_ucx_piece *next = piece->next_made;
+        free(piece);
+        piece = next;
+    }
+    partials_free(ux->unused_partials);
+    for (uint32_t i = 0; i < ux->num_ranks; i++) {
+        partials_free(ux->peers[i].partials);
     }
     for (int i = 0; i < NEP_UCX_WINDOWS; i++) {
         free(ux->windows[i].bytes);
@@ -250,7 +268,7 @@ static void wait_for_receives(struct nep_ucx *ux, struct nep_ucx_window *window,
         ux->rank, number, window->num_receiving);
     for (struct nep_ucx_recv *recv = ux->recvs; recv != NULL; recv = recv->next_made) {
         if (recv->window == window) {
-            nep_ucx_peer_fail(&ux->peers[recv->src], UCS_ERR_CANCELED);
+            nep_ucx_peer_fail(&ux->peers[recv->header.src], UCS_ERR_CANCELED);
         }
     }
     nep_backoff_init(&backoff, NEP_S, 0);

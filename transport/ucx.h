@@ -33,6 +33,7 @@
     X(ucp_worker_progress)                                                                         \
     X(ucp_worker_set_am_recv_handler)                                                              \
     X(ucp_ep_create)                                                                               \
+    X(ucp_ep_print_info)                                                                           \
     X(ucp_ep_close_nbx)                                                                            \
     X(ucp_ep_flush_nbx)                                                                            \
     X(ucp_am_send_nbx)                                                                             \
@@ -64,7 +65,7 @@ enum {
     NEP_UCX_WINDOWS = 64 /* numbers of windows, as transport.h has them */
 };
 
-/* Before each put. Fixed layout of 32 bytes; UCX itself needs one byte order in a job. */
+/* Before each piece of a put. 40 bytes without holes; UCX itself needs one byte order in a job. */
 struct nep_ucx_header {
     uint32_t nonce; /* of this communicator: late messages of another one are refused */
     uint32_t src;
@@ -72,7 +73,9 @@ struct nep_ucx_header {
     uint32_t imm;
     uint64_t offset;
     uint32_t len;
-    uint32_t life; /* how often the window's number was made, so that no late put meets a new one */
+    uint32_t life; /* how often the window's number was made: no late put meets a new window */
+    uint32_t put;  /* the put's number, its low half: pieces of one put have it in common */
+    uint32_t num_pieces;
 };
 
 /* A put from its call until its source bytes are free. Lives in blocks, never freed before close.
@@ -86,7 +89,15 @@ struct nep_ucx_send {
     const void *src;
     ucp_mem_h memory;
     bool done;
-    struct nep_ucx_header header; /* UCX reads it until the send completes */
+    uint32_t num_open; /* holder only: pieces that UCX has, and one while they are handed over */
+    struct nep_ucx_header header; /* of the put as a whole */
+};
+
+/* One active message. Holder only; lives in a list of unused ones, never freed before close. */
+struct nep_ucx_piece {
+    struct nep_ucx_piece *next_unused, *next_made;
+    struct nep_ucx_send *send;
+    struct nep_ucx_header header; /* UCX reads it until the message is sent */
 };
 
 struct nep_ucx_block {
@@ -110,6 +121,9 @@ struct nep_ucx_peer {
     _Atomic int failure;     /* ucs_status_t, written before the state becomes FAILED */
     _Atomic bool misbehaved; /* sent a put that was refused */
     _Atomic uint64_t heard_ns;
+    uint32_t piece_bytes; /* longer puts are cut; a piece is sent eagerly where puts are cut */
+    struct nep_ucx_partial *partials; /* holder only */
+    uint32_t num_partials;
     bool beat_pending;                 /* holder only: the last beat is still on its way */
     struct nep_ucx_header beat;        /* UCX reads it until the beat completes */
     _Atomic uint64_t completed;        /* see nep_transport_ops.completed */
@@ -122,7 +136,14 @@ struct nep_ucx_recv {
     struct nep_ucx_recv *next_unused, *next_made;
     struct nep_ucx *ux;
     struct nep_ucx_window *window;
-    uint32_t src, imm;
+    struct nep_ucx_header header;
+};
+
+/* A put of which some pieces are here. */
+struct nep_ucx_partial {
+    struct nep_ucx_partial *next;
+    uint32_t put;
+    uint32_t num_left;
 };
 
 struct nep_ucx_window {
@@ -162,7 +183,10 @@ struct nep_ucx {
     _Atomic uint32_t num_in_flight; /* sends and receives that UCX works on */
     _Atomic uint64_t beat_ns;       /* when the next heartbeat is due */
     uint32_t num_to_close;          /* holder only: peers with close_ep */
-    struct nep_ucx_recv *unused_recvs, *recvs; /* holder only */
+    /* holder only: all that were made, and those not in use */
+    struct nep_ucx_recv *unused_recvs, *recvs;
+    struct nep_ucx_piece *unused_pieces, *pieces;
+    struct nep_ucx_partial *unused_partials;
 
     pthread_t thread;
     bool has_thread;

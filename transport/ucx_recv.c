@@ -19,13 +19,7 @@
 #include "base/log.h"
 #include "transport/ucx.h"
 
-enum { REFUSALS_LOGGED = 8 };
-
-static void announce(struct nep_ucx *ux, struct nep_ucx_window *window, uint32_t src, uint32_t imm)
-{
-    atomic_fetch_add_explicit(&ux->num_arrivals, 1, memory_order_relaxed);
-    ux->params.sink(window->base, ux->rank, src, imm);
-}
+enum { REFUSALS_LOGGED = 8, MAX_PARTIALS = 4096 };
 
 static void refuse(struct nep_ucx *ux, const struct nep_ucx_header *header, const char *why)
 {
@@ -67,12 +61,74 @@ static struct nep_ucx_window *check_header(struct nep_ucx *ux, const void *bytes
         return NULL;
     }
     uint64_t bytes_here = window->bytes[ux->rank];
-    if (header->len != len || header->offset > bytes_here ||
+    if (header->num_pieces == 0 || header->len != len || header->offset > bytes_here ||
         header->len > bytes_here - header->offset) {
         refuse(ux, header, "it does not fit into the window");
         return NULL;
     }
     return window;
+}
+
+static struct nep_ucx_partial *partial_get(struct nep_ucx *ux, struct nep_ucx_peer *peer)
+{
+    struct nep_ucx_partial *partial = ux->unused_partials;
+    if (peer->num_partials >= MAX_PARTIALS) {
+        return NULL;
+    }
+    if (partial != NULL) {
+        ux->unused_partials = partial->next;
+    } else {
+        partial = malloc(sizeof *partial);
+    }
+    if (partial != NULL) {
+        partial->next = peer->partials;
+        peer->partials = partial;
+        peer->num_partials++;
+    }
+    return partial;
+}
+
+/* True when this was the last piece of its put. Pieces come in order on one connection, so the
+ * list is short; nothing depends on it. */
+static bool is_whole(struct nep_ucx *ux, const struct nep_ucx_header *header)
+{
+    struct nep_ucx_peer *peer = &ux->peers[header->src];
+    if (header->num_pieces == 1) {
+        return true;
+    }
+    struct nep_ucx_partial **at = &peer->partials;
+    while (*at != NULL && (*at)->put != header->put) {
+        at = &(*at)->next;
+    }
+    struct nep_ucx_partial *partial = *at;
+    if (partial == NULL) {
+        partial = partial_get(ux, peer);
+        if (partial == NULL) {
+            refuse(ux, header, "too many puts of that rank are here in part");
+            return false;
+        }
+        partial->put = header->put;
+        partial->num_left = header->num_pieces;
+        at = &peer->partials;
+    }
+    if (--partial->num_left != 0) {
+        return false;
+    }
+    *at = partial->next;
+    peer->num_partials--;
+    partial->next = ux->unused_partials;
+    ux->unused_partials = partial;
+    return true;
+}
+
+/* The bytes of a piece are in place. */
+static void arrive(struct nep_ucx *ux, struct nep_ucx_window *window,
+                   const struct nep_ucx_header *header)
+{
+    if (is_whole(ux, header)) {
+        atomic_fetch_add_explicit(&ux->num_arrivals, 1, memory_order_relaxed);
+        ux->params.sink(window->base, ux->rank, header->src, header->imm);
+    }
 }
 
 static void recv_put(struct nep_ucx *ux, struct nep_ucx_recv *recv)
@@ -90,9 +146,9 @@ static void on_received(void *request, ucs_status_t status, size_t len, void *us
     ux->lib.ucp_request_free(request);
     atomic_fetch_sub_explicit(&ux->num_in_flight, 1, memory_order_relaxed);
     if (status == UCS_OK) {
-        announce(ux, recv->window, recv->src, recv->imm);
+        arrive(ux, recv->window, &recv->header);
     } else {
-        nep_ucx_peer_fail(&ux->peers[recv->src], status);
+        nep_ucx_peer_fail(&ux->peers[recv->header.src], status);
     }
     recv_put(ux, recv);
 }
@@ -122,8 +178,7 @@ static ucs_status_t receive(struct nep_ucx *ux, struct nep_ucx_window *window,
         return UCS_ERR_NO_MEMORY; /* also fails the sender's request */
     }
     recv->window = window;
-    recv->src = header->src;
-    recv->imm = header->imm;
+    recv->header = *header;
     window->num_receiving++;
     ucp_request_param_t param = {
         .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA,
@@ -141,7 +196,7 @@ static ucs_status_t receive(struct nep_ucx *ux, struct nep_ucx_window *window,
         return UCS_INPROGRESS;
     }
     if (UCS_PTR_STATUS(request) == UCS_OK) {
-        announce(ux, window, header->src, header->imm);
+        arrive(ux, window, header);
     } else {
         nep_ucx_peer_fail(&ux->peers[header->src], UCS_PTR_STATUS(request));
     }
@@ -165,7 +220,7 @@ ucs_status_t nep_ucx_on_put(void *arg, const void *header, size_t header_len, vo
     if (len != 0) {
         memcpy((char *)window->base + head.offset, data, len);
     }
-    announce(ux, window, head.src, head.imm);
+    arrive(ux, window, &head);
     return UCS_OK;
 }
 
