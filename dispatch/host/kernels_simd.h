@@ -286,13 +286,20 @@ DEFINE_SUM(sum_fp32, NEP_DTYPE_FP32)
 
 /* ---- moving rows -------------------------------------------------------------------------- */
 
+/* The bytes before the next line of an address. */
+INLINE size_t line_head(const void *at)
+{
+    return (size_t)(-(uintptr_t)at & (LINE - 1));
+}
+
+/* No prefetch: the hardware's follows one stream, and ours only slowed it. */
 static void copy(void *dst, const void *src, size_t bytes)
 {
     char *to = dst;
     const char *from = src;
     if (bytes >= STREAM_MIN) {
         /* whole lines of dst past the caches, the ragged ends through them */
-        size_t head = (size_t)(-(uintptr_t)to & (LINE - 1));
+        size_t head = line_head(dst);
         memcpy(to, from, head);
         to += head;
         from += head;
@@ -314,10 +321,44 @@ static void copy(void *dst, const void *src, size_t bytes)
     memcpy(to, from, bytes);
 }
 
+/* Places that lie alike relative to lines, as rows of one output do. */
+static bool places_alike(void *const *dsts, uint32_t num)
+{
+    uintptr_t differing = 0;
+    for (uint32_t i = 1; i < num; i++) {
+        differing |= (uintptr_t)dsts[i] ^ (uintptr_t)dsts[0];
+    }
+    return differing % LINE == 0;
+}
+
+/* Four lines to each place in turn: a sixth faster than one place after the other. */
 static void push(void *const *dsts, uint32_t num, const void *src, size_t bytes)
 {
+    const char *from = src;
+    if (num < 2 || bytes < STREAM_MIN || !places_alike(dsts, num)) {
+        for (uint32_t i = 0; i < num; i++) {
+            copy(dsts[i], src, bytes);
+        }
+        return;
+    }
+    size_t head = line_head(dsts[0]);
+    size_t at = head;
+    for (; at + 4 * LINE <= bytes; at += 4 * LINE) {
+        line a = line_load(from + at);
+        line b = line_load(from + at + LINE);
+        line c = line_load(from + at + 2 * LINE);
+        line d = line_load(from + at + 3 * LINE);
+        for (uint32_t i = 0; i < num; i++) {
+            char *to = (char *)dsts[i] + at;
+            line_stream(to, a);
+            line_stream(to + LINE, b);
+            line_stream(to + 2 * LINE, c);
+            line_stream(to + 3 * LINE, d);
+        }
+    }
     for (uint32_t i = 0; i < num; i++) {
-        copy(dsts[i], src, bytes);
+        memcpy(dsts[i], from, head);
+        memcpy((char *)dsts[i] + at, from + at, bytes - at);
     }
 }
 

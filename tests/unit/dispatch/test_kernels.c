@@ -7,7 +7,7 @@
 #endif
 
 #define MAX_BYTES 5000
-#define ROOM      (MAX_BYTES + 3 * 64)
+#define ROOM      5248 /* a multiple of 64, with at least 192 bytes more */
 
 static void test_kernels_select_auto_is_the_widest(void **state)
 {
@@ -79,18 +79,19 @@ static void test_kernels_push_reaches_every_place(void **state)
     uint64_t seed = ref_seed("push");
     const struct nep_kernels *tables[3];
     int num_tables = ref_tables(tables);
-    unsigned char *src = malloc(ROOM), *rooms = malloc((size_t)NEP_PUSH_MAX * ROOM);
+    unsigned char *src = malloc(ROOM), *rooms = aligned_alloc(64, (size_t)NEP_PUSH_MAX * ROOM);
     assert_non_null(src);
     assert_non_null(rooms);
     fill(src, ROOM, &seed);
     for (int round = 0; round < 200; round++) {
         uint32_t num = ref_below(&seed, NEP_PUSH_MAX + 1);
         size_t bytes = ref_below(&seed, MAX_BYTES + 1), from = ref_below(&seed, 64);
+        size_t shared = round & 2 ? 64 : ref_below(&seed, 128);
         size_t offsets[NEP_PUSH_MAX];
         void *dsts[NEP_PUSH_MAX];
         memset(rooms, 0xa5, (size_t)NEP_PUSH_MAX * ROOM);
         for (uint32_t i = 0; i < num; i++) {
-            offsets[i] = ref_below(&seed, 2) ? 64 : ref_below(&seed, 128);
+            offsets[i] = round & 1 ? shared : ref_below(&seed, 128);
             dsts[i] = rooms + (size_t)i * ROOM + offsets[i];
         }
         const struct nep_kernels *table = tables[round % num_tables];
