@@ -32,6 +32,18 @@ enum nep_status nep_transport_find(const char *name, const struct nep_transport_
     return nep_fail(NEP_ERR_NOT_FOUND, "there is no transport \"%s\"; there are %s", name, known);
 }
 
+uint32_t nep_transport_caps(const char *name)
+{
+    const struct nep_transport_ops *ops, *inner;
+    const char *args, *inner_args;
+    if (nep_transport_find(name, &ops, &args) != NEP_OK) {
+        return 0;
+    }
+    bool has_inner = (ops->caps & NEP_CAP_WRAPPER) != 0 && args[0] != '\0' &&
+                     nep_transport_find(args, &inner, &inner_args) == NEP_OK;
+    return ops->caps | (has_inner ? inner->caps & NEP_CAP_MAPPED : 0);
+}
+
 enum nep_status nep_unsupported_put(struct nep_transport *transport, const struct nep_put *put,
                                     uint64_t *number_p)
 {

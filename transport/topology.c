@@ -23,6 +23,7 @@
 
 struct nep_topology_store {
     uint32_t *node_of_rank; /* one allocation for the three arrays */
+    bool is_one_machine;    /* all ranks share memory, whatever nodes they are told to be on */
 };
 
 /* What a rank tells of itself. */
@@ -96,6 +97,11 @@ static void fill_tables(struct nep_topology_store *store, struct nep_topology *t
     }
     topology->node = store->node_of_rank[topology->rank];
     topology->local = local_of_rank[topology->rank];
+}
+
+bool nep_topology_is_one_machine(const struct nep_topology_store *store)
+{
+    return store->is_one_machine;
 }
 
 void nep_topology_destroy(struct nep_topology_store *store)
@@ -275,6 +281,12 @@ enum nep_status nep_topology_create(const struct nep_comm_params *params,
     }
     if (status == NEP_OK) {
         status = create_from(params, config, places, rank, num_ranks, store_p, topology_p);
+    }
+    if (status == NEP_OK) {
+        (*store_p)->is_one_machine = true;
+        for (uint32_t r = 1; r < num_ranks; r++) {
+            (*store_p)->is_one_machine &= is_memory_shared(&places[0], &places[r]);
+        }
     }
     free(places);
     return status;

@@ -20,6 +20,8 @@ enum nep_status nep_topology_create(const struct nep_comm_params *params,
                                     struct nep_topology_store **store_p,
                                     struct nep_topology *topology_p);
 void nep_topology_destroy(struct nep_topology_store *store);
+/* All ranks share memory: their nodes, if there are several, are emulated. */
+bool nep_topology_is_one_machine(const struct nep_topology_store *store);
 /* Not collective: from sizes of nodes alone, for tools and tests. */
 enum nep_status nep_topology_from_sizes(const uint32_t *ranks_per_node, uint32_t num_nodes,
                                         uint32_t rank, struct nep_topology_store **store_p,

@@ -34,11 +34,11 @@
 #include "nearep.h"
 
 enum nep_transport_cap {
-    NEP_CAP_MAPPED = 1u << 0, /* peer_window gives a pointer: load and store reach the peer */
-    NEP_CAP_FABRIC = 1u << 1, /* put works */
-    NEP_CAP_THREAD = 1u << 2, /* has its own progress thread; progress need not be called */
-    NEP_CAP_ORDERED =
-        1u << 3 /* puts to one peer arrive in order (nobody may rely on it; tests print it) */
+    NEP_CAP_MAPPED = 1u << 0,  /* peer_window gives a pointer: load and store reach the peer */
+    NEP_CAP_FABRIC = 1u << 1,  /* put works */
+    NEP_CAP_THREAD = 1u << 2,  /* has its own progress thread; progress need not be called */
+    NEP_CAP_ORDERED = 1u << 3, /* puts arrive in order (nobody may rely on it; tests print it) */
+    NEP_CAP_WRAPPER = 1u << 4  /* stands around what args names, and maps what that maps */
 };
 
 struct nep_transport;
@@ -132,6 +132,10 @@ extern const struct nep_transport_ops *const nep_transport_list[];
  * NEP_ERR_NOT_FOUND lists the names. */
 enum nep_status nep_transport_find(const char *name, const struct nep_transport_ops **ops_p,
                                    const char **args_p);
+
+/* Capabilities of "name" or "name:args", a wrapper's completed by those of what it wraps; 0:
+ * unknown. */
+uint32_t nep_transport_caps(const char *name);
 
 /* Fill entries a transport does not have; they return NEP_ERR_UNSUPPORTED naming the transport. */
 enum nep_status nep_unsupported_put(struct nep_transport *transport, const struct nep_put *put,
