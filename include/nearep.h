@@ -284,12 +284,16 @@ struct nep_rows {
 /* Sizes of what a dispatch brings this rank. The arrays belong to the handle until its next use. */
 struct nep_counts {
     size_t size;
-    uint64_t num_rows;             /* to the end of the last row: padding between slots included */
+    /*
+     * Rows of the output, padding included. Packed: each slot's rows fill up to the alignment, the
+     * last one's too. Padded: L * R * M.
+     */
+    uint64_t num_rows;
     uint64_t num_real_rows;        /* rows that carry a token */
     const uint32_t *rows_per_slot; /* [L] real rows of each local slot */
     const uint64_t *first_row;     /* [L] where each slot's rows start (expert layouts) */
-    const uint32_t
-        *rows_per_source; /* [R] rank layout: rows from each rank; expert: (token, slot) pairs */
+    /* [R] rank layout: rows from each rank; expert layouts: (token, slot) pairs */
+    const uint32_t *rows_per_source;
 };
 
 /* The expert outputs that combine reads: same rows as the dispatch output. */

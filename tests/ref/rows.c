@@ -108,10 +108,10 @@ static void build_expert_layout(const struct nep_ref_group *group, uint32_t rank
                 in_source = is_first ? 0 : in_source + 1;
                 row->idx = start + (uint64_t)row->source * group->max_tokens + in_source;
             }
-            rows->num_rows = row->idx + 1;
         }
         end = start + rows->rows_per_slot[local];
     }
+    rows->num_rows = slot_start(group, group->slots_per_rank, end);
 }
 
 bool nep_ref_rows_build(const struct nep_ref_group *group, uint32_t rank, struct nep_ref_rows *rows)
