@@ -1,0 +1,332 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Combine runs a dispatch backwards. For each source of another node, the rank where its tokens
+ * landed sums this node's rows and sends one row per token; each rank sums its own node's rows of
+ * its tokens together with what the other nodes sent, nodes ascending. All sums run through one
+ * kernel, so the bits do not depend on who summed what, or on whether a row was staged.
+ */
+#include "dispatch/combine.h"
+
+#include <string.h>
+
+#include "dispatch/counts.h"
+#include "dispatch/pack.h"
+#include "dispatch/positions.h"
+
+static void sum_into(const struct nep_ep *ep, void *to, const struct nep_term *terms, uint32_t num)
+{
+    ep->kernels->sum[ep->shape.dtype - NEP_DTYPE_BF16](to, terms, num, ep->shape.hidden);
+}
+
+/* ---- for other nodes ------------------------------------------------------------------------ */
+
+static uint64_t lane_of(const struct nep_ep *ep, uint32_t source)
+{
+    return nep_plan_lane(&ep->plan, source, ep->node);
+}
+
+static enum nep_status post_sums(struct nep_ep *ep, const struct nep_handle *handle,
+                                 uint32_t source, uint8_t *slot)
+{
+    struct nep_flow *flow = &ep->combine_flows[lane_of(ep, source)];
+    struct nep_tile_msg msg = {
+        .op = handle->op.number,
+        .number = flow->next,
+        .source = ep->rank,
+        .kind = NEP_KIND_COMBINE,
+        .first_row = handle->rows_sent[lane_of(ep, source)] - flow->open_rows,
+        .num_rows = flow->open_rows,
+    };
+    memcpy(slot, &msg, sizeof msg);
+    uint32_t far = ep->plan.topology->node_of_rank[source];
+    const struct nep_region *there = &ep->plan.regions[source];
+    uint64_t idx =
+        (uint64_t)nep_plan_skip(far, ep->node) * ep->shape.window + flow->next % ep->shape.window;
+    uint64_t bytes = nep_tile_payload_offset(&ep->shape, NEP_KIND_COMBINE, flow->open_rows) +
+                     (uint64_t)flow->open_rows * ep->shape.row_bytes;
+    uint32_t imm =
+        nep_imm(ep->head->generation, NEP_KIND_COMBINE, ep->number, handle->op.number, flow->next);
+    ep->stats.remote_rows_back += flow->open_rows;
+    flow->is_open = false;
+    flow->next++;
+    /* Before the put: a credit for this tile must find it sent. */
+    nep_word_set(ep->head, ep->region->combine_sent, lane_of(ep, source), flow->next);
+    return nep_send_post(ep, flow->ring, source,
+                         there->combine_landing + idx * there->combine_tile_bytes, bytes, imm);
+}
+
+/* Opens the next tile for a source if a credit and a send slot are there. */
+static bool open_tile(struct nep_ep *ep, uint32_t source, uint32_t total, uint32_t sent)
+{
+    struct nep_flow *flow = &ep->combine_flows[lane_of(ep, source)];
+    uint64_t credit = nep_word_get(ep->head, ep->region->combine_credit, lane_of(ep, source));
+    if (!nep_flow_may_send(flow, credit, ep->shape.window)) {
+        nep_ep_miss(ep, "credit", source, total, sent);
+        return false;
+    }
+    if (nep_send_slot(ep, flow->ring) == NULL) {
+        nep_ep_miss(ep, "local completion", source, total, sent);
+        return false;
+    }
+    flow->is_open = true;
+    flow->open_rows = 0;
+    return true;
+}
+
+static enum nep_status sum_for(struct nep_ep *ep, struct nep_handle *handle, uint32_t source,
+                               bool *progress_p)
+{
+    uint32_t idx = 1 + (uint32_t)lane_of(ep, source);
+    struct nep_flow *flow = &ep->combine_flows[lane_of(ep, source)];
+    uint32_t *sent = &handle->rows_sent[lane_of(ep, source)];
+    uint32_t total = handle->consumers[idx].num_rows;
+    enum nep_status status = NEP_OK;
+    while (status == NEP_OK && *sent < total) {
+        struct nep_term terms[NEP_MAX_TOP_K];
+        uint32_t num = 0;
+        if ((!flow->is_open && !open_tile(ep, source, total, *sent)) ||
+            !nep_stage_terms(ep, handle, idx, source, *sent, terms, &num)) {
+            handle->op.is_sent = false;
+            return NEP_OK;
+        }
+        uint8_t *slot = nep_send_slot(ep, flow->ring);
+        sum_into(ep,
+                 slot + nep_tile_payload_offset(&ep->shape, NEP_KIND_COMBINE, 0) +
+                     (uint64_t)flow->open_rows * ep->shape.row_bytes,
+                 terms, num);
+        nep_stage_taken(ep, handle, idx, *sent);
+        (*sent)++;
+        flow->open_rows++;
+        if (flow->open_rows == ep->shape.tile_rows || *sent == total) {
+            status = post_sums(ep, handle, source, slot);
+        }
+        *progress_p = true;
+    }
+    return status;
+}
+
+static enum nep_status sum_for_all(struct nep_ep *ep, struct nep_handle *handle, bool *progress_p)
+{
+    uint32_t num_ranks = ep->plan.topology->num_ranks;
+    enum nep_status status = NEP_OK;
+    for (uint32_t i = 0; status == NEP_OK && i < num_ranks; i++) {
+        uint32_t s = (ep->rank + i) % num_ranks;
+        if (s != ep->rank && nep_consumer_idx(ep, ep->rank, s) != UINT32_MAX) {
+            status = sum_for(ep, handle, s, progress_p);
+        }
+    }
+    return status;
+}
+
+/* ---- own tokens ----------------------------------------------------------------------------- */
+
+/* Checks the tile that holds the next row of sums from a node; its rows, or NULL while not here. */
+static enum nep_status find_sums(struct nep_ep *ep, const struct nep_handle *handle, uint32_t node,
+                                 const uint8_t **row_p, struct nep_tile_msg *msg)
+{
+    uint64_t number = ep->combine_in[node].next;
+    uint64_t slot = number % ep->shape.window;
+    uint32_t far = nep_plan_landing(&ep->plan, ep->rank, node);
+    *row_p = NULL;
+    /* Acquire: pairs with the release in raise() of the sink. */
+    if (nep_word_get(ep->head, ep->region->combine_word, node * ep->shape.window + slot) !=
+        number + 1) {
+        nep_ep_miss(ep, "sums", far, handle->node_begin[node + 1] - handle->node_begin[node],
+                    handle->rows_read[node]);
+        return NEP_OK;
+    }
+    uint64_t idx = (uint64_t)nep_plan_skip(ep->node, node) * ep->shape.window + slot;
+    const uint8_t *tile =
+        (uint8_t *)ep->head + ep->region->combine_landing + idx * ep->region->combine_tile_bytes;
+    memcpy(msg, tile, sizeof *msg);
+    uint32_t row = handle->rows_read[node] - msg->first_row;
+    if (msg->op != handle->op.number || msg->number != number || msg->source != far ||
+        msg->num_rows > ep->shape.tile_rows || row >= msg->num_rows) {
+        struct nep_fault fault = {.size = sizeof fault,
+                                  .status = NEP_ERR_FORMAT,
+                                  .rank = far,
+                                  .node = node,
+                                  .op = handle->op.number,
+                                  .phase = "sums"};
+        snprintf(fault.message, sizeof fault.message,
+                 "tile %llu of sums of rank %u holds something else (operation %llu, tile %llu of "
+                 "rank %u)",
+                 (unsigned long long)number, far, (unsigned long long)msg->op,
+                 (unsigned long long)msg->number, msg->source);
+        ep->is_broken = true;
+        return nep_comm_fail(ep->comm, &fault);
+    }
+    *row_p = tile + nep_tile_payload_offset(&ep->shape, NEP_KIND_COMBINE, 0) +
+             (uint64_t)row * ep->shape.row_bytes;
+    return NEP_OK;
+}
+
+/* A row of sums has been used: frees its tile after the last one. */
+static void used_sums(struct nep_ep *ep, struct nep_handle *handle, uint32_t node,
+                      const struct nep_tile_msg *msg)
+{
+    handle->rows_read[node]++;
+    if (handle->rows_read[node] == msg->first_row + msg->num_rows) {
+        ep->combine_in[node].next++;
+        /* Release: the tile has been read; the sink's window moves on. */
+        nep_word_set(ep->head, ep->region->combine_read, node, ep->combine_in[node].next);
+    }
+}
+
+/* Whether `token` is the next one of the node's list. */
+static bool goes_to(const struct nep_handle *handle, uint32_t node, uint32_t row, uint32_t token)
+{
+    uint32_t at = handle->node_begin[node] + row;
+    return at < handle->node_begin[node + 1] && handle->node_tokens[at] == token;
+}
+
+/* One own token; *ready_p false while a part is missing. */
+static enum nep_status sum_token(struct nep_ep *ep, struct nep_handle *handle, uint32_t token,
+                                 bool *ready_p)
+{
+    struct nep_term terms[2 * NEP_MAX_TOP_K] = {{0}};
+    struct nep_tile_msg msgs[NEP_MAX_TOP_K];
+    uint32_t nodes[NEP_MAX_TOP_K];
+    uint32_t num = 0, num_far = 0;
+    uint32_t home_row = handle->rows_read[ep->node];
+    bool has_home = goes_to(handle, ep->node, home_row, token);
+    *ready_p = false;
+    for (uint32_t n = 0; n < ep->plan.topology->num_nodes; n++) {
+        if (n == ep->node && has_home) {
+            uint32_t added = 0;
+            if (!nep_stage_terms(ep, handle, 0, ep->rank, home_row, terms + num, &added)) {
+                return NEP_OK;
+            }
+            num += added;
+            terms[num - 1].ends = NEP_ENDS_RANK | NEP_ENDS_NODE;
+        } else if (n != ep->node && goes_to(handle, n, handle->rows_read[n], token)) {
+            const uint8_t *row;
+            enum nep_status status = find_sums(ep, handle, n, &row, &msgs[num_far]);
+            if (status != NEP_OK || row == NULL) {
+                return status;
+            }
+            nodes[num_far++] = n;
+            terms[num++] = (struct nep_term){row, 1.0f, NEP_ENDS_RANK | NEP_ENDS_NODE};
+        }
+    }
+    sum_into(ep, (uint8_t *)handle->op.sum.y + (uint64_t)token * ep->shape.row_bytes, terms, num);
+    for (uint32_t i = 0; i < num_far; i++) {
+        used_sums(ep, handle, nodes[i], &msgs[i]);
+    }
+    if (has_home) {
+        nep_stage_taken(ep, handle, 0, home_row);
+        handle->rows_read[ep->node]++;
+    }
+    *ready_p = true;
+    return NEP_OK;
+}
+
+static enum nep_status sum_own(struct nep_ep *ep, struct nep_handle *handle, bool *progress_p)
+{
+    bool is_ready = true;
+    enum nep_status status = NEP_OK;
+    while (status == NEP_OK && is_ready && handle->op.home_row < handle->num_tokens) {
+        status = sum_token(ep, handle, handle->op.home_row, &is_ready);
+        if (status == NEP_OK && is_ready) {
+            handle->op.home_row++;
+            *progress_p = true;
+        }
+    }
+    return status;
+}
+
+/* ---- the whole ------------------------------------------------------------------------------ */
+
+/* Tells the ranks that sum for this one which tiles are free (recv.c has the rule). */
+static enum nep_status give_credits(struct nep_ep *ep, const struct nep_handle *handle,
+                                    bool *progress_p)
+{
+    struct nep_transport *inter = ep->comm->inter;
+    enum nep_status status = NEP_OK;
+    for (uint32_t n = 0; status == NEP_OK && n < ep->plan.topology->num_nodes; n++) {
+        struct nep_inflow *inflow = &ep->combine_in[n];
+        if (n == ep->node || !nep_inflow_needs_credit(inflow, ep->shape.window) ||
+            inflow->next <= inflow->announced) {
+            continue;
+        }
+        uint32_t far = nep_plan_landing(&ep->plan, ep->rank, n);
+        if (inter->ops->completed(inter, far) < inflow->credit_put) {
+            nep_ep_miss(ep, "local completion", far, 1, 0);
+            continue;
+        }
+        struct nep_put put = {
+            .dst = far,
+            .window = ep->number,
+            .imm = nep_imm(ep->head->generation, NEP_KIND_COMBINE_CREDIT, ep->number,
+                           handle->op.number, inflow->next),
+        };
+        inflow->announced = inflow->next;
+        status = nep_ep_put(ep, &put, &inflow->credit_put);
+        *progress_p = true;
+    }
+    return status;
+}
+
+/* Other ranks of the node have read all that this one lends. */
+static bool is_lending_over(struct nep_ep *ep, const struct nep_handle *handle)
+{
+    for (uint32_t g = 0; g < ep->node_size; g++) {
+        uint32_t rank = nep_ep_rank_at(ep, g);
+        struct nep_region_head *head = (struct nep_region_head *)ep->window[rank];
+        /* Acquire: pairs with the release in say_read_done of that rank. */
+        if (atomic_load_explicit(&head->read_done, memory_order_acquire) < handle->op.number + 1) {
+            nep_ep_miss(ep, "reading of expert outputs", rank, ep->node_size, g);
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool needs_credits(const struct nep_ep *ep)
+{
+    for (uint32_t n = 0; n < ep->plan.topology->num_nodes; n++) {
+        if (n != ep->node && nep_inflow_needs_credit(&ep->combine_in[n], ep->shape.window)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+enum nep_status nep_combine_step(struct nep_ep *ep, struct nep_handle *handle, bool *progress_p,
+                                 bool *done_p)
+{
+    struct nep_op *op = &handle->op;
+    bool is_counted = false;
+    enum nep_status status = nep_counts_take(ep, handle, &is_counted);
+    if (status != NEP_OK) {
+        return status;
+    }
+    bool was_sent = op->is_sent;
+    op->is_sent = true; /* until a part says that something is left */
+    if (!was_sent) {
+        nep_stage_fill(ep, handle, progress_p);
+    }
+    if (!nep_stage_find_lent(ep, handle)) {
+        op->is_sent = was_sent;
+        return NEP_OK;
+    }
+    if (!was_sent) {
+        status = sum_for_all(ep, handle, progress_p);
+    }
+    if (status == NEP_OK && op->is_receiving) {
+        status = sum_own(ep, handle, progress_p);
+    }
+    if (status == NEP_OK && is_counted && ep->comm->inter != NULL) {
+        status = give_credits(ep, handle, progress_p);
+    }
+    bool is_summed = op->is_receiving && op->home_row == handle->num_tokens;
+    if (status == NEP_OK && op->is_sent && is_summed && !op->is_read_done) {
+        /* Release: all reads of others' rows are done; pairs with is_lending_over there. */
+        atomic_store_explicit(&ep->head->read_done, op->number + 1, memory_order_release);
+        op->is_read_done = true;
+        *progress_p = true;
+    }
+    *done_p = status == NEP_OK && is_counted && op->is_read_done && !needs_credits(ep) &&
+              is_lending_over(ep, handle);
+    return status;
+}

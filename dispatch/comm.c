@@ -1,0 +1,374 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Creating a communicator: configuration, bootstrap, agreement, topology, transports, in this
+ * order, each step collective and bounded. A step that fails on one rank is made to fail on all
+ * (nep_bootstrap_common), so that nobody waits for a rank that has already given up.
+ */
+#include "dispatch/comm.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/clock.h"
+#include "base/log.h"
+#include "dispatch/protocol.h"
+#include "transport/bootstrap.h"
+#include "transport/topology.h"
+
+enum { PUTS_PER_PEER = 256 };
+
+enum nep_status nep_comm_check(struct nep_comm *comm)
+{
+    if (comm == NULL) {
+        return nep_fail(NEP_ERR_INVALID, "the communicator is NULL");
+    }
+    if (comm->pid != getpid()) {
+        return nep_fail(NEP_ERR_BROKEN,
+                        "this communicator was made before fork(): only its destruction is "
+                        "possible in the child; create a new one there");
+    }
+    pthread_mutex_lock(&comm->lock);
+    struct nep_fault fault = comm->fault;
+    pthread_mutex_unlock(&comm->lock);
+    if (fault.status != NEP_OK) {
+        return nep_fail(NEP_ERR_BROKEN, "this communicator broke earlier: %s", fault.message);
+    }
+    return NEP_OK;
+}
+
+enum nep_status nep_comm_fail(struct nep_comm *comm, const struct nep_fault *fault)
+{
+    pthread_mutex_lock(&comm->lock);
+    if (comm->fault.status == NEP_OK) {
+        comm->fault = *fault;
+    }
+    pthread_mutex_unlock(&comm->lock);
+    nep_log(NEP_LOG_ERROR, "rank %u: %s", comm->topology.rank, fault->message);
+    return nep_fail(fault->status, "%s", fault->message);
+}
+
+enum nep_status nep_comm_fault(const struct nep_comm *comm, struct nep_fault *fault_p)
+{
+    if (comm == NULL || fault_p == NULL) {
+        return nep_fail(NEP_ERR_INVALID, "nep_comm_fault: an argument is NULL");
+    }
+    struct nep_comm *open = (struct nep_comm *)comm;
+    pthread_mutex_lock(&open->lock);
+    *fault_p = comm->fault;
+    pthread_mutex_unlock(&open->lock);
+    fault_p->size = sizeof *fault_p;
+    return NEP_OK;
+}
+
+enum nep_status nep_comm_topology(const struct nep_comm *comm, struct nep_topology *topology_p)
+{
+    if (comm == NULL || topology_p == NULL) {
+        return nep_fail(NEP_ERR_INVALID, "nep_comm_topology: an argument is NULL");
+    }
+    *topology_p = comm->topology;
+    return NEP_OK;
+}
+
+enum nep_status nep_comm_claim_ep(struct nep_comm *comm, uint32_t *number_p)
+{
+    uint32_t num_ranks = comm->topology.num_ranks;
+    uint64_t *used = calloc(num_ranks, sizeof *used);
+    if (used == NULL) {
+        return nep_fail(NEP_ERR_NO_MEMORY, "ep: no memory for %u ranks", num_ranks);
+    }
+    pthread_mutex_lock(&comm->lock);
+    uint64_t mine = comm->eps_used;
+    pthread_mutex_unlock(&comm->lock);
+    enum nep_status status = nep_bootstrap_allgather(&comm->bootstrap, &mine, used, sizeof mine,
+                                                     comm->timeout_ns, "free ep numbers");
+    uint64_t all = 0;
+    for (uint32_t r = 0; r < num_ranks; r++) {
+        all |= used[r];
+    }
+    free(used);
+    if (status != NEP_OK) {
+        return status;
+    }
+    if (all == UINT64_MAX) {
+        return nep_fail(NEP_ERR_BUSY, "ep: all 64 ep objects of this communicator are in use");
+    }
+    *number_p = (uint32_t)__builtin_ctzll(~all);
+    pthread_mutex_lock(&comm->lock);
+    comm->eps_used |= 1ull << *number_p;
+    pthread_mutex_unlock(&comm->lock);
+    return NEP_OK;
+}
+
+void nep_comm_release_ep(struct nep_comm *comm, uint32_t number)
+{
+    pthread_mutex_lock(&comm->lock);
+    comm->eps_used &= ~(1ull << number);
+    pthread_mutex_unlock(&comm->lock);
+}
+
+/* ---- creation ------------------------------------------------------------------------------- */
+
+static uint64_t hash_text(const char *text)
+{
+    uint64_t hash = 14695981039346656037ull; /* FNV-1a */
+    for (; *text != '\0'; text++) {
+        hash = (hash ^ (unsigned char)*text) * 1099511628211ull;
+    }
+    return hash;
+}
+
+/* What all ranks must have in common before anything else is exchanged. */
+static enum nep_status agree(struct nep_comm *comm, const struct nep_comm_params *params)
+{
+    uint64_t sizes = 14695981039346656037ull;
+    for (uint32_t n = 0; params->ranks_per_node != NULL && n < params->num_nodes; n++) {
+        sizes = (sizes ^ params->ranks_per_node[n]) * 1099511628211ull;
+    }
+    const struct nep_agree_field fields[] = {
+        {"nearep version", nep_version()},
+        {"number of ranks", comm->topology.num_ranks},
+        {"number of emulated nodes", params->ranks_per_node != NULL ? params->num_nodes : 0},
+        {"sizes of emulated nodes (hash)", sizes},
+        {"timeout in ns", comm->timeout_ns},
+        {"intra transport (hash of its name)", hash_text(comm->config.intra)},
+        {"inter transport (hash of its name)", hash_text(comm->config.inter)},
+        {"NEP_* variables that must be equal (hash)", nep_config_digest(&comm->config)},
+    };
+    return nep_bootstrap_agree(&comm->bootstrap, comm->topology.num_ranks, "communicator", fields,
+                               sizeof fields / sizeof fields[0], comm->timeout_ns);
+}
+
+/*
+ * Whether on every node all ranks are threads of one process (*node_p), and whether all ranks are
+ * (*all_p): the same answer on every rank.
+ */
+static enum nep_status find_processes(struct nep_comm *comm, bool *node_p, bool *all_p)
+{
+    static const char mark; /* its address differs between processes of different layout */
+    uint32_t num_ranks = comm->topology.num_ranks;
+    struct {
+        uint64_t pid;
+        uint64_t mark;
+    } mine = {(uint64_t)getpid(), (uint64_t)(uintptr_t)&mark}, *cards;
+    cards = calloc(num_ranks, sizeof *cards);
+    if (cards == NULL) {
+        return nep_fail(NEP_ERR_NO_MEMORY, "no memory for %u ranks", num_ranks);
+    }
+    enum nep_status status = nep_bootstrap_allgather(&comm->bootstrap, &mine, cards, sizeof mine,
+                                                     comm->timeout_ns, "processes");
+    *all_p = nep_topology_is_one_machine(comm->store);
+    *node_p = true;
+    for (uint32_t r = 0; r < num_ranks; r++) {
+        uint32_t first = nep_topology_rank_at(&comm->topology, comm->topology.node_of_rank[r], 0);
+        *all_p &= memcmp(&cards[r], &cards[0], sizeof cards[r]) == 0;
+        *node_p &= memcmp(&cards[r], &cards[first], sizeof cards[r]) == 0;
+    }
+    free(cards);
+    return status;
+}
+
+static enum nep_status open_transport(struct nep_comm *comm, const char *name, bool node_only,
+                                      struct nep_transport **transport_p)
+{
+    const struct nep_transport_ops *ops;
+    struct nep_transport_params params = {
+        .topology = &comm->topology,
+        .bootstrap = &comm->bootstrap,
+        .config = &comm->config,
+        .timeout_ns = comm->timeout_ns,
+        .sink = nep_arrive,
+        .node_only = node_only,
+        .max_puts = PUTS_PER_PEER * comm->topology.num_ranks,
+    };
+    enum nep_status status = nep_transport_find(name, &ops, &params.args);
+    if (status == NEP_OK) {
+        status = ops->probe(&comm->config);
+    }
+    if (status == NEP_OK && node_only && (nep_transport_caps(name) & NEP_CAP_MAPPED) == 0) {
+        status =
+            nep_fail(NEP_ERR_UNSUPPORTED, "transport %s cannot map memory inside a node", name);
+    }
+    if (status == NEP_OK && !node_only && (ops->caps & NEP_CAP_FABRIC) == 0) {
+        status = nep_fail(NEP_ERR_UNSUPPORTED, "transport %s cannot serve between nodes", name);
+    }
+    status = nep_bootstrap_common(&comm->bootstrap, comm->topology.rank, comm->topology.num_ranks,
+                                  status, comm->timeout_ns);
+    if (status != NEP_OK) {
+        return status;
+    }
+    struct nep_transport *transport = NULL;
+    status = ops->create(&params, &transport);
+    status = nep_bootstrap_common(&comm->bootstrap, comm->topology.rank, comm->topology.num_ranks,
+                                  status, comm->timeout_ns);
+    if (status != NEP_OK) {
+        if (transport != NULL) {
+            ops->close(transport);
+        }
+        return status;
+    }
+    *transport_p = transport;
+    return NEP_OK;
+}
+
+/* The best fabric that this machine has. */
+static const char *auto_fabric(const struct nep_config *config)
+{
+    static const char *const names[] = {"verbs", "ucx"};
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        const struct nep_transport_ops *ops;
+        const char *args;
+        if (nep_transport_find(names[i], &ops, &args) == NEP_OK && ops->probe(config) == NEP_OK) {
+            return names[i];
+        }
+    }
+    return "ucx"; /* its refusal is the sentence to show */
+}
+
+static bool is_auto(const char *name)
+{
+    return name[0] == '\0' || strcmp(name, "auto") == 0;
+}
+
+static enum nep_status open_transports(struct nep_comm *comm)
+{
+    bool is_node_one = false, is_all_one = false;
+    enum nep_status status = find_processes(comm, &is_node_one, &is_all_one);
+    if (status != NEP_OK) {
+        return status;
+    }
+    /* One rank's choice counts for all: rank 0's devices must not differ from the others' unseen.
+     */
+    const char *intra = comm->config.intra;
+    const char *inter = comm->config.inter;
+    if (is_auto(intra)) {
+        intra = is_node_one ? "loop" : "shm";
+    }
+    if (comm->topology.num_nodes == 1) {
+        return open_transport(comm, intra, true, &comm->intra);
+    }
+    if (is_auto(inter)) {
+        inter = is_all_one                                 ? "loop"
+                : nep_topology_is_one_machine(comm->store) ? "shm"
+                                                           : auto_fabric(&comm->config);
+    }
+    const struct nep_agree_field field = {"fabric that auto found (hash of its name)",
+                                          hash_text(inter)};
+    status = nep_bootstrap_agree(&comm->bootstrap, comm->topology.num_ranks, "communicator", &field,
+                                 1, comm->timeout_ns);
+    if (status != NEP_OK) {
+        return status;
+    }
+    nep_info("rank %u: %s inside the node, %s between nodes", comm->topology.rank, intra, inter);
+    /* A fabric that maps windows allocates them, so it serves both seats. */
+    if ((nep_transport_caps(inter) & NEP_CAP_MAPPED) != 0) {
+        if (!is_auto(comm->config.intra) && strcmp(intra, inter) != 0) {
+            return nep_fail(NEP_ERR_INVALID,
+                            "%s between nodes maps memory and so serves inside nodes too: leave "
+                            "intra at auto instead of %s",
+                            inter, intra);
+        }
+        status = open_transport(comm, inter, false, &comm->intra);
+        comm->inter = comm->intra;
+        return status;
+    }
+    status = open_transport(comm, intra, true, &comm->intra);
+    return status == NEP_OK ? open_transport(comm, inter, false, &comm->inter) : status;
+}
+
+static void copy_name(char *to, size_t cap, const char *from)
+{
+    if (from != NULL && from[0] != '\0') {
+        strncpy(to, from, cap - 1);
+        to[cap - 1] = '\0';
+    }
+}
+
+static enum nep_status fill(struct nep_comm *comm, const struct nep_comm_params *params)
+{
+    enum nep_status status = nep_config_load(&comm->config);
+    if (status != NEP_OK) {
+        return status;
+    }
+    copy_name(comm->config.intra, sizeof comm->config.intra, params->intra);
+    copy_name(comm->config.inter, sizeof comm->config.inter, params->inter);
+    copy_name(comm->config.rendezvous, sizeof comm->config.rendezvous, params->rendezvous);
+    comm->timeout_ns = params->timeout_ns != 0 ? params->timeout_ns : comm->config.timeout_ns;
+    uint32_t rank = 0, num_ranks = 0;
+    status = nep_bootstrap_open(params, &comm->config, comm->timeout_ns, &comm->bootstrap, &rank,
+                                &num_ranks, &comm->client);
+    if (status != NEP_OK) {
+        return status;
+    }
+    comm->topology.rank = rank;
+    comm->topology.num_ranks = num_ranks;
+    status = agree(comm, params);
+    if (status == NEP_OK) {
+        status = nep_topology_create(params, &comm->config, &comm->bootstrap, rank, num_ranks,
+                                     comm->timeout_ns, &comm->store, &comm->topology);
+        status = nep_bootstrap_common(&comm->bootstrap, rank, num_ranks, status, comm->timeout_ns);
+    }
+    if (status != NEP_OK) {
+        return status;
+    }
+    /* Spinning while another rank wants the core costs that rank a time slice. */
+    uint32_t ranks_here = nep_topology_is_one_machine(comm->store)
+                              ? num_ranks
+                              : comm->topology.node_ranks[comm->topology.node];
+    bool is_crowded = ranks_here > nep_topology_num_cores();
+    comm->spin_limit = comm->config.spin != UINT32_MAX ? comm->config.spin : is_crowded ? 0 : 2000;
+    return open_transports(comm);
+}
+
+enum nep_status nep_comm_create(const struct nep_comm_params *params, struct nep_comm **comm_p)
+{
+    struct nep_comm_params copy;
+    enum nep_status status =
+        nep_struct_copy(&copy, sizeof copy, params, sizeof copy.size, "nep_comm_params");
+    if (status != NEP_OK) {
+        return status;
+    }
+    if (comm_p == NULL) {
+        return nep_fail(NEP_ERR_INVALID, "nep_comm_create: comm_p is NULL");
+    }
+    struct nep_comm *comm = calloc(1, sizeof *comm);
+    if (comm == NULL) {
+        return nep_fail(NEP_ERR_NO_MEMORY, "no memory for a communicator");
+    }
+    pthread_mutex_init(&comm->lock, NULL);
+    comm->pid = getpid();
+    status = fill(comm, &copy);
+    if (status != NEP_OK) {
+        nep_comm_destroy(comm);
+        return status;
+    }
+    *comm_p = comm;
+    return NEP_OK;
+}
+
+void nep_comm_destroy(struct nep_comm *comm)
+{
+    if (comm == NULL) {
+        return;
+    }
+    bool is_child = comm->pid != getpid();
+    if (comm->eps_used != 0 && !is_child) {
+        nep_warn(
+            "a communicator is destroyed before its ep objects: they must not be used any more");
+    }
+    /* In a forked child threads and connections belong to the parent: memory alone is freed. */
+    if (!is_child) {
+        if (comm->inter != NULL && comm->inter != comm->intra) {
+            comm->inter->ops->close(comm->inter);
+        }
+        if (comm->intra != NULL) {
+            comm->intra->ops->close(comm->intra);
+        }
+        if (comm->client != NULL) {
+            nep_bootstrap_close(comm->client);
+        }
+    }
+    nep_topology_destroy(comm->store);
+    pthread_mutex_destroy(&comm->lock);
+    free(comm);
+}

@@ -1,0 +1,342 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * COUNTS come first and tell everything about sizes, so that each reader knows the final place of
+ * every row before the first one arrives. Taking the COUNTS of ALL ranks is also what makes slot
+ * reuse safe: it proves that every rank has begun this operation (docs/protocol.md, rule R1).
+ */
+#include "dispatch/counts.h"
+
+#include <string.h>
+
+#include "base/clock.h"
+#include "dispatch/pack.h"
+#include "dispatch/positions.h"
+
+/* ---- sending -------------------------------------------------------------------------------- */
+
+static void begin_flows(struct nep_ep *ep, struct nep_handle *handle)
+{
+    bool is_dispatch = handle->op.kind == NEP_OP_DISPATCH;
+    uint64_t op = handle->op.number;
+    uint32_t window = ep->shape.window;
+    for (uint32_t n = 0; n < ep->plan.topology->num_nodes; n++) {
+        uint32_t rows = is_dispatch ? handle->node_begin[n + 1] - handle->node_begin[n] : 0;
+        uint32_t tiles = n != ep->node && nep_rides(ep, rows) ? 0 : nep_num_tiles(ep, rows);
+        nep_flow_begin(&ep->dispatch_flows[n], op, window, tiles);
+    }
+    for (uint32_t l = 0; l < ep->region->num_lanes; l++) {
+        uint32_t rows = is_dispatch ? 0 : handle->consumers[1 + l].num_rows;
+        nep_flow_begin(&ep->combine_flows[l], op, window, nep_num_tiles(ep, rows));
+    }
+}
+
+/* The tables and riding rows of a dispatch for `node`; returns the end of the message. */
+static uint32_t fill_dispatch(const struct nep_ep *ep, const struct nep_handle *handle,
+                              uint32_t node, struct nep_counts_msg *msg, uint8_t *to)
+{
+    const struct nep_topology *topology = ep->plan.topology;
+    uint32_t node_ranks = topology->node_ranks[node];
+    uint32_t slots_per_rank = ep->shape.slots_per_rank;
+    uint32_t *rows_per_rank = (uint32_t *)(to + sizeof *msg);
+    uint32_t *rows_per_slot = (uint32_t *)(to + nep_counts_rows_per_slot_offset(node_ranks));
+    for (uint32_t g = 0; g < node_ranks; g++) {
+        uint32_t rank = nep_plan_rank_at(&ep->plan, node, g);
+        rows_per_rank[g] = ep->layout.rank_rows[rank];
+        const uint32_t *rows = ep->layout.slot_rows + (uint64_t)rank * slots_per_rank;
+        memcpy(rows_per_slot + g * slots_per_rank, rows, slots_per_rank * sizeof *rows);
+    }
+    msg->layer = handle->layer;
+    msg->num_rows = handle->node_begin[node + 1] - handle->node_begin[node];
+    msg->tiles_end = ep->dispatch_flows[node].planned;
+    msg->ride_offset = nep_counts_ride_offset(&ep->shape, node_ranks);
+    if (node == ep->node || !nep_rides(ep, msg->num_rows)) {
+        msg->num_tiles = nep_num_tiles(ep, msg->num_rows);
+        return msg->ride_offset;
+    }
+    msg->ride_rows = msg->num_rows;
+    uint64_t meta = ((uint64_t)msg->num_rows * ep->shape.meta_bytes + 63) / 64 * 64;
+    nep_pack_meta(ep, handle, node, 0, msg->num_rows, to + msg->ride_offset);
+    nep_pack_rows(ep, handle, node, 0, msg->num_rows, to + msg->ride_offset + meta);
+    return (uint32_t)(msg->ride_offset + meta + (uint64_t)msg->num_rows * ep->shape.wire_row_bytes);
+}
+
+/* What a combine tells a rank: the sums that come to it, if this rank makes them. */
+static void fill_combine(const struct nep_ep *ep, const struct nep_handle *handle, uint32_t dst,
+                         struct nep_counts_msg *msg)
+{
+    if (dst != ep->rank && nep_plan_landing(&ep->plan, dst, ep->node) == ep->rank) {
+        uint32_t lane = nep_plan_lane(&ep->plan, dst, ep->node);
+        msg->num_rows = handle->consumers[1 + lane].num_rows;
+        msg->num_tiles = nep_num_tiles(ep, msg->num_rows);
+        msg->tiles_end = ep->combine_flows[lane].planned;
+    }
+}
+
+/* Writes the message for `dst` at `to`; returns its size. */
+static uint32_t fill(const struct nep_ep *ep, const struct nep_handle *handle, uint32_t dst,
+                     uint8_t *to)
+{
+    struct nep_counts_msg msg = {
+        .op = handle->op.number,
+        .map_digest = handle->map_digest,
+        .source = ep->rank,
+        .kind = (uint32_t)handle->op.kind,
+        .handle = handle->id,
+        .num_tokens = handle->num_tokens,
+    };
+    msg.bytes = sizeof msg;
+    if (handle->op.kind == NEP_OP_DISPATCH) {
+        msg.bytes = fill_dispatch(ep, handle, ep->plan.topology->node_of_rank[dst], &msg, to);
+    } else {
+        fill_combine(ep, handle, dst, &msg);
+    }
+    memcpy(to, &msg, sizeof msg);
+    return msg.bytes;
+}
+
+/* The put of W operations ago must have let go of its bytes; by now its receiver has answered. */
+static enum nep_status wait_put(struct nep_ep *ep, uint32_t dst, uint64_t number)
+{
+    struct nep_transport *inter = ep->comm->inter;
+    uint64_t deadline_ns = nep_deadline_ns(ep->comm->timeout_ns);
+    while (inter->ops->completed(inter, dst) < number) {
+        inter->ops->progress(inter);
+        if (nep_left_ns(deadline_ns) == 0) {
+            struct nep_fault fault = {.size = sizeof fault,
+                                      .status = NEP_ERR_TIMEOUT,
+                                      .rank = dst,
+                                      .node = ep->plan.topology->node_of_rank[dst],
+                                      .op = ep->next_op,
+                                      .phase = "counts put"};
+            snprintf(fault.message, sizeof fault.message,
+                     "a COUNTS message to rank %u has not left this rank for a whole timeout", dst);
+            return nep_comm_fail(ep->comm, &fault);
+        }
+    }
+    return NEP_OK;
+}
+
+static enum nep_status put_to(struct nep_ep *ep, struct nep_handle *handle, uint32_t control)
+{
+    uint32_t dst = ep->control_rank[control];
+    uint32_t window = ep->shape.window;
+    uint64_t op = handle->op.number;
+    uint64_t idx = (uint64_t)control * window + op % window;
+    enum nep_status status = wait_put(ep, dst, ep->counts_put[idx]);
+    if (status != NEP_OK) {
+        return status;
+    }
+    uint8_t *from =
+        (uint8_t *)ep->head + ep->region->send_counts + idx * ep->region->send_counts_bytes;
+    const struct nep_region *there = &ep->plan.regions[dst];
+    uint64_t idx_there =
+        (uint64_t)nep_plan_control(&ep->plan, dst, ep->rank) * window + op % window;
+    struct nep_put put = {
+        .dst = dst,
+        .window = ep->number,
+        .offset = there->counts + idx_there * there->counts_bytes,
+        .src = from,
+        .len = fill(ep, handle, dst, from),
+        .imm = nep_imm(ep->head->generation, NEP_KIND_COUNTS, ep->number, op, 0),
+    };
+    const struct nep_counts_msg *msg = (const struct nep_counts_msg *)from;
+    ep->stats.remote_rows += msg->ride_rows;
+    return nep_ep_put(ep, &put, &ep->counts_put[idx]);
+}
+
+enum nep_status nep_counts_send(struct nep_ep *ep, struct nep_handle *handle)
+{
+    uint32_t window = ep->shape.window;
+    uint64_t op = handle->op.number;
+    begin_flows(ep, handle);
+    uint64_t slot = op % window; /* of control 0: this rank itself */
+    fill(ep, handle, ep->rank,
+         (uint8_t *)ep->head + ep->region->counts + slot * ep->region->counts_bytes);
+    /* Release: pairs with the acquire in nep_counts_find of this node's ranks. */
+    nep_word_set(ep->head, ep->region->counts_word, slot, op + 1);
+
+    enum nep_status status = NEP_OK;
+    for (uint32_t c = 1; status == NEP_OK && c < ep->region->num_controls; c++) {
+        uint32_t dst = ep->control_rank[c];
+        uint32_t node = ep->plan.topology->node_of_rank[dst];
+        if (handle->op.kind == NEP_OP_COMBINE ||
+            nep_plan_landing(&ep->plan, ep->rank, node) == dst) {
+            status = put_to(ep, handle, c);
+        }
+    }
+    return status;
+}
+
+/* ---- taking --------------------------------------------------------------------------------- */
+
+static const struct nep_counts_msg *find_at(const struct nep_ep *ep, uint32_t rank,
+                                            uint32_t control, uint64_t op)
+{
+    const struct nep_region *region = &ep->plan.regions[rank];
+    uint64_t idx = (uint64_t)control * ep->shape.window + op % ep->shape.window;
+    uint8_t *base = ep->window[rank];
+    /* Acquire: pairs with the release in nep_counts_send, or with the sink's in raise(). */
+    if (nep_word_get(base, region->counts_word, idx) != op + 1) {
+        return NULL;
+    }
+    return (const struct nep_counts_msg *)(base + region->counts + idx * region->counts_bytes);
+}
+
+const struct nep_counts_msg *nep_counts_find(const struct nep_ep *ep, uint32_t source, uint64_t op)
+{
+    return find_at(ep, ep->counts_at[source].rank, ep->counts_at[source].control, op);
+}
+
+const struct nep_counts_msg *nep_counts_find_sums(const struct nep_ep *ep, uint32_t node,
+                                                  uint64_t op)
+{
+    uint32_t far = nep_plan_landing(&ep->plan, ep->rank, node);
+    return find_at(ep, ep->rank, nep_plan_control(&ep->plan, ep->rank, far), op);
+}
+
+static enum nep_status disagree(struct nep_ep *ep, const struct nep_handle *handle, uint32_t source,
+                                const struct nep_counts_msg *msg, const char *what, uint64_t theirs,
+                                uint64_t ours)
+{
+    struct nep_fault fault = {
+        .size = sizeof fault,
+        .status = NEP_ERR_MISMATCH,
+        .rank = source,
+        .node = ep->plan.topology->node_of_rank[source],
+        .op = handle->op.number,
+        .phase = "counts",
+    };
+    snprintf(fault.message, sizeof fault.message,
+             "operation %llu: rank %u runs %s of its handle %u, this rank (%u) runs %s of handle "
+             "%u; %s: %llu there, %llu here",
+             (unsigned long long)handle->op.number, source,
+             msg->kind == NEP_OP_COMBINE ? "combine" : "dispatch", msg->handle, ep->rank,
+             handle->op.kind == NEP_OP_COMBINE ? "combine" : "dispatch", handle->id, what,
+             (unsigned long long)theirs, (unsigned long long)ours);
+    ep->is_broken = true;
+    return nep_comm_fail(ep->comm, &fault);
+}
+
+/* All ranks must mean the same; sizes must be possible, since positions follow from them. */
+static enum nep_status check(struct nep_ep *ep, const struct nep_handle *handle, uint32_t source,
+                             const struct nep_counts_msg *msg)
+{
+    bool is_dispatch = handle->op.kind == NEP_OP_DISPATCH;
+    uint32_t max_tokens = ep->shape.max_tokens;
+    const struct {
+        const char *what;
+        uint64_t theirs, ours;
+    } equal[] = {
+        {"operation number", msg->op, handle->op.number},
+        {"source rank", msg->source, source},
+        {"kind of operation", msg->kind, handle->op.kind},
+        {"handle (all ranks create and use handles in the same order)", msg->handle, handle->id},
+        {"map digest", msg->map_digest, handle->map_digest},
+        {"layer", msg->layer, is_dispatch ? handle->layer : 0},
+    };
+    for (size_t i = 0; i < sizeof equal / sizeof equal[0]; i++) {
+        if (equal[i].theirs != equal[i].ours) {
+            return disagree(ep, handle, source, msg, equal[i].what, equal[i].theirs, equal[i].ours);
+        }
+    }
+    if (msg->num_tokens > max_tokens || msg->num_rows > max_tokens) {
+        return disagree(ep, handle, source, msg, "tokens, beyond the most of", msg->num_tokens,
+                        max_tokens);
+    }
+    uint32_t tiles = msg->ride_rows != 0 ? 0 : nep_num_tiles(ep, msg->num_rows);
+    if (msg->num_tiles != tiles || msg->ride_rows > ep->shape.ride_rows ||
+        (msg->ride_rows != 0 && msg->ride_rows != msg->num_rows)) {
+        return disagree(ep, handle, source, msg, "tiles", msg->num_tiles, tiles);
+    }
+    return NEP_OK;
+}
+
+static enum nep_status begin_inflows(struct nep_ep *ep, struct nep_handle *handle)
+{
+    uint64_t op = handle->op.number;
+    uint32_t window = ep->shape.window;
+    bool is_dispatch = handle->op.kind == NEP_OP_DISPATCH;
+    for (uint32_t s = 0; s < ep->plan.topology->num_ranks; s++) {
+        const struct nep_counts_msg *msg = nep_counts_find(ep, s, op);
+        struct nep_inflow *inflow = &ep->dispatch_in[s];
+        uint64_t end = is_dispatch ? msg->tiles_end : inflow->planned;
+        if (!nep_inflow_begin(inflow, op, window, end, is_dispatch ? msg->num_tiles : 0)) {
+            return disagree(ep, handle, s, msg, "end of its tiles", end,
+                            inflow->planned + msg->num_tiles);
+        }
+    }
+    for (uint32_t n = 0; n < ep->plan.topology->num_nodes; n++) {
+        struct nep_inflow *inflow = &ep->combine_in[n];
+        if (is_dispatch || n == ep->node) {
+            nep_inflow_begin(inflow, op, window, inflow->planned, 0);
+            continue;
+        }
+        const struct nep_counts_msg *msg = nep_counts_find_sums(ep, n, op);
+        uint32_t rows = handle->node_begin[n + 1] - handle->node_begin[n];
+        uint32_t far = nep_plan_landing(&ep->plan, ep->rank, n);
+        if (msg->num_rows != rows) {
+            return disagree(ep, handle, far, msg, "rows of sums", msg->num_rows, rows);
+        }
+        if (!nep_inflow_begin(inflow, op, window, msg->tiles_end, msg->num_tiles)) {
+            return disagree(ep, handle, far, msg, "end of its tiles of sums", msg->tiles_end,
+                            inflow->planned + msg->num_tiles);
+        }
+    }
+    return NEP_OK;
+}
+
+/* Names the first rank whose COUNTS are missing; true when none is. */
+static bool all_here(struct nep_ep *ep, const struct nep_handle *handle)
+{
+    uint32_t num_ranks = ep->plan.topology->num_ranks;
+    uint64_t op = handle->op.number;
+    uint32_t here = 0, missing = UINT32_MAX;
+    for (uint32_t s = 0; s < num_ranks; s++) {
+        bool is_here = nep_counts_find(ep, s, op) != NULL;
+        here += is_here;
+        missing = is_here || missing != UINT32_MAX ? missing : s;
+    }
+    if (missing != UINT32_MAX) {
+        nep_ep_miss(ep, "counts", missing, num_ranks, here);
+        return false;
+    }
+    for (uint32_t n = 0; handle->op.kind == NEP_OP_COMBINE && n < ep->plan.topology->num_nodes;
+         n++) {
+        if (n != ep->node && nep_counts_find_sums(ep, n, op) == NULL) {
+            nep_ep_miss(ep, "counts", nep_plan_landing(&ep->plan, ep->rank, n), 1, 0);
+            return false;
+        }
+    }
+    return true;
+}
+
+enum nep_status nep_counts_take(struct nep_ep *ep, struct nep_handle *handle, bool *done_p)
+{
+    *done_p = handle->op.is_counted;
+    if (handle->op.is_counted || !all_here(ep, handle)) {
+        return NEP_OK;
+    }
+    enum nep_status status = NEP_OK;
+    for (uint32_t s = 0; status == NEP_OK && s < ep->plan.topology->num_ranks; s++) {
+        status = check(ep, handle, s, nep_counts_find(ep, s, handle->op.number));
+    }
+    for (uint32_t n = 0;
+         status == NEP_OK && handle->op.kind == NEP_OP_COMBINE && n < ep->plan.topology->num_nodes;
+         n++) {
+        if (n != ep->node) {
+            status = check(ep, handle, nep_plan_landing(&ep->plan, ep->rank, n),
+                           nep_counts_find_sums(ep, n, handle->op.number));
+        }
+    }
+    if (status == NEP_OK) {
+        status = begin_inflows(ep, handle);
+    }
+    if (status == NEP_OK && handle->op.kind == NEP_OP_DISPATCH) {
+        nep_positions_from_counts(ep, handle);
+    }
+    if (status == NEP_OK) {
+        handle->op.is_counted = true;
+        *done_p = true;
+    }
+    return status;
+}

@@ -1,0 +1,30 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* COUNTS: written once per operation to every rank that lands them, read by everyone on the node.
+ */
+#ifndef NEP_DISPATCH_COUNTS_H
+#define NEP_DISPATCH_COUNTS_H
+
+#include "dispatch/ep.h"
+
+/*
+ * Announces the handle's operation: own page first, then the fabric. Dispatch: after layout; tiles
+ * of every stream are begun here. Waits only for the local completion of COUNTS sent W operations
+ * ago.
+ */
+enum nep_status nep_counts_send(struct nep_ep *ep, struct nep_handle *handle);
+
+/*
+ * Source s's COUNTS of an operation as this node has them; NULL while they are not here. Checked
+ * when first taken (nep_counts_take).
+ */
+const struct nep_counts_msg *nep_counts_find(const struct nep_ep *ep, uint32_t source, uint64_t op);
+/* The COUNTS that a combine's summing rank F(this rank, node) sent to this very rank. */
+const struct nep_counts_msg *nep_counts_find_sums(const struct nep_ep *ep, uint32_t node,
+                                                  uint64_t op);
+/*
+ * *done_p: COUNTS of all ranks are here. Then takes them: checks that all mean the same operation,
+ * and (dispatch) computes every position. Else names the first rank that is missing.
+ */
+enum nep_status nep_counts_take(struct nep_ep *ep, struct nep_handle *handle, bool *done_p);
+
+#endif

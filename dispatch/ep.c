@@ -1,0 +1,460 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Creating an ep is collective: equal parameters are agreed on first, then every rank makes its
+ * window and fills in its head and directory, and a last agreement makes sure that all are there
+ * before anyone puts.
+ */
+#include "dispatch/ep.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/log.h"
+#include "transport/bootstrap.h"
+
+enum nep_status nep_ep_check(struct nep_ep *ep)
+{
+    if (ep == NULL) {
+        return nep_fail(NEP_ERR_INVALID, "the ep is NULL");
+    }
+    enum nep_status status = nep_comm_check(ep->comm);
+    if (status == NEP_OK && ep->is_broken) {
+        status = nep_fail(NEP_ERR_BROKEN, "an operation of this ep failed: destroy it");
+    }
+    return status;
+}
+
+void nep_ep_forget(struct nep_ep *ep, struct nep_handle *handle)
+{
+    if (handle->state == NEP_HANDLE_DISPATCHING || handle->state == NEP_HANDLE_COMBINING) {
+        if (!ep->is_broken) {
+            nep_warn("handle %u is destroyed in the middle of operation %llu: its ep is of no "
+                     "further use",
+                     handle->id, (unsigned long long)handle->op.number);
+        }
+        ep->in_flight[handle->op.number % ep->shape.outstanding] = NULL;
+        ep->is_broken = true;
+    }
+    ep->num_handles--;
+}
+
+enum nep_status nep_ep_put(struct nep_ep *ep, const struct nep_put *put, uint64_t *number_p)
+{
+    ep->stats.wire_messages++;
+    ep->stats.wire_bytes += put->len;
+    return ep->comm->inter->ops->put(ep->comm->inter, put, number_p);
+}
+
+/* ---- parameters ----------------------------------------------------------------------------- */
+
+static enum nep_status agree(struct nep_ep *ep)
+{
+    const struct nep_shape *shape = &ep->shape;
+    const struct nep_agree_field fields[] = {
+        {"num_experts", shape->num_experts},
+        {"slots_per_rank", shape->slots_per_rank},
+        {"top_k", shape->top_k},
+        {"hidden", shape->hidden},
+        {"max_tokens", shape->max_tokens},
+        {"dtype", shape->dtype},
+        {"wire", shape->wire},
+        {"layout", shape->layout},
+        {"expert_alignment", shape->alignment},
+        {"outstanding", shape->outstanding},
+        {"num_layers", shape->num_layers},
+        {"pool_bytes", shape->pool_bytes},
+        {"digest of the map", ep->map_digest},
+    };
+    return nep_bootstrap_agree(&ep->comm->bootstrap, ep->comm->topology.num_ranks, "ep", fields,
+                               sizeof fields / sizeof fields[0], ep->comm->timeout_ns);
+}
+
+/* The map must be of this group and shape. */
+static enum nep_status check_map(const struct nep_map *map, const struct nep_shape *shape,
+                                 const struct nep_topology *topology)
+{
+    struct nep_map_shape is = {.size = sizeof is};
+    enum nep_status status = nep_map_get_shape(map, &is);
+    if (status != NEP_OK) {
+        return status;
+    }
+    const struct {
+        const char *what;
+        uint64_t map, ep;
+    } rows[] = {
+        {"experts", is.num_experts, shape->num_experts},
+        {"ranks", is.num_ranks, topology->num_ranks},
+        {"nodes", is.num_nodes, topology->num_nodes},
+        {"slots per rank", is.slots_per_rank, shape->slots_per_rank},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        if (rows[i].map != rows[i].ep) {
+            return nep_fail(NEP_ERR_INVALID, "the map is for %llu %s, this ep has %llu",
+                            (unsigned long long)rows[i].map, rows[i].what,
+                            (unsigned long long)rows[i].ep);
+        }
+    }
+    if (is.num_layers < shape->num_layers) {
+        return nep_fail(NEP_ERR_INVALID, "the map has %u layers, this ep %u", is.num_layers,
+                        shape->num_layers);
+    }
+    /* A map numbers ranks node by node. */
+    uint32_t rank = 0;
+    for (uint32_t n = 0; n < is.num_nodes; n++) {
+        for (uint32_t i = 0; i < is.ranks_per_node[n]; i++, rank++) {
+            if (topology->node_of_rank[rank] != n) {
+                return nep_fail(NEP_ERR_INVALID,
+                                "the map puts rank %u on node %u, here it is on node %u", rank, n,
+                                topology->node_of_rank[rank]);
+            }
+        }
+    }
+    return NEP_OK;
+}
+
+static enum nep_status make_map(struct nep_ep *ep, const struct nep_map *given)
+{
+    const struct nep_topology *topology = &ep->comm->topology;
+    enum nep_status status;
+    if (given != NULL) {
+        status = check_map(given, &ep->shape, topology);
+        if (status == NEP_OK) {
+            ep->map = (struct nep_map *)given;
+            nep_map_retain(ep->map);
+        }
+    } else {
+        struct nep_map_shape shape = {
+            .size = sizeof shape,
+            .num_layers = ep->shape.num_layers,
+            .num_experts = ep->shape.num_experts,
+            .num_nodes = topology->num_nodes,
+            .num_ranks = topology->num_ranks,
+            .slots_per_rank = ep->shape.slots_per_rank,
+            .ranks_per_node = topology->node_ranks,
+        };
+        status = nep_map_contiguous(&shape, &ep->map);
+    }
+    ep->copies = calloc(ep->shape.num_layers, sizeof *ep->copies);
+    if (status == NEP_OK && ep->copies == NULL) {
+        status = nep_fail(NEP_ERR_NO_MEMORY, "ep: no memory for %u layers", ep->shape.num_layers);
+    }
+    for (uint32_t l = 0; status == NEP_OK && l < ep->shape.num_layers; l++) {
+        status = nep_map_copies(ep->map, l, &ep->copies[l]);
+        /* The group's own table: a contiguous map knows nodes by size alone. */
+        ep->copies[l].node_of_rank = topology->node_of_rank;
+    }
+    if (status == NEP_OK) {
+        ep->map_digest = nep_map_digest(ep->map);
+    }
+    return status;
+}
+
+/* ---- tables --------------------------------------------------------------------------------- */
+
+static enum nep_status allocate(struct nep_ep *ep)
+{
+    const struct nep_topology *topology = ep->plan.topology;
+    uint64_t num_ranks = topology->num_ranks, num_nodes = topology->num_nodes;
+    uint64_t lanes = ep->region->num_lanes, window = ep->shape.window;
+    uint64_t slots = ep->shape.slots_per_rank;
+    struct {
+        void *to;
+        uint64_t num, bytes;
+    } rows[] = {
+        {&ep->window, num_ranks, sizeof *ep->window},
+        {&ep->slot_at, num_ranks * slots, sizeof *ep->slot_at},
+        {&ep->slot_local, ep->node_size * slots, sizeof *ep->slot_local},
+        {&ep->counts_at, num_ranks, sizeof *ep->counts_at},
+        {&ep->control_rank, ep->region->num_controls, sizeof *ep->control_rank},
+        {&ep->dispatch_flows, num_nodes, sizeof *ep->dispatch_flows},
+        {&ep->combine_flows, lanes + 1, sizeof *ep->combine_flows},
+        {&ep->rings, ep->region->num_sends + 1, sizeof *ep->rings},
+        {&ep->dispatch_in, num_ranks, sizeof *ep->dispatch_in},
+        {&ep->combine_in, num_nodes, sizeof *ep->combine_in},
+        {&ep->counts_put, ep->region->num_controls * window, sizeof *ep->counts_put},
+        {&ep->staged, num_ranks, sizeof *ep->staged},
+        {&ep->taken, (lanes + 1) * ep->node_size, sizeof *ep->taken},
+        {&ep->push_base, ep->node_size, sizeof *ep->push_base},
+        {&ep->lent, ep->node_size, sizeof *ep->lent},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        void *table = calloc(rows[i].num, rows[i].bytes);
+        if (table == NULL) {
+            return nep_fail(NEP_ERR_NO_MEMORY, "ep: no memory for a table of %llu entries",
+                            (unsigned long long)rows[i].num);
+        }
+        memcpy(rows[i].to, &table, sizeof table);
+    }
+    return nep_layout_init(&ep->layout, topology->num_ranks, topology->num_nodes,
+                           ep->shape.slots_per_rank);
+}
+
+static void fill_tables(struct nep_ep *ep)
+{
+    const struct nep_topology *topology = ep->plan.topology;
+    uint32_t slots = ep->shape.slots_per_rank;
+    for (uint32_t r = 0; r < topology->num_ranks; r++) {
+        for (uint32_t l = 0; l < slots; l++) {
+            ep->slot_at[(uint64_t)r * slots + l].rank = r;
+            ep->slot_at[(uint64_t)r * slots + l].node = topology->node_of_rank[r];
+        }
+        uint32_t landing = nep_plan_landing(&ep->plan, r, ep->node);
+        ep->counts_at[r].rank = landing;
+        ep->counts_at[r].control = nep_plan_control(&ep->plan, landing, r);
+        uint32_t control = nep_plan_control(&ep->plan, ep->rank, r);
+        if (control != UINT32_MAX) {
+            ep->control_rank[control] = r;
+        }
+        if (topology->node_of_rank[r] != ep->node &&
+            nep_plan_landing(&ep->plan, r, ep->node) == ep->rank) {
+            uint32_t lane = nep_plan_lane(&ep->plan, r, ep->node);
+            ep->combine_flows[lane].dst = r;
+            ep->combine_flows[lane].ring = lane;
+        }
+    }
+    for (uint32_t i = 0; i < ep->node_size * slots; i++) {
+        ep->slot_local[i] = (uint16_t)(i / slots);
+    }
+    for (uint32_t n = 0; n < topology->num_nodes; n++) {
+        ep->dispatch_flows[n].dst = nep_plan_landing(&ep->plan, ep->rank, n);
+        ep->dispatch_flows[n].ring = n == ep->node ? 0 : nep_plan_skip(ep->node, n);
+    }
+}
+
+/* What the sink works from. Written before anyone can put: the agreement in `create` follows. */
+static void fill_head(struct nep_ep *ep)
+{
+    const struct nep_topology *topology = ep->plan.topology;
+    struct nep_region_head *head = ep->head;
+    head->magic = NEP_REGION_MAGIC;
+    head->rank = ep->rank;
+    head->num_ranks = topology->num_ranks;
+    head->window = ep->shape.window;
+    head->generation = 0;
+    head->region = *ep->region;
+    struct nep_directory *directory =
+        (struct nep_directory *)((uint8_t *)head + ep->region->directory);
+    for (uint32_t r = 0; r < topology->num_ranks; r++) {
+        directory[r].node = topology->node_of_rank[r];
+        directory[r].control = nep_plan_control(&ep->plan, ep->rank, r);
+        directory[r].lane = topology->node_of_rank[r] != ep->node &&
+                                    nep_plan_landing(&ep->plan, r, ep->node) == ep->rank
+                                ? nep_plan_lane(&ep->plan, r, ep->node)
+                                : UINT32_MAX;
+    }
+}
+
+/* ---- window --------------------------------------------------------------------------------- */
+
+static enum nep_status make_window(struct nep_ep *ep)
+{
+    struct nep_comm *comm = ep->comm;
+    void *base = NULL;
+    enum nep_status status =
+        comm->intra->ops->window_create(comm->intra, ep->number, &base, ep->plan.window_bytes);
+    if (status != NEP_OK) {
+        return status;
+    }
+    ep->head = base;
+    for (uint32_t g = 0; g < ep->node_size; g++) {
+        uint32_t rank = nep_ep_rank_at(ep, g);
+        ep->window[rank] = comm->intra->ops->peer_window(comm->intra, ep->number, rank);
+    }
+    nep_pool_init(&ep->pool, (uint8_t *)base + ep->plan.pool_offset, ep->shape.pool_bytes);
+    fill_head(ep);
+    if (comm->inter != NULL && comm->inter != comm->intra) {
+        status =
+            comm->inter->ops->window_create(comm->inter, ep->number, &base, ep->plan.window_bytes);
+        ep->has_inter_window = status == NEP_OK;
+    }
+    return status;
+}
+
+static enum nep_status make(struct nep_ep *ep, const struct nep_ep_params *params)
+{
+    struct nep_comm *comm = ep->comm;
+    const struct nep_topology *topology = &comm->topology;
+    ep->rank = topology->rank;
+    ep->node = topology->node;
+    ep->local = topology->local;
+    ep->node_size = topology->node_ranks[topology->node];
+    enum nep_status status = nep_shape_init(&ep->shape, params, topology, &comm->config);
+    if (status == NEP_OK) {
+        status = make_map(ep, params->map);
+    }
+    if (status == NEP_OK) {
+        status = nep_kernels_select(comm->config.simd, &ep->kernels);
+    }
+    if (status == NEP_OK) {
+        status = nep_plan_init(&ep->plan, &ep->shape, topology);
+    }
+    if (status == NEP_OK) {
+        ep->region = &ep->plan.regions[ep->rank];
+        status = allocate(ep);
+    }
+    /* A rank that refuses must not leave the others waiting, and the cause is best told by all. */
+    status = nep_bootstrap_common(&comm->bootstrap, ep->rank, topology->num_ranks, status,
+                                  comm->timeout_ns);
+    if (status == NEP_OK) {
+        status = agree(ep);
+    }
+    if (status == NEP_OK) {
+        status = nep_comm_claim_ep(comm, &ep->number);
+        ep->has_number = status == NEP_OK;
+    }
+    if (status != NEP_OK) {
+        return status;
+    }
+    fill_tables(ep);
+    status = make_window(ep);
+    return nep_bootstrap_common(&comm->bootstrap, ep->rank, topology->num_ranks, status,
+                                comm->timeout_ns);
+}
+
+enum nep_status nep_ep_create(struct nep_comm *comm, const struct nep_ep_params *params,
+                              struct nep_ep **ep_p)
+{
+    struct nep_ep_params copy;
+    enum nep_status status = nep_comm_check(comm);
+    if (status == NEP_OK && ep_p == NULL) {
+        status = nep_fail(NEP_ERR_INVALID, "nep_ep_create: ep_p is NULL");
+    }
+    if (status == NEP_OK) {
+        status = nep_struct_copy(&copy, sizeof copy, params, sizeof copy.size, "nep_ep_params");
+    }
+    if (status != NEP_OK) {
+        return status;
+    }
+    struct nep_ep *ep = calloc(1, sizeof *ep);
+    if (ep == NULL) {
+        return nep_fail(NEP_ERR_NO_MEMORY, "no memory for an ep");
+    }
+    ep->comm = comm;
+    status = make(ep, &copy);
+    if (status != NEP_OK) {
+        nep_ep_destroy(ep);
+        return status;
+    }
+    *ep_p = ep;
+    return NEP_OK;
+}
+
+void nep_ep_destroy(struct nep_ep *ep)
+{
+    if (ep == NULL) {
+        return;
+    }
+    if (ep->num_handles != 0) {
+        nep_warn("an ep is destroyed before %u of its handles: they must not be used any more",
+                 ep->num_handles);
+    }
+    struct nep_comm *comm = ep->comm;
+    if (ep->has_inter_window) {
+        comm->inter->ops->window_destroy(comm->inter, ep->number);
+    }
+    nep_pool_fini(&ep->pool);
+    if (ep->head != NULL) {
+        comm->intra->ops->window_destroy(comm->intra, ep->number);
+    }
+    if (ep->has_number) {
+        nep_comm_release_ep(comm, ep->number);
+    }
+    nep_layout_fini(&ep->layout);
+    void *tables[] = {ep->window,       ep->slot_at,        ep->slot_local,    ep->counts_at,
+                      ep->control_rank, ep->dispatch_flows, ep->combine_flows, ep->rings,
+                      ep->dispatch_in,  ep->combine_in,     ep->counts_put,    ep->staged,
+                      ep->taken,        ep->push_base,      ep->lent,          ep->copies};
+    for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
+        free(tables[i]);
+    }
+    nep_plan_fini(&ep->plan);
+    nep_map_destroy(ep->map);
+    free(ep);
+}
+
+/* ---- what it costs, what it did ------------------------------------------------------------- */
+
+enum nep_status nep_ep_memory(const struct nep_ep_params *params,
+                              const struct nep_topology *topology, struct nep_memory *memory_p)
+{
+    struct nep_ep_params copy;
+    struct nep_config config;
+    struct nep_shape shape;
+    struct nep_plan plan;
+    if (topology == NULL || memory_p == NULL) {
+        return nep_fail(NEP_ERR_INVALID, "nep_ep_memory: an argument is NULL");
+    }
+    enum nep_status status =
+        nep_struct_copy(&copy, sizeof copy, params, sizeof copy.size, "nep_ep_params");
+    if (status == NEP_OK) {
+        status = nep_config_load(&config);
+    }
+    if (status == NEP_OK) {
+        status = nep_shape_init(&shape, &copy, topology, &config);
+    }
+    if (status == NEP_OK) {
+        status = nep_plan_init(&plan, &shape, topology);
+    }
+    if (status != NEP_OK) {
+        return status;
+    }
+    memset(memory_p, 0, sizeof *memory_p);
+    memory_p->size = sizeof *memory_p;
+    nep_plan_memory(&plan, topology->rank, memory_p);
+    memory_p->handle_bytes = nep_handle_bytes(&plan, topology->rank);
+    nep_plan_fini(&plan);
+    return NEP_OK;
+}
+
+enum nep_status nep_ep_stats(const struct nep_ep *ep, struct nep_stats *stats_p)
+{
+    if (ep == NULL || stats_p == NULL) {
+        return nep_fail(NEP_ERR_INVALID, "nep_ep_stats: an argument is NULL");
+    }
+    struct nep_stats stats = ep->stats;
+    stats.size = sizeof stats;
+    stats.duplicates = atomic_load_explicit(&ep->head->duplicates, memory_order_relaxed);
+    stats.stale = atomic_load_explicit(&ep->head->stale, memory_order_relaxed);
+    *stats_p = stats;
+    return NEP_OK;
+}
+
+/* ---- buffers -------------------------------------------------------------------------------- */
+
+enum nep_status nep_buffer_alloc(struct nep_ep *ep, size_t bytes, void **buffer_p)
+{
+    enum nep_status status = nep_ep_check(ep);
+    if (status == NEP_OK && buffer_p == NULL) {
+        status = nep_fail(NEP_ERR_INVALID, "nep_buffer_alloc: buffer_p is NULL");
+    }
+    void *buffer = NULL;
+    if (status == NEP_OK) {
+        status = nep_pool_take(&ep->pool, bytes, &buffer);
+    }
+    if (status != NEP_OK) {
+        return status;
+    }
+    if (buffer == NULL) {
+        if (!ep->pool.is_said) {
+            nep_warn("the pool of mapped memory (%llu bytes) has no room for %zu more: private "
+                     "memory is used, rows move once more; raise pool_bytes or NEP_POOL",
+                     (unsigned long long)ep->pool.bytes, bytes);
+            ep->pool.is_said = true;
+        }
+        size_t rounded = bytes == 0 ? 4096 : (bytes + 4095) / 4096 * 4096;
+        buffer = rounded >= bytes ? aligned_alloc(4096, rounded) : NULL;
+        if (buffer == NULL) {
+            return nep_fail(NEP_ERR_NO_MEMORY, "no memory for a buffer of %zu bytes", bytes);
+        }
+        memset(buffer, 0, rounded);
+    }
+    *buffer_p = buffer;
+    return NEP_OK;
+}
+
+void nep_buffer_free(struct nep_ep *ep, void *buffer)
+{
+    if (ep != NULL && buffer != NULL && !nep_pool_give(&ep->pool, buffer)) {
+        free(buffer);
+    }
+}

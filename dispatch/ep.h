@@ -1,0 +1,101 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* One MoE shape on a communicator: its region, its streams, its operations in flight. */
+#ifndef NEP_DISPATCH_EP_H
+#define NEP_DISPATCH_EP_H
+
+#include "dispatch/comm.h"
+#include "dispatch/flow.h"
+#include "dispatch/handle.h"
+#include "dispatch/host/kernels.h"
+#include "dispatch/layout.h"
+#include "dispatch/pool.h"
+#include "dispatch/protocol.h"
+#include "dispatch/region.h"
+#include "placement/placement.h"
+
+/* What a step of an operation found missing: the first such thing, kept for the sentence. */
+struct nep_missing {
+    const char *phase; /* NULL: nothing is missing */
+    uint32_t rank;     /* who should have delivered it */
+    uint64_t expected;
+    uint64_t arrived;
+};
+
+struct nep_ep {
+    struct nep_comm *comm;
+    uint32_t number; /* id, window, bits of the immediate */
+    uint32_t rank;
+    uint32_t node;
+    uint32_t local;
+    uint32_t node_size; /* G of this node */
+    struct nep_shape shape;
+    struct nep_plan plan;
+    const struct nep_region *region; /* own */
+    struct nep_region_head *head;    /* own window */
+    uint8_t **window;                /* [R] windows of this node's ranks; NULL elsewhere */
+    const struct nep_kernels *kernels;
+    struct nep_map *map;
+    uint64_t map_digest;
+    struct nep_copies *copies; /* [num_layers] */
+    struct nep_slot_at {
+        uint32_t rank;
+        uint32_t node;
+    } * slot_at; /* [R * L] where each physical slot is */
+    struct nep_pool pool;
+    /* who publishes source s's COUNTS on this node */
+    struct nep_word_at {
+        uint32_t rank;
+        uint32_t control;
+    } * counts_at;          /* [R] */
+    uint32_t *control_rank; /* [controls] the rank behind each own control */
+    uint16_t *slot_local;   /* [G * L] local rank of each slot of this node */
+
+    uint64_t next_op;                                  /* number of the next send */
+    uint64_t completed_op;                             /* operations completed */
+    struct nep_handle *in_flight[NEP_MAX_OUTSTANDING]; /* by op % S */
+    struct nep_flow *dispatch_flows; /* [N] to each node; the own one counts home tiles */
+    struct nep_flow *combine_flows;  /* [lanes] */
+    struct nep_send_ring *rings;     /* [num_sends] */
+    struct nep_inflow *dispatch_in;  /* [R] what is known of each source's stream here */
+    struct nep_inflow *combine_in;   /* [N] */
+    uint64_t *counts_put;            /* [controls][W] put number of each COUNTS sent */
+    uint64_t *staged;                /* [R] rows staged for each source, ever */
+    uint64_t *taken;                 /* [1 + lanes][G] */
+    uint8_t **push_base;             /* [G] scratch: outputs of the node that are mapped */
+    struct nep_layout_tables layout; /* scratch of nep_dispatch_send and nep_ep_layout */
+
+    struct nep_lent {
+        const uint8_t *base; /* row p at base + p * row_bytes; NULL: rows come through staging */
+    } * lent;                /* [G] scratch of combine: where the outputs of each local rank lie */
+    struct nep_missing missing;
+    bool has_number;       /* claimed */
+    bool has_inter_window; /* registered with the fabric */
+    bool is_broken;
+    uint32_t next_handle;
+    uint32_t num_handles;
+    struct nep_stats stats;
+};
+
+enum nep_status nep_ep_check(struct nep_ep *ep);
+/* A handle goes: an operation it is in can no longer complete. */
+void nep_ep_forget(struct nep_ep *ep, struct nep_handle *handle);
+
+/* Remembers what is missing unless something is already. */
+static inline void nep_ep_miss(struct nep_ep *ep, const char *phase, uint32_t rank,
+                               uint64_t expected, uint64_t arrived)
+{
+    if (ep->missing.phase == NULL) {
+        ep->missing = (struct nep_missing){phase, rank, expected, arrived};
+    }
+}
+
+/* A rank of this node, by lane. */
+static inline uint32_t nep_ep_rank_at(const struct nep_ep *ep, uint32_t local)
+{
+    return nep_plan_rank_at(&ep->plan, ep->node, local);
+}
+
+/* A put into the fabric, counted. */
+enum nep_status nep_ep_put(struct nep_ep *ep, const struct nep_put *put, uint64_t *number_p);
+
+#endif

@@ -1,0 +1,74 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Streams of tiles and their credits. A stream's tiles are numbered through all operations; tile q
+ * lands in slot q % W of its receiver and may go when q < freed + W.
+ *
+ * freed is the larger of what the receiver said (CREDIT) and of what follows by itself: once this
+ * rank has completed operation j, every rank has begun j, so it has completed j - S and read all
+ * its tiles.
+ */
+#ifndef NEP_DISPATCH_FLOW_H
+#define NEP_DISPATCH_FLOW_H
+
+#include "dispatch/region.h"
+
+struct nep_ep;
+
+/* What this rank sends to one receiver. */
+struct nep_flow {
+    uint32_t dst;
+    uint32_t ring;                         /* send ring */
+    uint64_t planned;                      /* tiles of all operations begun */
+    uint64_t next;                         /* next tile to send */
+    uint64_t implicit;                     /* freed as it follows from completed operations */
+    uint64_t end[2 * NEP_MAX_OUTSTANDING]; /* by op % W: planned after that operation */
+    bool is_open;                          /* combine: a tile is being filled */
+    uint32_t open_rows;
+};
+
+/* What this rank receives of one stream. */
+struct nep_inflow {
+    uint64_t next;      /* next tile to read (combine: by this rank; dispatch: by this rank) */
+    uint64_t announced; /* freed as the sender is known to know it */
+    uint64_t planned;   /* tiles of all operations whose COUNTS were taken */
+    uint64_t end[2 * NEP_MAX_OUTSTANDING]; /* by op % W */
+    uint64_t credit_put;                   /* put number of the last CREDIT; one may be in flight */
+};
+
+/* Packed tiles on their way: W slots, used in turn by both kinds of operation. */
+struct nep_send_ring {
+    uint64_t next;
+    struct {
+        uint32_t dst;
+        uint64_t number; /* 0: never used */
+    } slots[2 * NEP_MAX_OUTSTANDING];
+};
+
+/* An operation begins: num_tiles more of this stream (0 for streams it does not use). */
+void nep_flow_begin(struct nep_flow *flow, uint64_t op, uint32_t window, uint32_t num_tiles);
+/* Operation `op` completed here. */
+void nep_flow_complete(struct nep_flow *flow, uint64_t op, uint32_t window);
+/* Whether the next tile may go, given the explicit credit word. */
+static inline bool nep_flow_may_send(const struct nep_flow *flow, uint64_t credit, uint32_t window)
+{
+    uint64_t freed = credit > flow->implicit ? credit : flow->implicit;
+    return flow->next < freed + window;
+}
+
+/* The receiver's mirror: COUNTS of op said that the stream ends at `end`. False: `end` is
+ * impossible. */
+bool nep_inflow_begin(struct nep_inflow *inflow, uint64_t op, uint32_t window, uint64_t end,
+                      uint32_t num_tiles);
+/* Whether the sender will need a CREDIT beyond what it knows. */
+static inline bool nep_inflow_needs_credit(const struct nep_inflow *inflow, uint32_t window)
+{
+    return inflow->planned > inflow->announced + window;
+}
+
+/* The next slot of a send ring, or NULL while its last put is not complete. */
+uint8_t *nep_send_slot(struct nep_ep *ep, uint32_t ring);
+/* Puts what lies in that slot. */
+enum nep_status nep_send_post(struct nep_ep *ep, uint32_t ring, uint32_t dst, uint64_t offset,
+                              uint64_t bytes, uint32_t imm);
+
+#endif

@@ -1,0 +1,123 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * One row per (token, destination node), in tiles. Ordinary copies: the bytes are read again at
+ * once, by the fabric.
+ */
+#include "dispatch/pack.h"
+
+#include <string.h>
+
+void nep_pack_meta(const struct nep_ep *ep, const struct nep_handle *handle, uint32_t node,
+                   uint32_t first, uint32_t num, void *meta)
+{
+    const struct nep_topology *topology = ep->plan.topology;
+    uint32_t top_k = ep->shape.top_k;
+    uint32_t slots_per_rank = ep->shape.slots_per_rank;
+    const uint32_t *tokens = handle->node_tokens + handle->node_begin[node] + first;
+    for (uint32_t i = 0; i < num; i++) {
+        uint8_t *row = (uint8_t *)meta + (uint64_t)i * ep->shape.meta_bytes;
+        uint16_t *slots = nep_meta_slots(row);
+        memcpy(row, &tokens[i], sizeof tokens[i]);
+        slots[top_k - 1 + top_k % 2] = NEP_META_NONE; /* the pad of an odd K */
+        uint64_t at = (uint64_t)tokens[i] * top_k;
+        for (uint32_t k = 0; k < top_k; k++) {
+            uint32_t slot = handle->slots[at + k];
+            slots[k] = NEP_META_NONE;
+            if (slot != NEP_SLOT_NONE && ep->slot_at[slot].node == node) {
+                uint32_t rank = ep->slot_at[slot].rank;
+                slots[k] = (uint16_t)(topology->local_of_rank[rank] * slots_per_rank + slot -
+                                      rank * slots_per_rank);
+            }
+        }
+        memcpy(nep_meta_weights(row, top_k), handle->weights + at, top_k * sizeof(float));
+    }
+}
+
+void nep_pack_rows(const struct nep_ep *ep, const struct nep_handle *handle, uint32_t node,
+                   uint32_t first, uint32_t num, void *rows)
+{
+    const uint32_t *tokens = handle->node_tokens + handle->node_begin[node] + first;
+    uint64_t row_bytes = ep->shape.wire_row_bytes;
+    for (uint32_t i = 0; i < num; i++) {
+        memcpy((uint8_t *)rows + i * row_bytes,
+               (const uint8_t *)handle->op.in.x + tokens[i] * row_bytes, row_bytes);
+    }
+}
+
+/* Packs the next tile for `node` into its send slot and posts it. */
+static enum nep_status send_tile(struct nep_ep *ep, struct nep_handle *handle, uint32_t node,
+                                 uint32_t num, uint8_t *slot)
+{
+    struct nep_flow *flow = &ep->dispatch_flows[node];
+    uint32_t window = ep->shape.window;
+    struct nep_tile_msg msg = {
+        .op = handle->op.number,
+        .number = flow->next,
+        .source = ep->rank,
+        .kind = NEP_KIND_DISPATCH,
+        .first_row = handle->rows_sent[node],
+        .num_rows = num,
+    };
+    uint32_t payload = nep_tile_payload_offset(&ep->shape, NEP_KIND_DISPATCH, num);
+    memcpy(slot, &msg, sizeof msg);
+    nep_pack_meta(ep, handle, node, handle->rows_sent[node], num, slot + sizeof msg);
+    nep_pack_rows(ep, handle, node, handle->rows_sent[node], num, slot + payload);
+
+    const struct nep_region *there = &ep->plan.regions[flow->dst];
+    uint64_t idx =
+        (uint64_t)nep_plan_lane(&ep->plan, ep->rank, node) * window + flow->next % window;
+    uint64_t offset = there->dispatch_landing + idx * there->dispatch_tile_bytes;
+    uint32_t imm =
+        nep_imm(ep->head->generation, NEP_KIND_DISPATCH, ep->number, handle->op.number, flow->next);
+    handle->rows_sent[node] += num;
+    flow->next++;
+    /* Before the put: a credit for this tile must find it sent. */
+    nep_word_set(ep->head, ep->region->dispatch_sent, node, flow->next);
+    ep->stats.remote_rows += num;
+    return nep_send_post(ep, flow->ring, flow->dst, offset,
+                         payload + (uint64_t)num * ep->shape.wire_row_bytes, imm);
+}
+
+static enum nep_status send_to_node(struct nep_ep *ep, struct nep_handle *handle, uint32_t node,
+                                    bool *progress_p)
+{
+    struct nep_flow *flow = &ep->dispatch_flows[node];
+    uint32_t total = handle->node_begin[node + 1] - handle->node_begin[node];
+    if (nep_rides(ep, total)) {
+        return NEP_OK;
+    }
+    enum nep_status status = NEP_OK;
+    while (status == NEP_OK && handle->rows_sent[node] < total) {
+        uint64_t credit = nep_word_get(ep->head, ep->region->dispatch_credit, node);
+        uint8_t *slot = NULL;
+        if (nep_flow_may_send(flow, credit, ep->shape.window)) {
+            slot = nep_send_slot(ep, flow->ring);
+            if (slot == NULL) {
+                nep_ep_miss(ep, "local completion", flow->dst, total, handle->rows_sent[node]);
+            }
+        } else {
+            nep_ep_miss(ep, "credit", flow->dst, total, handle->rows_sent[node]);
+        }
+        if (slot == NULL) {
+            handle->op.is_sent = false;
+            return NEP_OK;
+        }
+        uint32_t left = total - handle->rows_sent[node];
+        uint32_t num = left < ep->shape.tile_rows ? left : ep->shape.tile_rows;
+        status = send_tile(ep, handle, node, num, slot);
+        *progress_p = true;
+    }
+    return status;
+}
+
+enum nep_status nep_pack_send(struct nep_ep *ep, struct nep_handle *handle, bool *progress_p)
+{
+    uint32_t num_nodes = ep->plan.topology->num_nodes;
+    enum nep_status status = NEP_OK;
+    handle->op.is_sent = true;
+    /* Each node begins with its neighbour, so that not all send to node 0 first. */
+    for (uint32_t i = 1; status == NEP_OK && i < num_nodes; i++) {
+        status = send_to_node(ep, handle, (ep->node + i) % num_nodes, progress_p);
+    }
+    return status;
+}

@@ -1,0 +1,157 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * How the rows of a node reach the rank that sums them: read in place where the outputs lie in
+ * mapped memory, else through a ring of staged rows per (holder, source). A holder stages one row
+ * per token, its experts' rows summed; a consumer takes them in the same order, so two counters are
+ * the whole protocol.
+ */
+#include "dispatch/combine.h"
+
+#include <string.h>
+
+#include "dispatch/positions.h"
+
+void nep_combine_bind(struct nep_ep *ep, struct nep_handle *handle)
+{
+    const void *y = handle->op.rows.y;
+    bool is_mapped = nep_pool_holds(&ep->pool, y, handle->num_rows * ep->shape.row_bytes);
+    struct nep_bind *bind = (struct nep_bind *)((uint8_t *)ep->head + ep->region->y_bind) +
+                            handle->op.number % ep->shape.window;
+    bind->mode = is_mapped ? NEP_BIND_MAPPED : NEP_BIND_PRIVATE;
+    bind->offset = is_mapped ? (uint64_t)((const uint8_t *)y - (uint8_t *)ep->head) : 0;
+    handle->op.out_is_mapped = is_mapped;
+    handle->op.is_bound = true;
+    /* Release: pairs with the acquire in nep_stage_find_lent; the caller's rows are complete. */
+    atomic_store_explicit(&bind->word, handle->op.number + 1, memory_order_release);
+}
+
+bool nep_stage_find_lent(struct nep_ep *ep, const struct nep_handle *handle)
+{
+    uint64_t op = handle->op.number;
+    for (uint32_t g = 0; g < ep->node_size; g++) {
+        uint32_t rank = nep_ep_rank_at(ep, g);
+        struct nep_bind *bind =
+            (struct nep_bind *)(ep->window[rank] + ep->plan.regions[rank].y_bind) +
+            op % ep->shape.window;
+        if (atomic_load_explicit(&bind->word, memory_order_acquire) != op + 1) {
+            nep_ep_miss(ep, "expert outputs", rank, ep->node_size, g);
+            return false;
+        }
+        ep->lent[g].base = g == ep->local                  ? handle->op.rows.y
+                           : bind->mode == NEP_BIND_MAPPED ? ep->window[rank] + bind->offset
+                                                           : NULL;
+    }
+    return true;
+}
+
+/* The ring of rows that local rank `local` stages for `source`. */
+static uint8_t *staged_row(const struct nep_ep *ep, uint32_t rank, uint32_t source, uint64_t number)
+{
+    const struct nep_region *region = &ep->plan.regions[rank];
+    uint64_t row = (uint64_t)source * region->staging_rows + number % region->staging_rows;
+    return ep->window[rank] + region->staging + row * ep->shape.row_bytes;
+}
+
+/* Row i of what this rank holds of a source, summed over its experts. */
+static void stage_row(const struct nep_ep *ep, const struct nep_handle *handle, uint32_t source,
+                      uint32_t i, uint8_t *to)
+{
+    const struct nep_producer *producer = &handle->producers[source];
+    const uint8_t *y = handle->op.rows.y;
+    uint64_t row_bytes = ep->shape.row_bytes;
+    if (producer->begin == NULL) {
+        memcpy(to, y + (producer->first + i) * row_bytes, row_bytes);
+        return;
+    }
+    struct nep_term terms[NEP_MAX_TOP_K];
+    uint32_t begin = producer->begin[i];
+    uint32_t num = producer->begin[i + 1] - begin;
+    for (uint32_t k = 0; k < num; k++) {
+        terms[k] = (struct nep_term){y + producer->pos[begin + k] * row_bytes,
+                                     producer->weight[begin + k], 0};
+    }
+    ep->kernels->sum[ep->shape.dtype - NEP_DTYPE_BF16](to, terms, num, ep->shape.hidden);
+}
+
+static void stage_source(struct nep_ep *ep, struct nep_handle *handle, uint32_t source,
+                         bool *progress_p)
+{
+    uint32_t taker = ep->counts_at[source].rank; /* on this node, who sums for source */
+    uint32_t idx = nep_consumer_idx(ep, taker, source);
+    uint32_t total = handle->producers[source].num_rows;
+    uint32_t cap = ep->region->staging_rows;
+    while (handle->rows_staged[source] < total) {
+        /* Acquire: pairs with the release in nep_stage_taken. */
+        uint64_t taken = nep_word_get(ep->window[taker], ep->plan.regions[taker].taken,
+                                      (uint64_t)idx * ep->node_size + ep->local);
+        if (ep->staged[source] >= taken + cap) {
+            nep_ep_miss(ep, "taking of staged rows", taker, total, handle->rows_staged[source]);
+            handle->op.is_sent = false;
+            return;
+        }
+        stage_row(ep, handle, source, handle->rows_staged[source],
+                  staged_row(ep, ep->rank, source, ep->staged[source]));
+        handle->rows_staged[source]++;
+        ep->staged[source]++;
+        ep->stats.intra_bytes += ep->shape.row_bytes;
+        /* Release: pairs with the acquire in nep_stage_terms. */
+        nep_word_set(ep->head, ep->region->staged, source, ep->staged[source]);
+        *progress_p = true;
+    }
+}
+
+void nep_stage_fill(struct nep_ep *ep, struct nep_handle *handle, bool *progress_p)
+{
+    if (handle->op.out_is_mapped) {
+        return;
+    }
+    uint32_t num_ranks = ep->plan.topology->num_ranks;
+    for (uint32_t i = 0; i < num_ranks; i++) {
+        uint32_t s = (ep->rank + i) % num_ranks; /* holders begin at different sources */
+        if (ep->counts_at[s].rank != ep->rank) {
+            stage_source(ep, handle, s, progress_p);
+        }
+    }
+}
+
+bool nep_stage_terms(struct nep_ep *ep, const struct nep_handle *handle, uint32_t idx,
+                     uint32_t source, uint32_t row, struct nep_term *terms, uint32_t *num_p)
+{
+    const struct nep_consumer *consumer = &handle->consumers[idx];
+    uint32_t num = 0;
+    for (uint32_t a = consumer->begin[row]; a < consumer->begin[row + 1]; a++) {
+        const struct nep_addend *addend = &consumer->addends[a];
+        const uint8_t *base = ep->lent[addend->local].base;
+        if (base != NULL) {
+            terms[num++] = (struct nep_term){base + (uint64_t)addend->pos * ep->shape.row_bytes,
+                                             addend->weight, addend->is_last ? NEP_ENDS_RANK : 0};
+        } else if (addend->is_last) {
+            uint32_t rank = nep_ep_rank_at(ep, addend->local);
+            uint64_t taken = ep->taken[(uint64_t)idx * ep->node_size + addend->local];
+            /* Acquire: pairs with the release in stage_source. */
+            uint64_t there = nep_word_get(ep->window[rank], ep->plan.regions[rank].staged, source);
+            if (there <= taken) {
+                nep_ep_miss(ep, "staged rows", rank, consumer->num_rows, row);
+                return false;
+            }
+            terms[num++] =
+                (struct nep_term){staged_row(ep, rank, source, taken), 1.0f, NEP_ENDS_RANK};
+        }
+    }
+    *num_p = num;
+    return true;
+}
+
+void nep_stage_taken(struct nep_ep *ep, const struct nep_handle *handle, uint32_t idx, uint32_t row)
+{
+    const struct nep_consumer *consumer = &handle->consumers[idx];
+    for (uint32_t a = consumer->begin[row]; a < consumer->begin[row + 1]; a++) {
+        uint32_t local = consumer->addends[a].local;
+        if (consumer->addends[a].is_last && ep->lent[local].base == NULL) {
+            uint64_t at = (uint64_t)idx * ep->node_size + local;
+            ep->taken[at]++;
+            /* Release: the row has been read; pairs with the acquire in stage_source. */
+            nep_word_set(ep->head, ep->region->taken, at, ep->taken[at]);
+        }
+    }
+}

@@ -1,0 +1,175 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Whom to blame. A rank that gives up writes the culprit into its own region, where its node sees
+ * it, and sends LEAVE to the ranks it talks to on other nodes, before it returns: so a rank that
+ * ends because another one died is not taken for the cause. Culprits named by others come first,
+ * then ranks whose process is gone, then, at the deadline, the rank that the step named.
+ */
+#include "dispatch/wait.h"
+
+#include <string.h>
+
+#include "base/backoff.h"
+#include "base/log.h"
+
+static const char *op_name(const struct nep_handle *handle)
+{
+    return handle->op.kind == NEP_OP_COMBINE ? "combine" : "dispatch";
+}
+
+/* Says to everyone that can hear it whom this rank blames. */
+static void tell(struct nep_ep *ep, uint32_t culprit)
+{
+    struct nep_transport *inter = ep->comm->inter;
+    uint64_t none = 0;
+    atomic_compare_exchange_strong_explicit(&ep->head->fault, &none, (uint64_t)culprit + 1,
+                                            memory_order_acq_rel, memory_order_relaxed);
+    for (uint32_t c = 1; inter != NULL && c < ep->region->num_controls; c++) {
+        struct nep_put put = {
+            .dst = ep->control_rank[c],
+            .window = ep->number,
+            .imm = nep_imm(ep->head->generation, NEP_KIND_LEAVE, ep->number, culprit >> 8, culprit),
+        };
+        uint64_t number;
+        if (put.dst != culprit && inter->ops->peer_status(inter, put.dst) == NEP_OK) {
+            (void)inter->ops->put(inter, &put, &number);
+        }
+    }
+}
+
+static enum nep_status give_up(struct nep_ep *ep, struct nep_handle *handle, enum nep_status status,
+                               uint32_t culprit, uint64_t idle_ns, const char *cause)
+{
+    const struct nep_missing *missing = &ep->missing;
+    struct nep_fault fault = {
+        .size = sizeof fault,
+        .status = status,
+        .rank = culprit,
+        .node = culprit != UINT32_MAX ? ep->plan.topology->node_of_rank[culprit] : UINT32_MAX,
+        .op = handle->op.number,
+        .expected = missing->expected,
+        .arrived = missing->arrived,
+        .idle_ns = idle_ns,
+    };
+    snprintf(fault.phase, sizeof fault.phase, "%s", missing->phase ? missing->phase : "");
+    snprintf(fault.message, sizeof fault.message,
+             "%s; rank %u waited in %s (operation %llu) for %s of rank %u: %llu of %llu here, "
+             "nothing moved for %.3f s",
+             cause, ep->rank, op_name(handle), (unsigned long long)handle->op.number,
+             missing->phase ? missing->phase : "nothing in particular", missing->rank,
+             (unsigned long long)missing->arrived, (unsigned long long)missing->expected,
+             (double)idle_ns / 1e9);
+    ep->is_broken = true;
+    if (culprit != UINT32_MAX) {
+        tell(ep, culprit);
+    }
+    return nep_comm_fail(ep->comm, &fault);
+}
+
+/* The culprit that some rank of this node, or this rank by a LEAVE, has named; UINT32_MAX if none.
+ */
+static uint32_t named_culprit(struct nep_ep *ep)
+{
+    for (uint32_t g = 0; g < ep->node_size; g++) {
+        struct nep_region_head *head = (struct nep_region_head *)ep->window[nep_ep_rank_at(ep, g)];
+        uint64_t fault = atomic_load_explicit(&head->fault, memory_order_acquire);
+        if (fault != 0 && fault <= ep->plan.topology->num_ranks) {
+            return (uint32_t)(fault - 1);
+        }
+    }
+    return UINT32_MAX;
+}
+
+static enum nep_status peer_status(struct nep_ep *ep, uint32_t rank)
+{
+    struct nep_comm *comm = ep->comm;
+    bool is_near = ep->plan.topology->node_of_rank[rank] == ep->node;
+    struct nep_transport *transport = is_near ? comm->intra : comm->inter;
+    return transport->ops->peer_status(transport, rank);
+}
+
+static enum nep_status follow(struct nep_ep *ep, struct nep_handle *handle, uint32_t culprit,
+                              uint64_t idle_ns)
+{
+    char cause[128];
+    snprintf(cause, sizeof cause, "rank %u is lost or stuck: another rank found it", culprit);
+    return give_up(ep, handle, NEP_ERR_PEER_LOST, culprit, idle_ns, cause);
+}
+
+/* Looks for ranks that are gone. */
+static enum nep_status look_around(struct nep_ep *ep, struct nep_handle *handle, uint64_t idle_ns)
+{
+    uint32_t named = named_culprit(ep);
+    if (named != UINT32_MAX) {
+        return follow(ep, handle, named, idle_ns);
+    }
+    for (uint32_t r = 0; r < ep->plan.topology->num_ranks; r++) {
+        if (r == ep->rank || peer_status(ep, r) == NEP_OK) {
+            continue;
+        }
+        char cause[256];
+        snprintf(cause, sizeof cause, "rank %u is lost: %s", r, nep_last_message());
+        /* It may have ended because of another: what it said before is visible by now. */
+        named = named_culprit(ep);
+        if (named != UINT32_MAX && named != r) {
+            return follow(ep, handle, named, idle_ns);
+        }
+        return give_up(ep, handle, NEP_ERR_PEER_LOST, r, idle_ns, cause);
+    }
+    return NEP_OK;
+}
+
+static void progress_transports(struct nep_comm *comm)
+{
+    comm->intra->ops->progress(comm->intra);
+    if (comm->inter != NULL && comm->inter != comm->intra) {
+        comm->inter->ops->progress(comm->inter);
+    }
+}
+
+enum nep_status nep_wait(struct nep_ep *ep, struct nep_handle *handle, nep_step_fn step)
+{
+    struct nep_backoff backoff;
+    nep_backoff_init(&backoff, ep->comm->timeout_ns, ep->comm->spin_limit);
+    for (;;) {
+        bool progress = false, done = false;
+        ep->missing.phase = NULL;
+        enum nep_status status = step(ep, handle, &progress, &done);
+        if (status != NEP_OK || done) {
+            return status;
+        }
+        progress_transports(ep->comm);
+        if (progress) {
+            ep->stats.wait_ns += backoff.num_idle != 0 ? nep_backoff_idle_ns(&backoff) : 0;
+            nep_backoff_reset(&backoff);
+            continue;
+        }
+        bool in_time = nep_backoff_pause(&backoff);
+        if (backoff.slow || !in_time) {
+            status = look_around(ep, handle, nep_backoff_idle_ns(&backoff));
+            if (status != NEP_OK) {
+                return status;
+            }
+        }
+        if (!in_time) {
+            char cause[128];
+            snprintf(cause, sizeof cause, "rank %u is slow or stuck: the timeout of %.3f s passed",
+                     ep->missing.rank, (double)ep->comm->timeout_ns / 1e9);
+            return give_up(ep, handle, NEP_ERR_TIMEOUT, ep->missing.rank,
+                           nep_backoff_idle_ns(&backoff), cause);
+        }
+    }
+}
+
+enum nep_status nep_try(struct nep_ep *ep, struct nep_handle *handle, nep_step_fn step)
+{
+    bool progress = true, done = false;
+    enum nep_status status = NEP_OK;
+    while (status == NEP_OK && progress && !done) {
+        progress = false;
+        ep->missing.phase = NULL;
+        status = step(ep, handle, &progress, &done);
+        progress_transports(ep->comm);
+    }
+    return status;
+}
