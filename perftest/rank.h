@@ -1,0 +1,60 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* One rank of nep-perf ep: its objects of the library, its buffers, blocks of iterations. */
+#ifndef NEP_PERFTEST_RANK_H
+#define NEP_PERFTEST_RANK_H
+
+#include "nearep.h"
+#include "perftest/options.h"
+#include "perftest/plan.h"
+#include "perftest/seat.h"
+#include "tests/ref/ref.h"
+
+struct nep_perf_sample {
+    uint64_t dispatch_ns;
+    uint64_t combine_ns;
+};
+
+/* Tensors of one operation in flight. */
+struct nep_perf_lane {
+    struct nep_handle *handle;
+    void *x;
+    int32_t *ids;
+    float *weights;
+    struct nep_rows rows;
+    void *expert; /* what combine reads: rows.x itself where the type is the same */
+    void *y;
+    struct nep_counts counts;
+    uint64_t batch;
+    uint32_t num_tokens;
+};
+
+struct nep_perf_rank {
+    struct nep_perf_options options; /* own copy: a trace sets E and K */
+    struct nep_perf_seat *seat;
+    struct nep_comm *comm;
+    struct nep_topology topology;
+    struct nep_perf_plan *plan;
+    struct nep_ep *ep;
+    struct nep_perf_lane lanes[8];
+    uint64_t capacity;               /* output rows */
+    struct nep_perf_sample *samples; /* of all timed iterations so far */
+    uint64_t num_samples;
+    uint64_t most_samples;
+    struct nep_stats stats; /* summed over timed parts */
+    struct nep_ref_report report;
+    struct nep_ref_traffic traffic; /* of timed iterations, by the oracle */
+    uint64_t *pairs;                /* [layers][R] where (token, expert) pairs landed */
+    uint64_t digest;
+    uint64_t rows_moved; /* output rows of timed iterations */
+};
+
+/* Exit status, or -1: go on; failures are said. Collective. */
+int nep_perf_rank_create(const struct nep_perf_options *options, struct nep_perf_seat *seat,
+                         struct nep_perf_rank *rank);
+void nep_perf_rank_destroy(struct nep_perf_rank *rank);
+/* warmup + iters iterations; the timed ones are appended to samples. */
+int nep_perf_rank_block(struct nep_perf_rank *rank, uint32_t warmup, uint32_t iters);
+/* Everything of a rank: create, a block, results, destroy. Exit status. */
+int nep_perf_rank_main(const struct nep_perf_options *options, struct nep_perf_seat *seat);
+
+#endif
