@@ -278,12 +278,21 @@ static int run_under_mpi(const struct nep_perf_options *options, bool is_launche
                               path);
     }
     char ranks[16];
+    char nodes[6 * 1024] = "";
     snprintf(ranks, sizeof(ranks), "%u", options->num_ranks);
+    for (uint32_t n = 0; n < options->num_nodes; n++) {
+        size_t used = strlen(nodes);
+        snprintf(nodes + used, sizeof(nodes) - used, "%s%u", n > 0 ? "," : "",
+                 options->ranks_per_node[n]);
+    }
     setenv("OMPI_ALLOW_RUN_AS_ROOT", "1", 0);
     setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1", 0);
-    char *prefix[] = {"mpirun", "--oversubscribe", "--bind-to", "none", "-n", ranks, path, "ep"};
+    /* Under a launcher only the program and what the user gave; what is given comes last and wins.
+     */
+    char *prefix[] = {"mpirun", "--oversubscribe",  "--bind-to", "none", "-n", ranks, path,
+                      "ep",     "--ranks-per-node", nodes};
     size_t skip = is_launched ? 6 : 0;
-    size_t num_prefix = sizeof(prefix) / sizeof(prefix[0]) - skip;
+    size_t num_prefix = is_launched ? 2 : sizeof(prefix) / sizeof(prefix[0]);
     char **argv = calloc(num_prefix + (size_t)options->argc + 1, sizeof(*argv));
     if (argv == NULL) {
         return nep_perf_error(NEP_PERF_FAILED, "out of memory");

@@ -7,11 +7,16 @@
  */
 #include <stdio.h>
 
-#include "base/clock.h"
 #include "tests/multi/world.h"
 #include "tests/unit/cmocka_all.h"
 
 enum { STEPS = 200, CONFIGURATIONS = 60 };
+
+/* What run_rank gets; rank 0 counts. */
+struct run {
+    struct nep_multi_shape shape;
+    uint64_t ops;
+};
 
 static void draw_shape(uint64_t seed, struct nep_multi_shape *shape)
 {
@@ -48,14 +53,14 @@ static void draw_shape(uint64_t seed, struct nep_multi_shape *shape)
 
 static bool run_rank(struct nep_multi_rank *rank)
 {
-    const struct nep_multi_shape *shape = rank->arg;
+    struct run *run = rank->arg;
+    const struct nep_multi_shape *shape = &run->shape;
     struct nep_multi_world world;
     bool is_fine = nep_multi_world_create(rank, shape, shape->outstanding + 2, &world);
     uint32_t steps = shape->max_tokens > 100 ? STEPS / 10 : STEPS;
     is_fine = is_fine && nep_multi_random_schedule(&world, shape->seed, steps);
     if (is_fine && rank->rank == 0) {
-        atomic_store(nep_multi_words(rank), world.num_ops);
-        *(uint64_t *)((char *)rank->arg + sizeof(*shape)) = world.num_ops;
+        run->ops = world.num_ops;
     }
     is_fine = is_fine && nep_multi_barrier(rank);
     nep_multi_world_destroy(&world);
@@ -67,10 +72,7 @@ static void test_random_schedules_match(void **state)
     uint64_t seed = *(uint64_t *)*state;
     uint64_t num = nep_multi_scaled(CONFIGURATIONS);
     uint64_t ops = 0;
-    struct {
-        struct nep_multi_shape shape;
-        uint64_t ops;
-    } arg;
+    struct run arg;
     for (uint64_t i = 0; i < num; i++) {
         struct nep_multi_result result;
         draw_shape(seed + i, &arg.shape);
