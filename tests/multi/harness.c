@@ -88,8 +88,22 @@ bool nep_multi_fail(struct nep_multi_rank *rank, const char *fmt, ...)
     return false;
 }
 
-static void seat_init(struct nep_multi_rank *rank, uint32_t number, uint32_t num_ranks,
-                      struct nep_multi_shared *shared, void *arg)
+struct nep_multi_shared *nep_multi_shared_create(void)
+{
+    void *memory = mmap(NULL, sizeof(struct nep_multi_shared), PROT_READ | PROT_WRITE,
+                        MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    return memory == MAP_FAILED ? NULL : memory;
+}
+
+void nep_multi_shared_destroy(struct nep_multi_shared *shared)
+{
+    if (shared != NULL) {
+        munmap(shared, sizeof(*shared));
+    }
+}
+
+void nep_multi_seat(struct nep_multi_rank *rank, uint32_t number, uint32_t num_ranks,
+                    struct nep_multi_shared *shared, void *arg)
 {
     *rank = (struct nep_multi_rank){
         .rank = number, .num_ranks = num_ranks, .shared = shared, .arg = arg};
@@ -114,12 +128,12 @@ static void *thread_main(void *arg)
 void nep_multi_run_threads(uint32_t num_ranks, nep_multi_fn fn, void *arg,
                            struct nep_multi_result *result)
 {
-    struct nep_multi_shared *shared = calloc(1, sizeof(*shared));
+    struct nep_multi_shared *shared = nep_multi_shared_create();
     struct thread *threads = calloc(num_ranks, sizeof(*threads));
     memset(result, 0, sizeof(*result));
     uint32_t started = 0;
     for (; started < num_ranks && shared != NULL && threads != NULL; started++) {
-        seat_init(&threads[started].rank, started, num_ranks, shared, arg);
+        nep_multi_seat(&threads[started].rank, started, num_ranks, shared, arg);
         threads[started].fn = fn;
         if (pthread_create(&threads[started].id, NULL, thread_main, &threads[started]) != 0) {
             nep_multi_fail(&threads[started].rank, "the thread cannot be started");
@@ -134,7 +148,7 @@ void nep_multi_run_threads(uint32_t num_ranks, nep_multi_fn fn, void *arg,
     if (shared != NULL) {
         memcpy(result->error, shared->error, sizeof(result->error));
     }
-    free(shared);
+    nep_multi_shared_destroy(shared);
     free(threads);
 }
 
@@ -173,11 +187,10 @@ static void wait_children(pid_t *pids, uint32_t num, uint32_t timeout_s,
 void nep_multi_run_processes(uint32_t num_ranks, nep_multi_fn fn, void *arg, uint32_t timeout_s,
                              struct nep_multi_result *result)
 {
-    struct nep_multi_shared *shared =
-        mmap(NULL, sizeof(*shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    struct nep_multi_shared *shared = nep_multi_shared_create();
     pid_t pids[NEP_MULTI_MAX_RANKS];
     memset(result, 0, sizeof(*result));
-    if (shared == MAP_FAILED) {
+    if (shared == NULL) {
         result->num_failed = num_ranks;
         snprintf(result->error, sizeof(result->error), "no shared memory for the harness");
         return;
@@ -188,7 +201,7 @@ void nep_multi_run_processes(uint32_t num_ranks, nep_multi_fn fn, void *arg, uin
         if (pids[r] == 0) {
             prctl(PR_SET_PDEATHSIG, SIGKILL);
             struct nep_multi_rank rank;
-            seat_init(&rank, r, num_ranks, shared, arg);
+            nep_multi_seat(&rank, r, num_ranks, shared, arg);
             bool is_fine = fn(&rank);
             fflush(NULL);
             _exit(is_fine ? 0 : 1);
@@ -198,7 +211,7 @@ void nep_multi_run_processes(uint32_t num_ranks, nep_multi_fn fn, void *arg, uin
     if (shared->error[0] != '\0') {
         memcpy(result->error, shared->error, sizeof(result->error));
     }
-    munmap(shared, sizeof(*shared));
+    nep_multi_shared_destroy(shared);
 }
 
 uint64_t nep_multi_seed(const char *test)

@@ -41,6 +41,12 @@ void nep_multi_run_threads(uint32_t num_ranks, nep_multi_fn fn, void *arg,
 void nep_multi_run_processes(uint32_t num_ranks, nep_multi_fn fn, void *arg, uint32_t timeout_s,
                              struct nep_multi_result *result);
 
+/* A group of its own for some ranks: memory to be made before the ranks start, one seat a rank. */
+struct nep_multi_shared *nep_multi_shared_create(void);
+void nep_multi_shared_destroy(struct nep_multi_shared *shared);
+void nep_multi_seat(struct nep_multi_rank *seat, uint32_t number, uint32_t num_ranks,
+                    struct nep_multi_shared *shared, void *arg);
+
 /* Records the first error of the group; always false. */
 bool nep_multi_fail(struct nep_multi_rank *rank, const char *fmt, ...)
     __attribute__((format(printf, 2, 3)));
