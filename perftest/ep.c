@@ -31,6 +31,7 @@ struct parent {
     const struct nep_perf_options *options;
     struct nep_perf_control *control;
     uint64_t timeout_ns;
+    char host[64];    /* of the rendezvous: a socket without a name in any file system */
     pid_t pids[1024]; /* 0: reaped */
     uint32_t num_left;
     int rc;
@@ -41,22 +42,22 @@ static int child_main(struct parent *parent, uint32_t rank)
 {
     struct nep_perf_control *control = parent->control;
     uint64_t deadline_ns = nep_deadline_ns(parent->timeout_ns);
-    while (atomic_load(&control->port) == 0) {
+    while (atomic_load(&control->is_serving) == 0) {
         if (atomic_load(&control->failed) != 0 || nep_left_ns(deadline_ns) == 0) {
             return NEP_PERF_FAILED;
         }
         usleep(1000);
     }
-    char address[64];
-    snprintf(address, sizeof(address), "127.0.0.1:%u", atomic_load(&control->port));
     uint32_t num_ranks = parent->options->num_ranks;
     struct nep_perf_seat seat;
     nep_perf_seat_memory(&seat, control, rank, num_ranks, parent->timeout_ns);
     struct nep_rendezvous_client *client = NULL;
-    if (nep_rendezvous_client_open("127.0.0.1", (uint16_t)atomic_load(&control->port), rank,
-                                   num_ranks, parent->timeout_ns, &client) != NEP_OK) {
-        return nep_perf_error(NEP_PERF_FAILED, "rank %u: rendezvous %s: %s", rank, address,
-                              nep_last_message());
+    struct nep_rendezvous_params params = {.host = parent->host,
+                                           .num_ranks = num_ranks,
+                                           .rank = rank,
+                                           .timeout_ns = parent->timeout_ns};
+    if (nep_rendezvous_client_open(&params, &client) != NEP_OK) {
+        return nep_perf_error(NEP_PERF_FAILED, "rank %u: rendezvous: %s", rank, nep_last_message());
     }
     nep_rendezvous_client_bootstrap(client, &seat.bootstrap);
     int rc = nep_perf_rank_main(parent->options, &seat);
@@ -159,13 +160,14 @@ static int run_processes(const struct nep_perf_options *options, uint64_t timeou
     parent->options = options;
     parent->control = control;
     parent->timeout_ns = timeout_ns;
+    snprintf(parent->host, sizeof(parent->host), "@nep-perf-%d", (int)getpid());
     fflush(NULL); /* or children would write what is buffered again */
     struct nep_rendezvous_server *server = NULL;
     bool is_spawned = spawn(parent);
     /* After the forks: the server has a thread. */
-    uint16_t port = 0;
-    if (is_spawned &&
-        nep_rendezvous_server_start("127.0.0.1", 0, options->num_ranks, &server, &port) != NEP_OK) {
+    uint16_t port;
+    struct nep_rendezvous_params params = {.host = parent->host, .num_ranks = options->num_ranks};
+    if (is_spawned && nep_rendezvous_server_start(&params, &server, &port) != NEP_OK) {
         nep_perf_error(NEP_PERF_FAILED, "rendezvous: %s", nep_last_message());
         is_spawned = false;
     }
@@ -174,7 +176,7 @@ static int run_processes(const struct nep_perf_options *options, uint64_t timeou
         atomic_store(&control->failed, 1);
         kill_children(parent);
     }
-    atomic_store(&control->port, port);
+    atomic_store(&control->is_serving, is_spawned);
     supervise(parent);
     nep_rendezvous_server_stop(server);
     int rc = parent->rc;

@@ -363,7 +363,8 @@ static void test_comm_rank_never_joins_named(void **state)
     struct nep_rendezvous_server *server = NULL;
     uint16_t port = 0;
     char address[64];
-    assert_int_equal(nep_rendezvous_server_start("127.0.0.1", 0, 3, &server, &port), NEP_OK);
+    struct nep_rendezvous_params params = {.host = "127.0.0.1", .num_ranks = 3};
+    assert_int_equal(nep_rendezvous_server_start(&params, &server, &port), NEP_OK);
     snprintf(address, sizeof(address), "127.0.0.1:%u", port);
     run(rank_joins, address);
     nep_rendezvous_server_stop(server);
