@@ -18,7 +18,7 @@
 struct nep_perf_control {
     _Atomic uint32_t arrived;
     _Atomic uint32_t round;
-    _Atomic uint32_t port;            /* of the rendezvous, once it listens */
+    _Atomic uint32_t is_serving;      /* the rendezvous listens */
     _Atomic uint32_t failed;          /* somebody failed: barriers return */
     _Atomic uint32_t lost_rank;       /* rank + 1 that the parent saw end, or 0 */
     _Atomic uint32_t reported;        /* the first to report sets it */
