@@ -262,6 +262,7 @@ bool nep_multi_dispatch_send(struct nep_multi_world *world, struct nep_multi_fli
     }
     nep_ref_traffic_add(&flight->group, world->rank->rank, &world->traffic);
     flight->state = NEP_FLIGHT_OUT;
+    flight->sent = ++world->num_sent;
     return true;
 }
 
@@ -304,6 +305,7 @@ bool nep_multi_combine_send(struct nep_multi_world *world, struct nep_multi_flig
         return nep_multi_fail(world->rank, "nep_combine_send: %s", nep_last_message());
     }
     flight->state = NEP_FLIGHT_BACK;
+    flight->sent = ++world->num_sent;
     return true;
 }
 
@@ -326,10 +328,32 @@ bool nep_multi_combine_recv(struct nep_multi_world *world, struct nep_multi_flig
                           (unsigned long long)report.wrong, report.first);
 }
 
+static bool is_outstanding(const struct nep_multi_flight *flight)
+{
+    return flight->state == NEP_FLIGHT_OUT || flight->state == NEP_FLIGHT_BACK;
+}
+
+static struct nep_multi_flight *oldest(struct nep_multi_world *world)
+{
+    struct nep_multi_flight *found = NULL;
+    for (uint32_t f = 0; f < world->num_flights; f++) {
+        struct nep_multi_flight *flight = &world->flights[f];
+        if (is_outstanding(flight) && (found == NULL || flight->sent < found->sent)) {
+            found = flight;
+        }
+    }
+    return found;
+}
+
 bool nep_multi_complete(struct nep_multi_world *world, struct nep_multi_flight *flight)
 {
-    if (flight->state == NEP_FLIGHT_OUT) {
-        return nep_multi_dispatch_recv(world, flight);
+    while (is_outstanding(flight)) {
+        struct nep_multi_flight *first = oldest(world);
+        bool is_fine = first->state == NEP_FLIGHT_OUT ? nep_multi_dispatch_recv(world, first)
+                                                      : nep_multi_combine_recv(world, first);
+        if (!is_fine) {
+            return false;
+        }
     }
-    return flight->state != NEP_FLIGHT_BACK || nep_multi_combine_recv(world, flight);
+    return true;
 }

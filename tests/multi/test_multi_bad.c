@@ -165,7 +165,7 @@ static bool rank_impossible(struct nep_multi_rank *rank)
             params.layout = (enum nep_layout)77, word = "77";
             break;
         default:
-            params.dtype = (enum nep_dtype)99, word = "99";
+            params.num_experts = 2, word = "2"; /* fewer than top_k */
             break;
         }
         is_fine =
@@ -253,8 +253,12 @@ static bool rank_busy(struct nep_multi_rank *rank)
     is_fine =
         is_fine && expect(rank, "S + 1", nep_dispatch_send(world.ep, third->handle, &in, NULL),
                           NEP_ERR_BUSY, "2", "");
-    is_fine = is_fine && nep_multi_complete(&world, &world.flights[1]) &&
-              nep_multi_complete(&world, &world.flights[0]) && round_trip(&world, 3) &&
+    struct nep_multi_flight *later = &world.flights[1];
+    is_fine = is_fine && expect(rank, "out of order",
+                                nep_dispatch_recv(world.ep, later->handle, &later->rows, NULL),
+                                NEP_ERR_BUSY, "operation 1", "operation 0");
+    is_fine = is_fine && nep_multi_complete(&world, &world.flights[0]) &&
+              nep_multi_complete(&world, &world.flights[1]) && round_trip(&world, 3) &&
               nep_multi_barrier(rank);
     nep_multi_world_destroy(&world);
     return is_fine;

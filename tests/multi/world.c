@@ -207,44 +207,63 @@ bool nep_multi_check_stats(struct nep_multi_world *world)
     return true;
 }
 
-/* What the group agreed on last: completing is common, but a rank may have done it before. */
-static bool step(struct nep_multi_world *world, struct nep_ref_rng *rng, uint32_t *outstanding,
-                 enum nep_multi_state *common, uint64_t *number)
+/* One step that all ranks take alike. common: the states that the group agreed on; a rank may have
+ * completed more. sent: when each flight was sent, commonly. */
+struct script {
+    struct nep_ref_rng rng;
+    enum nep_multi_state state[16];
+    uint64_t sent[16];
+    uint64_t num_sent;
+    uint64_t number; /* of the last dispatch */
+    uint32_t outstanding;
+};
+
+/* Completes a flight, and commonly all that were sent before it. */
+static bool step_complete(struct nep_multi_world *world, struct script *script, uint32_t f)
+{
+    for (uint32_t other = 0; other < world->num_flights; other++) {
+        enum nep_multi_state *state = &script->state[other];
+        bool is_out = *state == NEP_FLIGHT_OUT || *state == NEP_FLIGHT_BACK;
+        if (is_out && script->sent[other] <= script->sent[f]) {
+            *state = *state == NEP_FLIGHT_OUT ? NEP_FLIGHT_HERE : NEP_FLIGHT_IDLE;
+            script->outstanding--;
+        }
+    }
+    return nep_multi_complete(world, &world->flights[f]);
+}
+
+static bool step(struct nep_multi_world *world, struct script *script)
 {
     uint32_t limit = world->shape.outstanding > 0 ? world->shape.outstanding : 1;
-    uint32_t f = nep_ref_rng_below(rng, world->num_flights);
-    uint32_t kind = nep_ref_rng_below(rng, 8);
+    uint32_t f = nep_ref_rng_below(&script->rng, world->num_flights);
+    uint32_t kind = nep_ref_rng_below(&script->rng, 8);
     struct nep_multi_flight *flight = &world->flights[f];
-    if (common[f] == NEP_FLIGHT_OUT || common[f] == NEP_FLIGHT_BACK) {
-        common[f] = common[f] == NEP_FLIGHT_OUT ? NEP_FLIGHT_HERE : NEP_FLIGHT_IDLE;
-        --*outstanding;
-        return nep_multi_complete(world, flight);
+    if (script->state[f] == NEP_FLIGHT_OUT || script->state[f] == NEP_FLIGHT_BACK) {
+        return step_complete(world, script, f);
     }
-    if (*outstanding == limit) {
+    if (script->outstanding == limit) {
         return true;
     }
-    ++*outstanding;
-    if (common[f] == NEP_FLIGHT_HERE && kind < 5) {
-        common[f] = NEP_FLIGHT_BACK;
+    script->outstanding++;
+    script->sent[f] = ++script->num_sent;
+    if (script->state[f] == NEP_FLIGHT_HERE && kind < 5) {
+        script->state[f] = NEP_FLIGHT_BACK;
         return nep_multi_combine_send(world, flight);
     }
     bool cached = kind == 7 && flight->number != 0;
-    common[f] = NEP_FLIGHT_OUT;
-    return nep_multi_dispatch_send(world, flight, ++*number, cached);
+    script->state[f] = NEP_FLIGHT_OUT;
+    return nep_multi_dispatch_send(world, flight, ++script->number, cached);
 }
 
 bool nep_multi_random_schedule(struct nep_multi_world *world, uint64_t seed, uint32_t num_steps)
 {
-    struct nep_ref_rng common_rng = {seed};
+    struct script script = {.rng = {seed}};
     struct nep_ref_rng own_rng = {nep_ref_mix(seed, world->rank->rank + 1)};
-    enum nep_multi_state common[16] = {NEP_FLIGHT_IDLE};
-    uint32_t outstanding = 0;
-    uint64_t number = 0;
     for (uint32_t i = 0; i < num_steps; i++) {
-        if (!step(world, &common_rng, &outstanding, common, &number)) {
+        if (!step(world, &script)) {
             return false;
         }
-        /* This rank alone may complete something early, in an order of its own. */
+        /* This rank alone may complete something early. */
         uint32_t f = nep_ref_rng_below(&own_rng, world->num_flights);
         if (nep_ref_rng_below(&own_rng, 4) == 0 && !nep_multi_complete(world, &world->flights[f])) {
             return false;

@@ -41,6 +41,7 @@ struct nep_multi_flight {
     enum nep_multi_state state;
     uint64_t number;  /* of the dispatch whose routing it holds */
     uint64_t content; /* of the dispatch whose rows it holds */
+    uint64_t sent;    /* when, counted by the world */
     uint32_t num_tokens;
     void *x;
     void *y;
@@ -69,7 +70,8 @@ struct nep_multi_world {
     float *factor;
     struct nep_multi_flight *flights;
     uint32_t num_flights;
-    uint64_t num_ops;
+    uint64_t num_sent;
+    uint64_t num_ops; /* completed */
     uint64_t elements;
     struct nep_ref_traffic traffic;
 };
@@ -86,7 +88,7 @@ bool nep_multi_dispatch_send(struct nep_multi_world *world, struct nep_multi_fli
 bool nep_multi_dispatch_recv(struct nep_multi_world *world, struct nep_multi_flight *flight);
 bool nep_multi_combine_send(struct nep_multi_world *world, struct nep_multi_flight *flight);
 bool nep_multi_combine_recv(struct nep_multi_world *world, struct nep_multi_flight *flight);
-/* Completes what is outstanding, if anything. */
+/* Completes it if it is outstanding, and what was sent before it: an ep completes in order. */
 bool nep_multi_complete(struct nep_multi_world *world, struct nep_multi_flight *flight);
 /* The library's counters against the oracle's. */
 bool nep_multi_check_stats(struct nep_multi_world *world);

@@ -57,7 +57,7 @@ struct nep_ref_row {
 
 struct nep_ref_rows {
     struct nep_ref_row *rows; /* [num_real_rows], ascending by idx */
-    uint64_t num_rows;        /* to the end of the last row */
+    uint64_t num_rows;        /* expert layouts: where one more slot would start */
     uint64_t num_real_rows;
     uint32_t *rows_per_slot;   /* [L] */
     uint64_t *first_row;       /* [L], expert layouts */

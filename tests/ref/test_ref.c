@@ -126,8 +126,14 @@ static void test_rows_by_hand_match(void **state)
     assert_int_equal(rows.rows[1].source, 1);
     assert_int_equal(rows.rows[2].k, 0);
     nep_ref_rows_free(&rows);
+    group.expert_alignment = 4;
+    assert_true(nep_ref_rows_build(&group, 1, &rows));
+    assert_int_equal(rows.first_row[1], 4);
+    assert_int_equal(rows.num_rows, 8);
+    nep_ref_rows_free(&rows);
     group.layout = NEP_LAYOUT_EXPERT_PADDED;
     assert_true(nep_ref_rows_build(&group, 1, &rows));
+    assert_int_equal(rows.num_rows, 16);
     assert_int_equal(rows.rows[1].idx, 4); /* slot 0, source 1 */
     assert_int_equal(rows.rows[2].idx, 8); /* slot 1, source 0 */
     nep_ref_rows_free(&rows);
