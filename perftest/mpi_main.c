@@ -61,7 +61,7 @@ static int run_pairs(struct nep_perf_rank *rank, struct nep_perf_mpi *mpi,
 {
     const struct nep_perf_options *options = &rank->options;
     size_t words = (size_t)8 << 20;
-    uint64_t *memory = malloc(words * sizeof(*memory));
+    uint64_t *memory = aligned_alloc(4096, words * sizeof(*memory));
     if (memory == NULL) {
         return nep_perf_error(NEP_PERF_FAILED, "out of memory");
     }
