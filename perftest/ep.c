@@ -24,6 +24,7 @@
 #include "perftest/rank.h"
 #include "transport/bootstrap.h"
 #include "transport/rendezvous.h"
+#include "transport/topology.h"
 
 /* ---- spawned processes ---- */
 
@@ -185,6 +186,23 @@ static int run_processes(const struct nep_perf_options *options, uint64_t timeou
     return rc;
 }
 
+/* Reads map and trace once before there are ranks, so that what is wrong with them is said once. */
+static int check_plan(const struct nep_perf_options *given)
+{
+    struct nep_perf_options options = *given;
+    struct nep_topology_store *store = NULL;
+    struct nep_topology topology = {.size = sizeof(topology)};
+    struct nep_perf_plan *plan = NULL;
+    if (nep_topology_from_sizes(options.ranks_per_node, options.num_nodes, 0, &store, &topology) !=
+        NEP_OK) {
+        return nep_perf_error(NEP_PERF_USAGE, "%s", nep_last_message());
+    }
+    int rc = nep_perf_plan_create(&options, &topology, &plan);
+    nep_perf_plan_destroy(plan);
+    nep_topology_destroy(store);
+    return rc;
+}
+
 /* ---- threads ---- */
 
 struct thread {
@@ -334,6 +352,9 @@ int nep_perf_ep_main(int argc, char **argv)
     } else {
         rc = nep_perf_options_nodes(options, options->num_ranks);
         options->has_nodes = true;
+        if (rc == -1 && (options->map != NULL || options->trace != NULL)) {
+            rc = check_plan(options);
+        }
         if (rc == -1 && options->baseline != NULL) {
             rc = run_under_mpi(options, false);
         } else if (rc == -1) {

@@ -24,6 +24,7 @@ struct nep_perf_plan {
     uint32_t slots_per_rank;
     double *cumulative; /* zipf: [E] */
     uint64_t num_batches;
+    uint64_t num_routings; /* drawn ones repeat after so many batches; rows never do */
     /* the group at hand */
     struct nep_ref_group group;
     uint64_t batch;
@@ -73,6 +74,15 @@ static int load_map(struct nep_perf_plan *plan)
     plan->slots_per_rank = shape.slots_per_rank;
     plan->map_layers = shape.num_layers;
     return -1;
+}
+
+/* So many routings that looking at all of them stays a matter of a moment, however long the run. */
+static uint64_t most_routings(const struct nep_perf_plan *plan)
+{
+    uint64_t pairs =
+        (uint64_t)plan->topology.num_ranks * plan->options->tokens * plan->options->top_k;
+    uint64_t most = (1u << 22) / (pairs + 1);
+    return most < 8 ? 8 : most > 512 ? 512 : most;
 }
 
 static int prepare_draws(struct nep_perf_plan *plan)
@@ -141,9 +151,13 @@ int nep_perf_plan_create(struct nep_perf_options *options, const struct nep_topo
     plan->options = options;
     plan->topology = *topology;
     plan->num_batches = ((uint64_t)options->warmup + options->iters) * options->outstanding;
+    plan->num_routings = plan->num_batches;
     int rc = -1;
     if (options->routing_kind == NEP_PERF_TRACE) {
         rc = nep_perf_trace_open(options, topology, &plan->trace);
+    }
+    if (plan->trace == NULL && plan->num_routings > most_routings(plan)) {
+        plan->num_routings = most_routings(plan);
     }
     if (rc == -1) {
         rc = load_map(plan);
@@ -249,7 +263,7 @@ uint32_t nep_perf_plan_routing(const struct nep_perf_plan *plan, uint32_t rank, 
 {
     const struct nep_perf_options *options = plan->options;
     uint32_t k = options->top_k;
-    batch %= plan->num_batches;
+    batch = batch % plan->num_batches % plan->num_routings;
     struct nep_ref_rng rng = {nep_ref_mix(nep_ref_mix(options->seed, rank), batch)};
     uint32_t tokens = options->tokens;
     if (plan->trace != NULL) {
@@ -358,7 +372,7 @@ const char *nep_perf_plan_check_choice(const struct nep_perf_plan *plan, uint32_
 }
 
 /* Rows of one batch on every rank, without building them: packed rows are pairs, rounded up per
- * slot; the rank layout needs fewer. */
+ * slot; the rank layout needs fewer. Of a long trace the most that can be. */
 uint64_t nep_perf_plan_max_rows(struct nep_perf_plan *plan)
 {
     const struct nep_perf_options *options = plan->options;
@@ -367,9 +381,14 @@ uint64_t nep_perf_plan_max_rows(struct nep_perf_plan *plan)
     if (options->layout == NEP_LAYOUT_EXPERT_PADDED) {
         return tokens * plan->slots_per_rank;
     }
+    uint64_t align = options->alignment > 1 ? options->alignment : 1;
+    uint64_t padding = (align - 1) * plan->slots_per_rank;
+    if (plan->num_routings > most_routings(plan)) {
+        return options->layout == NEP_LAYOUT_RANK ? tokens : tokens * options->top_k + padding;
+    }
     uint64_t *rows = calloc(ranks, sizeof(uint64_t));
     uint64_t most = 0;
-    for (uint64_t batch = 0; batch < plan->num_batches && rows != NULL; batch++) {
+    for (uint64_t batch = 0; batch < plan->num_routings && rows != NULL; batch++) {
         memset(rows, 0, ranks * sizeof(uint64_t));
         nep_perf_plan_group(plan, batch, true, 0);
         struct nep_ref_traffic traffic = {.pairs_per_rank = rows};
@@ -383,6 +402,5 @@ uint64_t nep_perf_plan_max_rows(struct nep_perf_plan *plan)
         }
     }
     free(rows);
-    uint64_t align = options->alignment > 1 ? options->alignment : 1;
-    return most + (align - 1) * plan->slots_per_rank;
+    return most + padding;
 }
