@@ -133,7 +133,7 @@ static bool rank_impossible(struct nep_multi_rank *rank)
         return false;
     }
     bool is_fine = true;
-    for (int i = 0; i < 10 && is_fine; i++) {
+    for (int i = 0; i < 9 && is_fine; i++) {
         struct nep_ep_params params = good_ep;
         const char *word = "";
         switch (i) {
@@ -161,11 +161,8 @@ static bool rank_impossible(struct nep_multi_rank *rank)
         case 7:
             params.slots_per_rank = 2, word = "2"; /* 3 ranks of 2 slots hold no 12 experts */
             break;
-        case 8:
-            params.layout = (enum nep_layout)77, word = "77";
-            break;
         default:
-            params.num_experts = 2, word = "2"; /* fewer than top_k */
+            params.layout = (enum nep_layout)77, word = "77";
             break;
         }
         is_fine =
