@@ -305,6 +305,29 @@ static const struct option *find(const char *name, size_t len)
     return NULL;
 }
 
+/* One argument with its value; *i_p moves on where the value is the next one. -1: go on. */
+static int parse_one(int argc, char **argv, int *i_p, struct nep_perf_options *options)
+{
+    const char *arg = argv[*i_p];
+    const char *equals = strchr(arg, '=');
+    const struct option *option = find(arg, equals != NULL ? (size_t)(equals - arg) : strlen(arg));
+    if (option == NULL) {
+        return nep_perf_error(NEP_PERF_USAGE, "unknown option '%s'; see nep-perf ep --help", arg);
+    }
+    const char *value = equals != NULL ? equals + 1 : NULL;
+    if (option->arg != NULL && value == NULL) {
+        value = *i_p + 1 < argc ? argv[++*i_p] : "";
+    }
+    if (option->arg == NULL && value != NULL) {
+        return nep_perf_error(NEP_PERF_USAGE, "%s takes no value", option->name);
+    }
+    if (!option->parse(options, value, option->offset)) {
+        return nep_perf_error(NEP_PERF_USAGE, "%s '%s' is not %s: %s", option->name, value,
+                              option->arg, option->help);
+    }
+    return -1;
+}
+
 int nep_perf_options_parse(int argc, char **argv, struct nep_perf_options *options)
 {
     *options = (struct nep_perf_options){.num_ranks = 8,
@@ -339,23 +362,9 @@ int nep_perf_options_parse(int argc, char **argv, struct nep_perf_options *optio
             printf("nep-perf %s\n", nep_version_string());
             return NEP_PERF_OK;
         }
-        const char *equals = strchr(argv[i], '=');
-        const struct option *option =
-            find(argv[i], equals != NULL ? (size_t)(equals - argv[i]) : strlen(argv[i]));
-        if (option == NULL) {
-            return nep_perf_error(NEP_PERF_USAGE, "unknown option '%s'; see nep-perf ep --help",
-                                  argv[i]);
-        }
-        const char *value = equals != NULL ? equals + 1 : NULL;
-        if (option->arg != NULL && value == NULL) {
-            value = i + 1 < argc ? argv[++i] : "";
-        }
-        if (option->arg == NULL && value != NULL) {
-            return nep_perf_error(NEP_PERF_USAGE, "%s takes no value", option->name);
-        }
-        if (!option->parse(options, value, option->offset)) {
-            return nep_perf_error(NEP_PERF_USAGE, "%s '%s' is not %s: %s", option->name, value,
-                                  option->arg, option->help);
+        int rc = parse_one(argc, argv, &i, options);
+        if (rc != -1) {
+            return rc;
         }
     }
     if (options->is_padded && options->layout != NEP_LAYOUT_RANK) {

@@ -59,6 +59,8 @@ def broken_rule(source, target):
     home, there = source.split("/")[0], target.split("/")[0]
     if home not in MAY:  # tests see everything
         return None
+    if home == "perftest" and target == "tests/ref/ref.h":  # the oracle of --verify
+        return None
     if there not in MAY[home]:
         return f"{home} must not include {there}"
     if home == "dispatch" and there == "transport":
