@@ -32,4 +32,3 @@ perf() { # NAME TITLE ARGUMENT...: one verified run, its results in build/demo/N
 }
 
 perf contiguous "$ranks ranks on 2 emulated nodes, experts in order" --routing "trace:$trace"
-python3 scripts/lib/demo_report.py build/demo/contiguous.json

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""usage: demo_report.py RUN.json [RUN_WITH_MAP.json]
+"""usage: demo_report.py RUN.json RUN_WITH_MAP.json
 
-Says in words what nep-perf measured: what went over the wire, and why not less.
+Two runs of nep-perf side by side: what a solved map changed.
 """
 import json
 import sys
@@ -11,27 +11,6 @@ import sys
 def load(path):
     with open(path, encoding="utf-8") as file:
         return json.load(file)
-
-
-def kib(value):
-    return f"{value / 1024:,.0f} KiB"
-
-
-def one(run):
-    config = run["config"]
-    wire, floor = run["wire_bytes_per_rank"], run["wire_floor_bytes_per_rank"]
-    row = config["hidden"] * (4 if config.get("dtype") == "fp32" else 2)
-    print(f"""
-What went over the wire, per rank and iteration (mean):
-  {kib(wire)} to the other node, both ways; {kib(floor)} of it are rows: one per token and remote node.
-  {kib(wire - floor)} ({100 * (wire - floor) / wire if wire else 0:.1f} %) are headers: row counts, source tokens, expert slots, weights.
-  {kib(run["intra_bytes_per_rank"])} moved inside the node.
-Why not less:
-  {100 * run["local_token_share"]:.1f} % of the tokens found all their experts on their own node and sent nothing.
-  Each other token has an expert over there, so one row ({row:,} bytes) must go and one summed row come back,
-  however many of its {config.get("top_k", 8)} experts are there: {run["remote_nodes_per_token"]:.3f} remote nodes per token.
-  Only other places for experts and requests lower that.
-Every element of every iteration compared with the oracle: {run["wrong_elements"]} wrong.""")
 
 
 def two(before, after):
@@ -51,13 +30,10 @@ def two(before, after):
 
 
 def main():
-    runs = [load(path) for path in sys.argv[1:]]
-    if len(runs) == 1:
-        one(runs[0])
-    elif len(runs) == 2:
-        two(*runs)
-    else:
+    if len(sys.argv) != 3:
         sys.exit(__doc__)
+    runs = [load(path) for path in sys.argv[1:]]
+    two(*runs)
     return 1 if any(run["wrong_elements"] != 0 for run in runs) else 0
 
 
