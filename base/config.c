@@ -65,6 +65,8 @@ static const struct row rows[] = {
      "transport between nodes: shm, loop, ucx, verbs, adversary:NAME, auto"},
     {"NEP_SIMD", WORD, "auto|c|avx2|avx512", FIELD(simd), "auto", false,
      "widest instructions used on the host; the results are the same bits"},
+    {"NEP_THREADS", COUNT, NULL, FIELD(threads), "1", false,
+     "threads that share the work on a rank's rows, the caller's included; auto: 1"},
     {"NEP_POOL", BYTES, NULL, FIELD(pool_bytes), "64M", true,
      "memory per rank for nep_buffer_alloc where the ep does not say"},
     {"NEP_HUGE_PAGES", SWITCH, NULL, FIELD(huge_pages), "on", false,

@@ -27,6 +27,7 @@ struct nep_config {
     char intra[32];      /* NEP_INTRA */
     char inter[64];      /* NEP_INTER */
     char simd[16];       /* NEP_SIMD: auto, c, avx2, avx512 */
+    uint32_t threads;    /* NEP_THREADS; UINT32_MAX: auto */
     uint64_t pool_bytes; /* NEP_POOL: default size of an ep's pool of mapped memory */
     bool huge_pages;     /* NEP_HUGE_PAGES: try huge pages for regions */
     uint64_t from_env;   /* bit i: row i of the table came from the environment */
