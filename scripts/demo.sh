@@ -15,7 +15,7 @@ nep_need "${packages[@]}"
 # The demo needs no tests; a tree that has them keeps them.
 [ -f build/CMakeCache.txt ] || first=-DNEP_BUILD_TESTS=OFF
 cmake --preset release ${first:+"$first"} > build-demo.log 2>&1 &&
-    cmake --build build -j "$(nproc)" --target nep-perf nep-info nep-place >> build-demo.log 2>&1 || {
+    cmake --build build -j "$(nproc)" --target nep-perf nep-info >> build-demo.log 2>&1 || {
     cat build-demo.log >&2
     exit 1
 }
