@@ -195,8 +195,9 @@ static enum nep_status serve_or_join(const struct nep_rendezvous_params *params,
                 return nep_rendezvous_client_open(params, client_p);
             }
             one.timeout_ns = nep_left_ns(deadline_ns);
-            if (server == NULL && one.timeout_ns > 2 * NEP_S) {
-                one.timeout_ns = 2 * NEP_S;
+            if (server == NULL) {
+                one.timeout_ns = one.timeout_ns > 2 * NEP_S ? 2 * NEP_S : one.timeout_ns;
+                one.is_one_try = true;
             }
             status = nep_rendezvous_client_open(&one, client_p);
             if (status == NEP_OK) {
@@ -208,13 +209,13 @@ static enum nep_status serve_or_join(const struct nep_rendezvous_params *params,
                 return status;
             }
         }
-        if (nep_left_ns(deadline_ns) < 100 * NEP_MS) {
+        if (nep_left_ns(deadline_ns) < 10 * NEP_MS) {
             return nep_fail_prefix(NEP_ERR_TIMEOUT,
                                    "rank 0 can neither serve the rendezvous at %s port %u nor "
                                    "join one there: ",
                                    params->host, params->port);
         }
-        nanosleep(&(struct timespec){.tv_nsec = 50 * (long)NEP_MS}, NULL);
+        nanosleep(&(struct timespec){.tv_nsec = 5 * (long)NEP_MS}, NULL);
     }
 }
 

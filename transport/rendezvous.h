@@ -28,6 +28,7 @@ struct nep_rendezvous_params {
     uint32_t rank;       /* client */
     const char *secret;  /* text that both sides must know; NULL or "": none */
     uint64_t timeout_ns; /* client: deadline of connecting, and of leaving */
+    bool is_one_try;     /* client: do not try again while nobody listens */
     bool is_rank_0;      /* client: rank 0 serves it, which the sentence of its loss says */
 };
 

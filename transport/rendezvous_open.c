@@ -152,7 +152,7 @@ static enum nep_status connect_and_join(struct nep_rendezvous_client *client,
                 return status;
             }
         }
-        if (nep_left_ns(deadline_ns) < pause_ms * NEP_MS) {
+        if (params->is_one_try || nep_left_ns(deadline_ns) < pause_ms * NEP_MS) {
             char time[32];
             nep_format_time_ns(params->timeout_ns, time, sizeof time);
             return nep_fail_prefix(NEP_ERR_TIMEOUT,
