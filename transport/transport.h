@@ -16,6 +16,11 @@
  * maps it, so the sink touches nothing but that window's memory, with atomics. A sink must take
  * repeats: after a fail-over a put may be announced twice (same imm).
  *
+ * An immediate is laid out as docs/protocol.md says; a transport looks at two fields alone: bits 20
+ * to 25 hold the window's number, since some fabrics deliver nothing but the immediate, and bits 0
+ * to 3 (part) are 0 in a put and in the sink, since a transport that splits a put uses them
+ * between.
+ *
  * The source bytes of a put belong to the transport until nep_transport_completed(dst) has reached
  * the number that nep_put returned.
  *

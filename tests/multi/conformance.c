@@ -35,7 +35,7 @@ void conformance_sink(void *base, uint32_t dst, uint32_t src, uint32_t imm)
 {
     (void)dst;
     /* Release: pairs with the acquire in window_arrivals. */
-    atomic_fetch_add_explicit(word_of(base, src, imm), 1, memory_order_release);
+    atomic_fetch_add_explicit(word_of(base, src, imm >> 4), 1, memory_order_release);
 }
 
 uint32_t window_arrivals(const struct window *window, uint32_t src, uint32_t imm)
@@ -194,7 +194,7 @@ static int send_round(struct rank *rank, const struct conformance *test,
                                   .offset = window_landing(window, rank->rank) + plan.offset[i],
                                   .src = src,
                                   .len = plan.len[i],
-                                  .imm = plan.imm[i]};
+                                  .imm = window_imm(window->number, plan.imm[i])};
             enum nep_status status = transport->ops->put(transport, &put, &number[i]);
             RANK_CHECK(rank, status == NEP_OK, "%s", nep_last_message());
             RANK_CHECK(rank, i == 0 || number[i] > number[i - 1], "numbers do not grow");
@@ -311,7 +311,7 @@ static int post_small(struct poster *poster)
                                   .offset = window_landing(window, rank->rank) + place,
                                   .src = src,
                                   .len = small_len(imm),
-                                  .imm = imm};
+                                  .imm = window_imm(window->number, imm)};
             uint64_t number;
             enum nep_status status = poster->transport->ops->put(poster->transport, &put, &number);
             RANK_CHECK(rank, status == NEP_OK, "%s", nep_last_message());
@@ -377,7 +377,7 @@ static int run_refusals(struct rank *rank, struct nep_transport *transport,
                            .offset = window_landing(window, rank->rank),
                            .src = window_source(window, dst),
                            .len = 8,
-                           .imm = WINDOW_IMMS - 1};
+                           .imm = window_imm(window->number, WINDOW_IMMS - 1)};
     struct nep_put bad[4] = {good, good, good, good};
     bad[0].offset = window->bytes + (4u << 20) - 7; /* windows may be rounded up to huge pages */
     bad[1].offset = UINT64_MAX - 3;                 /* wraps around */

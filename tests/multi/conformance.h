@@ -25,6 +25,12 @@ struct conformance {
     bool repeats;      /* puts may be announced twice */
 };
 
+/* The immediate of announcement `i`, below WINDOW_IMMS, in a window: its tile field. */
+static inline uint32_t window_imm(uint32_t number, uint32_t i)
+{
+    return number << 20 | i << 4;
+}
+
 /* The sink that these windows expect. */
 void conformance_sink(void *base, uint32_t dst, uint32_t src, uint32_t imm);
 
@@ -33,8 +39,8 @@ enum nep_status conformance_open(struct rank *rank, const char *name, uint64_t t
 int window_open(struct rank *rank, struct nep_transport *transport, uint32_t number,
                 size_t slot_bytes, struct window *window);
 void window_close(struct nep_transport *transport, struct window *window);
-/* How often (src, imm) was announced here; what was written before is visible then. */
-uint32_t window_arrivals(const struct window *window, uint32_t src, uint32_t imm);
+/* How often announcement `i` of src came here; what was written before is visible then. */
+uint32_t window_arrivals(const struct window *window, uint32_t src, uint32_t i);
 uint64_t window_landing(const struct window *window, uint32_t src); /* offset of src's slot */
 char *window_source(const struct window *window, uint32_t dst);     /* bytes to send to dst */
 /* Waits, bounded by a minute, until it was announced. */

@@ -88,6 +88,19 @@ static void test_transport_ucx_threads_keeps_contract(void **state)
     run("ucx", true, (uint32_t[]){1, 1}, 2);
 }
 
+/* Over Soft-RoCE when tests/vm runs this program in its guest. */
+static void test_transport_verbs_processes_keeps_contract(void **state)
+{
+    (void)state;
+    run("verbs", false, (uint32_t[]){2, 1}, 2);
+}
+
+static void test_transport_verbs_threads_keeps_contract(void **state)
+{
+    (void)state;
+    run("verbs", true, (uint32_t[]){1, 1}, 2);
+}
+
 static void test_transport_list_entries_are_complete(void **state)
 {
     (void)state;
@@ -128,6 +141,8 @@ int main(void)
         cmocka_unit_test(test_transport_shm_processes_keeps_contract),
         cmocka_unit_test(test_transport_ucx_processes_keeps_contract),
         cmocka_unit_test(test_transport_ucx_threads_keeps_contract),
+        cmocka_unit_test(test_transport_verbs_processes_keeps_contract),
+        cmocka_unit_test(test_transport_verbs_threads_keeps_contract),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
