@@ -7,9 +7,11 @@
 extern const struct nep_transport_ops nep_loop_ops;
 extern const struct nep_transport_ops nep_shm_ops;
 extern const struct nep_transport_ops nep_ucx_ops;
+extern const struct nep_transport_ops nep_verbs_ops;
 
 const struct nep_transport_ops *const nep_transport_list[] = {
     &nep_shm_ops,
+    &nep_verbs_ops,
     &nep_ucx_ops,
     &nep_loop_ops,
     NULL,

@@ -1,0 +1,246 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What goes wrong. A QP that reports an error is dead for good; its puts go over the others. When a
+ * peer has no QP left, that peer is lost, with a sentence that has all the device knew; the others
+ * are not touched. A port that goes down is avoided for new puts while another is up, and nothing
+ * more: RC sends again by itself, and when the port is back within its budget nothing was lost.
+ *
+ * A waiting rank may have nothing under way to the peer it waits for, and would never hear that it
+ * died. So nep_verbs_peer_status, which waits call, writes zero bytes to a silent peer: the other
+ * device answers that by itself, however busy its process is.
+ */
+#include <stdio.h>
+#include <string.h>
+
+#include "base/clock.h"
+#include "base/log.h"
+#include "transport/verbs/verbs.h"
+
+static const char *qp_state_name(enum ibv_qp_state state)
+{
+    static const char *const names[] = {"RESET", "INIT", "RTR", "RTS", "SQD", "SQE", "ERR"};
+    return (unsigned)state < sizeof names / sizeof names[0] ? names[state] : "unknown";
+}
+
+static const char *port_state_name(enum ibv_port_state state)
+{
+    static const char *const names[] = {"NOP", "DOWN", "INIT", "ARMED", "ACTIVE", "DEFER"};
+    return (unsigned)state < sizeof names / sizeof names[0] ? names[state] : "unknown";
+}
+
+/* The sentence about a dead QP. */
+static void describe(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_t qp_idx,
+                     const char *cause, char *text, size_t size)
+{
+    struct nep_verbs_qp *qp = &peer->qps[qp_idx];
+    struct nep_verbs_path *path = &verbs->paths[qp->path];
+    struct ibv_qp_attr attr = {.qp_state = IBV_QPS_UNKNOWN};
+    struct ibv_qp_init_attr init_attr;
+    struct ibv_port_attr port = {.state = IBV_PORT_NOP};
+    verbs->api.query_qp(qp->qp, &attr, IBV_QP_STATE, &init_attr);
+    verbs->api.query_port(path->context, path->port, &port);
+    uint64_t heard_ns = atomic_load_explicit(&peer->last_heard_ns, memory_order_relaxed);
+    uint64_t completed = atomic_load_explicit(&peer->completed, memory_order_relaxed);
+    snprintf(text, size,
+             "QP %u of %s port %u to rank %u failed: %s; QP state %s, port %s, %llu of %llu puts "
+             "under way, last sign of life %llu ms ago",
+             qp->qp->qp_num, path->device, path->port, peer->rank, cause,
+             qp_state_name(attr.qp_state), port_state_name(port.state),
+             (unsigned long long)(peer->posted - completed), (unsigned long long)peer->next,
+             (unsigned long long)((nep_now_ns() - heard_ns) / NEP_MS));
+}
+
+/* Takes the work of a dead QP off it. */
+static void strand(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_t qp_idx)
+{
+    struct nep_verbs_qp *qp = &peer->qps[qp_idx];
+    uint16_t bit = (uint16_t)(1u << qp_idx);
+    uint64_t completed = atomic_load_explicit(&peer->completed, memory_order_relaxed);
+    /* Also a put whose last piece was not posted yet, hence the ring and not put_of. */
+    for (uint64_t n = completed + 1; n <= peer->next; n++) {
+        struct nep_verbs_record *record = &peer->ring[n & peer->mask];
+        if ((record->on_qps & bit) != 0) {
+            record->on_qps &= (uint16_t)~bit;
+            peer->num_resend += !record->must_resend;
+            record->must_resend = true;
+        }
+    }
+    qp->done = qp->posted;
+    (void)verbs;
+}
+
+static void lose_peer(struct nep_verbs_peer *peer, const char *text)
+{
+    snprintf(peer->message, sizeof peer->message, "verbs: rank %u is lost: %s", peer->rank, text);
+    peer->num_resend = 0;
+    peer->posted = peer->next;
+    /* All its QPs are in error: the device holds no source bytes any more. */
+    atomic_store_explicit(&peer->completed, peer->next, memory_order_release);
+    /* release: pairs with the acquire in nep_verbs_peer_status; the message is complete */
+    atomic_store_explicit(&peer->status, NEP_ERR_PEER_LOST, memory_order_release);
+    nep_warn("%s", peer->message);
+}
+
+void nep_verbs_qp_failed(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_t qp_idx,
+                         const struct ibv_wc *wc, const char *why)
+{
+    struct nep_verbs_qp *qp = &peer->qps[qp_idx];
+    if (qp->is_dead) {
+        return; /* one of the flushed rest */
+    }
+    char cause[160], text[420];
+    if (wc != NULL) {
+        snprintf(cause, sizeof cause, "%s (status %d, vendor error 0x%x)",
+                 verbs->api.wc_status_str(wc->status), wc->status, wc->vendor_err);
+    } else {
+        snprintf(cause, sizeof cause, "%s", why);
+    }
+    describe(verbs, peer, qp_idx, cause, text, sizeof text);
+    qp->is_dead = true;
+    peer->dead |= (uint16_t)(1u << qp_idx);
+    peer->num_alive--;
+    struct ibv_qp_attr attr = {.qp_state = IBV_QPS_ERR};
+    verbs->api.modify_qp(qp->qp, &attr, IBV_QP_STATE); /* so that nothing of it is sent again */
+    strand(verbs, peer, qp_idx);
+    if (atomic_load(&peer->has_left)) {
+        peer->num_resend = 0;
+        peer->posted = peer->next;
+        atomic_store_explicit(&peer->completed, peer->next, memory_order_release);
+        return;
+    }
+    if (peer->num_alive == 0) {
+        lose_peer(peer, text);
+        return;
+    }
+    nep_warn("verbs: %s; %u of %u QPs carry on", text, peer->num_alive, verbs->num_qps);
+    nep_verbs_peer_ping(verbs, peer); /* if the peer is gone, learn it from all QPs at once */
+    nep_verbs_peer_advance(peer);
+}
+
+static void path_failed(struct nep_verbs *verbs, struct nep_verbs_path *path, const char *why)
+{
+    uint32_t path_idx = (uint32_t)(path - verbs->paths);
+    atomic_store(&path->is_dead, true);
+    for (uint32_t r = 0; r < verbs->num_ranks; r++) {
+        struct nep_verbs_peer *peer = &verbs->peers[r];
+        for (uint32_t q = path_idx; peer->qps != NULL && q < verbs->num_qps;
+             q += verbs->num_paths) {
+            pthread_mutex_lock(&peer->lock);
+            nep_verbs_qp_failed(verbs, peer, q, NULL, why);
+            nep_verbs_peer_pump(verbs, peer);
+            pthread_mutex_unlock(&peer->lock);
+        }
+    }
+}
+
+static void qp_event(struct nep_verbs *verbs, struct nep_verbs_path *path, uint32_t qp_num,
+                     const char *why)
+{
+    uint32_t rank, qp_idx;
+    if (nep_verbs_qp_find(path, qp_num, &rank, &qp_idx)) {
+        struct nep_verbs_peer *peer = &verbs->peers[rank];
+        pthread_mutex_lock(&peer->lock);
+        nep_verbs_qp_failed(verbs, peer, qp_idx, NULL, why);
+        nep_verbs_peer_pump(verbs, peer);
+        pthread_mutex_unlock(&peer->lock);
+    }
+}
+
+static void port_event(struct nep_verbs *verbs, struct nep_verbs_path *path, uint8_t port,
+                       bool is_down)
+{
+    if (port != path->port) {
+        return;
+    }
+    if (atomic_exchange(&path->is_down, is_down) != is_down) {
+        nep_warn("verbs: %s port %u is %s", path->device, port,
+                 is_down ? "down: waiting for it, other paths are used meanwhile" : "up again");
+    }
+    for (uint32_t r = 0; !is_down && r < verbs->num_ranks; r++) {
+        pthread_mutex_lock(&verbs->peers[r].lock);
+        if (verbs->peers[r].qps != NULL) {
+            nep_verbs_peer_pump(verbs, &verbs->peers[r]);
+        }
+        pthread_mutex_unlock(&verbs->peers[r].lock);
+    }
+}
+
+/* Connected QPs keep the GID they were made with; if it is gone they will fail, and say why. */
+static void gid_event(struct nep_verbs *verbs, struct nep_verbs_path *path)
+{
+    struct nep_verbs_gids gids;
+    nep_verbs_gids_read(&verbs->api, path->context, path->port,
+                        (uint32_t)path->port_attr.gid_tbl_len, verbs->params.config->verbs_gid,
+                        &gids);
+    if (memcmp(gids.raw, path->gids.raw, sizeof gids.raw) != 0) {
+        nep_warn("verbs: the GIDs of %s port %u changed: connections that use an address which is "
+                 "gone will fail; make the communicator again",
+                 path->device, path->port);
+    }
+    path->gids = gids;
+}
+
+void nep_verbs_event_handle(struct nep_verbs *verbs, struct nep_verbs_path *path,
+                            const struct ibv_async_event *event)
+{
+    const char *name = verbs->api.event_type_str(event->event_type);
+    switch (event->event_type) {
+    case IBV_EVENT_PORT_ERR:
+        port_event(verbs, path, (uint8_t)event->element.port_num, true);
+        break;
+    case IBV_EVENT_PORT_ACTIVE:
+        port_event(verbs, path, (uint8_t)event->element.port_num, false);
+        break;
+    case IBV_EVENT_GID_CHANGE:
+        gid_event(verbs, path);
+        break;
+    case IBV_EVENT_QP_FATAL:
+    case IBV_EVENT_QP_REQ_ERR:
+    case IBV_EVENT_QP_ACCESS_ERR:
+    case IBV_EVENT_PATH_MIG_ERR:
+        qp_event(verbs, path, event->element.qp->qp_num, name);
+        break;
+    case IBV_EVENT_CQ_ERR:
+    case IBV_EVENT_SRQ_ERR:
+    case IBV_EVENT_DEVICE_FATAL:
+        path_failed(verbs, path, name);
+        break;
+    case IBV_EVENT_SRQ_LIMIT_REACHED:
+        path->num_overruns++;
+        nep_info("verbs: %s: few receives left (time %u): the progress thread is late",
+                 path->device, path->num_overruns);
+        break;
+    default:
+        nep_debug("verbs: %s: %s", path->device, name);
+    }
+}
+
+enum nep_status nep_verbs_peer_status(struct nep_transport *transport, uint32_t rank)
+{
+    struct nep_verbs *verbs = (struct nep_verbs *)transport;
+    if (rank >= verbs->num_ranks) {
+        return nep_fail(NEP_ERR_INVALID, "verbs: there is no rank %u", rank);
+    }
+    struct nep_verbs_peer *peer = &verbs->peers[rank];
+    /* acquire: pairs with the release in lose_peer */
+    enum nep_status status =
+        (enum nep_status)atomic_load_explicit(&peer->status, memory_order_acquire);
+    if (status != NEP_OK) {
+        return nep_fail(status, "%s", peer->message);
+    }
+    if (atomic_load(&peer->has_left)) {
+        return nep_fail(NEP_ERR_PEER_LOST, "verbs: rank %u has left: its communicator was closed",
+                        rank);
+    }
+    uint64_t now_ns = nep_now_ns();
+    uint64_t heard_ns = atomic_load_explicit(&peer->last_heard_ns, memory_order_relaxed);
+    if (peer->is_served && now_ns - heard_ns > 50 * NEP_MS &&
+        pthread_mutex_trylock(&peer->lock) == 0) {
+        if (now_ns - peer->last_ping_ns > 50 * NEP_MS) {
+            peer->last_ping_ns = now_ns;
+            nep_verbs_peer_ping(verbs, peer);
+        }
+        pthread_mutex_unlock(&peer->lock);
+    }
+    return NEP_OK;
+}

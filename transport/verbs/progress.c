@@ -1,0 +1,166 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Progress. One thread per transport polls, near the device; when nothing comes it arms the
+ * completion channels, looks once more, and sleeps on them, on the devices' events and on a wake-up
+ * file.
+ *
+ * Threads that wait for arrivals poll as well (nep_verbs_progress). While one does, the progress
+ * thread only naps, unarmed: woken for each completion it would take the core from the thread that
+ * has already handled it. Rejected: no thread. A rank that computes would then not take the
+ * messages for its node's other ranks, nor answer with credits.
+ */
+#include <errno.h>
+#include <poll.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "base/log.h"
+#include "transport/topology.h"
+#include "transport/verbs/verbs.h"
+
+enum { NAP_MS = 1, SLEEP_MS = 200 };
+
+void nep_verbs_progress(struct nep_transport *transport)
+{
+    struct nep_verbs *verbs = (struct nep_verbs *)transport;
+    atomic_fetch_add_explicit(&verbs->num_caller_polls, 1, memory_order_relaxed);
+    if (pthread_mutex_trylock(&verbs->poll_lock) == 0) {
+        nep_verbs_poll(verbs);
+        pthread_mutex_unlock(&verbs->poll_lock);
+    }
+}
+
+static bool poll_locked(struct nep_verbs *verbs)
+{
+    pthread_mutex_lock(&verbs->poll_lock);
+    bool any = nep_verbs_poll(verbs);
+    pthread_mutex_unlock(&verbs->poll_lock);
+    return any;
+}
+
+static void arm(struct nep_verbs *verbs)
+{
+    for (uint32_t p = 0; p < verbs->num_paths; p++) {
+        verbs->api.req_notify_cq(verbs->paths[p].cq, 0);
+    }
+}
+
+/* Takes what the channels and event files hold. */
+static void drain(struct nep_verbs *verbs, const struct pollfd *files)
+{
+    for (uint32_t p = 0; p < verbs->num_paths; p++) {
+        struct nep_verbs_path *path = &verbs->paths[p];
+        struct ibv_cq *cq;
+        void *context;
+        while ((files[2 * p].revents & POLLIN) != 0 &&
+               verbs->api.get_cq_event(path->channel, &cq, &context) == 0) {
+            /* acknowledging takes a mutex: in bundles */
+            if (++path->num_unacked >= 64) {
+                verbs->api.ack_cq_events(path->cq, path->num_unacked);
+                path->num_unacked = 0;
+            }
+        }
+        struct ibv_async_event event;
+        while ((files[2 * p + 1].revents & POLLIN) != 0 &&
+               verbs->api.get_async_event(path->context, &event) == 0) {
+            pthread_mutex_lock(&verbs->poll_lock);
+            nep_verbs_event_handle(verbs, path, &event);
+            pthread_mutex_unlock(&verbs->poll_lock);
+            verbs->api.ack_async_event(&event);
+        }
+    }
+}
+
+static void *run(void *arg)
+{
+    struct nep_verbs *verbs = arg;
+    struct pollfd files[2 * NEP_VERBS_MAX_PATHS + 1];
+    nfds_t num_files = 2 * verbs->num_paths + 1;
+    for (uint32_t p = 0; p < verbs->num_paths; p++) {
+        files[2 * p] = (struct pollfd){.fd = verbs->paths[p].channel->fd, .events = POLLIN};
+        files[2 * p + 1] =
+            (struct pollfd){.fd = verbs->paths[p].context->async_fd, .events = POLLIN};
+    }
+    files[num_files - 1] = (struct pollfd){.fd = verbs->wake_fd, .events = POLLIN};
+    uint32_t spin = verbs->params.config->spin, num_idle = 0;
+    if (spin == UINT32_MAX) {
+        spin = nep_topology_num_cores() > verbs->num_ranks ? 2000 : 0;
+    }
+    uint64_t caller_polls = 0;
+    while (!atomic_load_explicit(&verbs->stop, memory_order_acquire)) {
+        uint64_t polls = atomic_load_explicit(&verbs->num_caller_polls, memory_order_relaxed);
+        bool callers_poll = polls != caller_polls;
+        caller_polls = polls;
+        if (!callers_poll) {
+            if (poll_locked(verbs)) {
+                num_idle = 0;
+                continue;
+            }
+            if (num_idle++ < spin) {
+                continue;
+            }
+            arm(verbs);
+            if (poll_locked(verbs)) { /* came between the last look and arming */
+                num_idle = 0;
+                continue;
+            }
+        }
+        int ready = poll(files, num_files, callers_poll ? NAP_MS : SLEEP_MS);
+        if (ready > 0) {
+            drain(verbs, files);
+        }
+        num_idle = 0;
+    }
+    return NULL;
+}
+
+/* Binds the thread near its first device, where that is known; a core of its lane elsewhere. */
+static void place(struct nep_verbs *verbs)
+{
+    const struct nep_topology *topology = verbs->params.topology;
+    int core = nep_topology_progress_core(topology->local, topology->node_ranks[topology->node]);
+    cpu_set_t set;
+    if (core < 0 || core >= CPU_SETSIZE) {
+        return;
+    }
+    CPU_ZERO(&set);
+    CPU_SET(core, &set);
+    if (pthread_setaffinity_np(verbs->thread, sizeof set, &set) != 0) {
+        nep_debug("verbs: the progress thread cannot be bound to core %d", core);
+    }
+}
+
+enum nep_status nep_verbs_progress_start(struct nep_verbs *verbs)
+{
+    verbs->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (verbs->wake_fd < 0) {
+        return nep_fail(NEP_ERR_IO, "verbs: no eventfd: %s", strerror(errno));
+    }
+    int error = pthread_create(&verbs->thread, NULL, run, verbs);
+    if (error != 0) {
+        return nep_fail(NEP_ERR_NO_MEMORY, "verbs: no progress thread: %s", strerror(error));
+    }
+    verbs->has_thread = true;
+    place(verbs);
+    return NEP_OK;
+}
+
+void nep_verbs_progress_stop(struct nep_verbs *verbs)
+{
+    if (verbs->has_thread) {
+        /* release: pairs with the acquire in run */
+        atomic_store_explicit(&verbs->stop, true, memory_order_release);
+        uint64_t one = 1;
+        if (write(verbs->wake_fd, &one, sizeof one) < 0) {
+            nep_debug("verbs: waking the progress thread failed: it wakes by itself");
+        }
+        pthread_join(verbs->thread, NULL);
+        verbs->has_thread = false;
+    }
+    if (verbs->wake_fd >= 0) {
+        close(verbs->wake_fd);
+        verbs->wake_fd = -1;
+    }
+}

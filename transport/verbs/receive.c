@@ -1,0 +1,186 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Completions and arrivals. A receive has no buffer: WRITE_WITH_IMM uses one up and tells the
+ * immediate and the QP, which tells the source. Parts of a split put are a set: the put is
+ * announced when its immediate has come by as many QPs as its part field says. No order is used,
+ * neither between QPs nor on one.
+ *
+ * The completion of an arrival follows its data, also where data is written with relaxed ordering,
+ * so what the sink stores with release after the poll below publishes the data too.
+ */
+#include <endian.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/clock.h"
+#include "base/log.h"
+#include "transport/verbs/verbs.h"
+
+enum { BATCH = 32, REFILL = 32 };
+
+enum nep_status nep_verbs_srq_fill(struct nep_verbs *verbs, struct nep_verbs_path *path)
+{
+    struct ibv_recv_wr list[REFILL];
+    while (path->srq_posted < path->srq_depth) {
+        uint32_t missing = path->srq_depth - path->srq_posted;
+        uint32_t num = missing < REFILL ? missing : REFILL;
+        memset(list, 0, num * sizeof list[0]);
+        for (uint32_t i = 0; i + 1 < num; i++) {
+            list[i].next = &list[i + 1];
+        }
+        struct ibv_recv_wr *bad = NULL;
+        int error = verbs->api.post_srq_recv(path->srq, list, &bad);
+        if (error != 0) {
+            uint32_t posted = bad == NULL ? 0 : (uint32_t)(bad - list);
+            path->srq_posted += posted;
+            return nep_fail(NEP_ERR_IO, "verbs: %s: receive %u of %u cannot be posted: %s",
+                            path->device, path->srq_posted, path->srq_depth, strerror(error));
+        }
+        path->srq_posted += num;
+    }
+    return NEP_OK;
+}
+
+static void announce(struct nep_verbs *verbs, uint32_t src, uint32_t imm)
+{
+    void *base = verbs->windows[nep_verbs_imm_window(imm)].base;
+    if (base == NULL) {
+        atomic_fetch_add_explicit(&verbs->stale, 1, memory_order_relaxed);
+        return;
+    }
+    atomic_fetch_add_explicit(&verbs->arrivals, 1, memory_order_relaxed);
+    verbs->params.sink(base, verbs->rank, src, imm & ~15u);
+}
+
+/* Takes a part; announces when it was the last one. */
+static void take_part(struct nep_verbs *verbs, uint32_t src, uint32_t qp_idx, uint32_t imm)
+{
+    uint32_t num_parts = nep_verbs_imm_part(imm);
+    struct nep_verbs_assembly *assembly = &verbs->peers[src].parts[num_parts];
+    uint16_t bit = (uint16_t)(1u << qp_idx);
+    uint32_t i = 0;
+    while (i < assembly->num &&
+           (assembly->partials[i].imm != imm || (assembly->partials[i].seen & bit) != 0)) {
+        i++;
+    }
+    if (i == assembly->num) {
+        if (assembly->num == assembly->cap) {
+            uint32_t cap = assembly->cap == 0 ? 16 : assembly->cap * 2;
+            struct nep_verbs_partial *partials =
+                realloc(assembly->partials, cap * sizeof *partials);
+            if (partials == NULL) {
+                nep_warn("verbs: no memory for %u split puts from rank %u: one is lost", cap, src);
+                return;
+            }
+            assembly->partials = partials;
+            assembly->cap = cap;
+        }
+        assembly->partials[assembly->num++] = (struct nep_verbs_partial){.imm = imm};
+    }
+    assembly->partials[i].seen |= bit;
+    if ((uint32_t)__builtin_popcount(assembly->partials[i].seen) == num_parts) {
+        assembly->num--;
+        memmove(&assembly->partials[i], &assembly->partials[i + 1],
+                (assembly->num - i) * sizeof assembly->partials[0]); /* the oldest stay first */
+        announce(verbs, src, imm);
+    }
+}
+
+static void take_control(struct nep_verbs *verbs, uint32_t src, uint32_t imm)
+{
+    struct nep_verbs_peer *peer = &verbs->peers[src];
+    uint32_t code = imm >> 4 & 15, argument = imm >> 8;
+    pthread_mutex_lock(&peer->lock);
+    if (code == NEP_VERBS_QP_DEAD && argument < verbs->num_qps) {
+        nep_verbs_qp_failed(verbs, peer, argument, NULL, "the other side reported it dead");
+    } else if (code == NEP_VERBS_LEAVE) {
+        atomic_store(&peer->has_left, true);
+    }
+    pthread_mutex_unlock(&peer->lock);
+}
+
+static void take_arrival(struct nep_verbs *verbs, struct nep_verbs_path *path,
+                         const struct ibv_wc *wc, uint64_t now_ns)
+{
+    uint32_t src, qp_idx, imm = be32toh(wc->imm_data);
+    path->srq_posted--;
+    if (!nep_verbs_qp_find(path, wc->qp_num, &src, &qp_idx) ||
+        wc->opcode != IBV_WC_RECV_RDMA_WITH_IMM) {
+        nep_warn("verbs: %s: a message by QP %u that is not of this protocol (opcode %d)",
+                 path->device, wc->qp_num, wc->opcode);
+        return;
+    }
+    atomic_store_explicit(&verbs->peers[src].last_heard_ns, now_ns, memory_order_relaxed);
+    switch (nep_verbs_imm_part(imm)) {
+    case 0:
+        announce(verbs, src, imm);
+        break;
+    case 15:
+        take_control(verbs, src, imm);
+        break;
+    default:
+        take_part(verbs, src, qp_idx, imm);
+    }
+}
+
+static void take_sent(struct nep_verbs *verbs, const struct nep_verbs_path *path,
+                      const struct ibv_wc *wc, uint64_t now_ns)
+{
+    uint32_t rank, qp_idx;
+    if (!nep_verbs_qp_find(path, wc->qp_num, &rank, &qp_idx)) {
+        return;
+    }
+    struct nep_verbs_peer *peer = &verbs->peers[rank];
+    pthread_mutex_lock(&peer->lock);
+    if (wc->status == IBV_WC_SUCCESS) {
+        atomic_store_explicit(&peer->last_heard_ns, now_ns, memory_order_relaxed);
+        nep_verbs_qp_completed(verbs, peer, qp_idx, wc->wr_id & ~NEP_VERBS_WR_SEND);
+    } else {
+        nep_verbs_qp_failed(verbs, peer, qp_idx, wc, NULL);
+    }
+    pthread_mutex_unlock(&peer->lock);
+}
+
+static bool poll_path(struct nep_verbs *verbs, struct nep_verbs_path *path)
+{
+    struct ibv_wc wc[BATCH];
+    if (atomic_load_explicit(&path->is_dead, memory_order_relaxed)) {
+        return false;
+    }
+    int num = verbs->api.poll_cq(path->cq, BATCH, wc);
+    if (num == 0) {
+        return false;
+    }
+    if (num < 0) {
+        nep_warn("verbs: %s: the completion queue failed (%d): the path is dead", path->device,
+                 num);
+        struct ibv_async_event event = {.event_type = IBV_EVENT_CQ_ERR};
+        nep_verbs_event_handle(verbs, path, &event);
+        return false;
+    }
+    uint64_t now_ns = nep_now_ns();
+    for (int i = 0; i < num; i++) {
+        /* wr_id is valid in failed completions too; opcode is not. */
+        if ((wc[i].wr_id & NEP_VERBS_WR_SEND) != 0) {
+            take_sent(verbs, path, &wc[i], now_ns);
+        } else if (wc[i].status == IBV_WC_SUCCESS) {
+            take_arrival(verbs, path, &wc[i], now_ns);
+        } else {
+            path->srq_posted--;
+            take_sent(verbs, path, &wc[i], now_ns);
+        }
+    }
+    if (path->srq_posted + REFILL <= path->srq_depth && nep_verbs_srq_fill(verbs, path) != NEP_OK) {
+        nep_warn("%s", nep_last_message());
+    }
+    return true;
+}
+
+bool nep_verbs_poll(struct nep_verbs *verbs)
+{
+    bool any = false;
+    for (uint32_t p = 0; p < verbs->num_paths; p++) {
+        any = poll_path(verbs, &verbs->paths[p]) || any;
+    }
+    return any;
+}

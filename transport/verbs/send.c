@@ -1,0 +1,531 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Puts. Each gets a number and a record in its peer's ring; records are posted in order as far as
+ * the send queues have room, in lists, each list with one signalled request at its end. The rest
+ * waits in the ring, so a put never blocks and is never refused for a full queue.
+ *
+ * A long put is split over the live QPs of the peer (parts), and a part over the pieces of memory
+ * that it crosses: plain writes before the one that announces, on the same QP.
+ *
+ * When a QP dies, every put that had a part on it goes again, WHOLE, over a live QP. Before that,
+ * the live QP carries "QP q is dead", on which the receiver puts its end in error: so no late write
+ * of the dead QP can land after the put was announced and its slot given to somebody else. Whole,
+ * and not the missing part: the receiver could not tell a late part from one sent again. The number
+ * of parts only ever falls, so parts that stay behind at the receiver meet no others.
+ */
+#include <endian.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "transport/verbs/verbs.h"
+
+enum { LIST = 8, FIRST_RING = 64 };
+
+/* Requests collected for one QP and posted as a list. */
+struct list {
+    struct ibv_send_wr wr[LIST];
+    struct ibv_sge sge[LIST];
+    uint32_t num;
+};
+
+/* The lists of one pump. */
+struct lists {
+    struct nep_verbs *verbs;
+    struct nep_verbs_peer *peer;
+    struct list of[NEP_VERBS_MAX_QPS];
+};
+
+/* A contiguous range of a put that travels by one QP. */
+struct part {
+    uint64_t offset; /* in the put */
+    uint64_t len;
+    uint32_t imm;
+};
+
+static struct nep_verbs_record *record_of(struct nep_verbs_peer *peer, uint64_t number)
+{
+    return &peer->ring[number & peer->mask];
+}
+
+/* ---- lists ---------------------------------------------------------------------------------- */
+
+static void flush(struct lists *lists, uint32_t qp_idx)
+{
+    struct nep_verbs *verbs = lists->verbs;
+    struct nep_verbs_qp *qp = &lists->peer->qps[qp_idx];
+    struct list *list = &lists->of[qp_idx];
+    if (list->num == 0 || qp->is_dead) {
+        list->num = 0;
+        return;
+    }
+    list->wr[list->num - 1].send_flags |= IBV_SEND_SIGNALED;
+    list->wr[list->num - 1].next = NULL;
+    struct ibv_send_wr *bad = NULL;
+    int error = verbs->api.post_send(qp->qp, list->wr, &bad);
+    atomic_fetch_add_explicit(&verbs->work_requests, list->num, memory_order_relaxed);
+    list->num = 0;
+    if (error != 0) {
+        char why[96];
+        snprintf(why, sizeof why, "posting failed: %s", strerror(error));
+        nep_verbs_qp_failed(verbs, lists->peer, qp_idx, NULL, why);
+    }
+}
+
+static void flush_all(struct lists *lists)
+{
+    for (uint32_t q = 0; q < lists->verbs->num_qps; q++) {
+        flush(lists, q);
+    }
+}
+
+/* The next request of a QP's list; `put`: the put that ends with it, or 0. */
+static struct ibv_send_wr *append(struct lists *lists, uint32_t qp_idx, uint64_t put)
+{
+    struct nep_verbs_qp *qp = &lists->peer->qps[qp_idx];
+    struct list *list = &lists->of[qp_idx];
+    if (list->num == LIST) {
+        flush(lists, qp_idx);
+    }
+    struct ibv_send_wr *wr = &list->wr[list->num];
+    memset(wr, 0, sizeof *wr);
+    if (list->num > 0) {
+        list->wr[list->num - 1].next = wr;
+    }
+    wr->sg_list = &list->sge[list->num++];
+    qp->posted++;
+    qp->put_of[qp->posted % lists->verbs->depth] = put;
+    wr->wr_id = NEP_VERBS_WR_SEND | qp->posted;
+    return wr;
+}
+
+static uint32_t room(const struct nep_verbs *verbs, const struct nep_verbs_qp *qp)
+{
+    return qp->is_dead ? 0 : verbs->depth - (uint32_t)(qp->posted - qp->done);
+}
+
+static void append_control(struct lists *lists, uint32_t qp_idx, enum nep_verbs_control code,
+                           uint32_t argument)
+{
+    struct ibv_send_wr *wr = append(lists, qp_idx, 0);
+    wr->opcode = IBV_WR_RDMA_WRITE_WITH_IMM;
+    wr->imm_data = htobe32(argument << 8 | (uint32_t)code << 4 | 15);
+}
+
+/* ---- one put -------------------------------------------------------------------------------- */
+
+/* The longest piece at `done` of a part: to the next border of registrations or messages. */
+static uint64_t piece_bytes(const struct nep_verbs *verbs, const struct nep_put *put,
+                            const struct part *part, uint64_t done)
+{
+    uint64_t chunk = verbs->params.config->verbs_chunk_bytes;
+    uint64_t from = (uint64_t)((const uint8_t *)put->src - verbs->windows[put->window].base) +
+                    part->offset + done;
+    uint64_t to = put->offset + part->offset + done;
+    uint64_t bytes = part->len - done;
+    uint64_t limit = verbs->max_message_bytes;
+    uint64_t left_from = chunk - from % chunk, left_to = chunk - to % chunk;
+    bytes = left_from < bytes ? left_from : bytes;
+    bytes = left_to < bytes ? left_to : bytes;
+    return limit < bytes ? limit : bytes;
+}
+
+static uint32_t num_pieces(const struct nep_verbs *verbs, const struct nep_put *put,
+                           const struct part *part)
+{
+    uint32_t num = 0;
+    uint64_t done = 0;
+    do {
+        done += part->len == 0 ? 0 : piece_bytes(verbs, put, part, done);
+        num++;
+    } while (done < part->len);
+    return num;
+}
+
+static void append_piece(struct lists *lists, uint32_t qp_idx, const struct nep_put *put,
+                         uint64_t at, uint64_t bytes, struct ibv_send_wr *wr)
+{
+    struct nep_verbs *verbs = lists->verbs;
+    const struct nep_verbs_qp *qp = &lists->peer->qps[qp_idx];
+    const struct nep_verbs_window *window = &verbs->windows[put->window];
+    const struct nep_verbs_remote *remote = &window->remotes[put->dst];
+    uint64_t chunk = verbs->params.config->verbs_chunk_bytes;
+    const uint8_t *src = (const uint8_t *)put->src + at;
+    size_t first_key = qp->path * window->num_chunks;
+    if (bytes == 0) {
+        return;
+    }
+    wr->num_sge = 1;
+    wr->sg_list->addr = (uintptr_t)src;
+    wr->sg_list->length = (uint32_t)bytes;
+    wr->sg_list->lkey = window->mrs[first_key + (size_t)(src - window->base) / chunk]->lkey;
+    wr->wr.rdma.remote_addr = remote->base + put->offset + at;
+    wr->wr.rdma.rkey = remote->rkeys[first_key + (put->offset + at) / chunk];
+    if (bytes <= qp->max_inline) {
+        wr->send_flags |= IBV_SEND_INLINE;
+    }
+}
+
+/* Puts a part on a QP that has room for it. */
+static void append_part(struct lists *lists, uint32_t qp_idx, uint64_t number,
+                        const struct part *part)
+{
+    struct nep_verbs_record *record = record_of(lists->peer, number);
+    struct nep_verbs_qp *qp = &lists->peer->qps[qp_idx];
+    uint64_t done = 0;
+    if (qp->is_dead) { /* died while the parts before this one were posted */
+        lists->peer->num_resend += !record->must_resend;
+        record->must_resend = true;
+        return;
+    }
+    record->on_qps |= (uint16_t)(1u << qp_idx);
+    do {
+        uint64_t bytes = part->len == 0 ? 0 : piece_bytes(lists->verbs, &record->put, part, done);
+        bool is_last = done + bytes == part->len;
+        struct ibv_send_wr *wr = append(lists, qp_idx, is_last ? number : 0);
+        if (qp->is_dead) { /* by the flush in append: qp_failed took care of the record */
+            return;
+        }
+        wr->opcode = is_last ? IBV_WR_RDMA_WRITE_WITH_IMM : IBV_WR_RDMA_WRITE;
+        wr->imm_data = htobe32(part->imm);
+        append_piece(lists, qp_idx, &record->put, part->offset + done, bytes, wr);
+        done += bytes;
+    } while (done < part->len);
+}
+
+/* Whole, over the next live QP with room; false when none has. */
+static bool post_whole(struct lists *lists, uint64_t number)
+{
+    struct nep_verbs *verbs = lists->verbs;
+    struct nep_verbs_peer *peer = lists->peer;
+    const struct nep_put *put = &record_of(peer, number)->put;
+    struct part part = {0, put->len, put->imm};
+    for (uint32_t pass = 0; pass < 2; pass++) {
+        for (uint32_t i = 0; i < verbs->num_qps; i++) {
+            uint32_t q = (peer->next_qp + i) % verbs->num_qps;
+            struct nep_verbs_qp *qp = &peer->qps[q];
+            /* first the paths whose port is up */
+            if (qp->is_dead || qp->told != peer->dead ||
+                (pass == 0 &&
+                 atomic_load_explicit(&verbs->paths[qp->path].is_down, memory_order_relaxed)) ||
+                room(verbs, qp) < num_pieces(verbs, put, &part)) {
+                continue;
+            }
+            append_part(lists, q, number, &part);
+            /* a list is filled before the next QP's turn comes */
+            peer->next_qp = lists->of[q].num == LIST ? (q + 1) % verbs->num_qps : q;
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool any_port_down(const struct nep_verbs *verbs)
+{
+    for (uint32_t p = 0; p < verbs->num_paths; p++) {
+        if (atomic_load_explicit(&verbs->paths[p].is_down, memory_order_relaxed)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Split over all live QPs; false when one of them has no room yet. */
+static bool post_split(struct lists *lists, uint64_t number)
+{
+    struct nep_verbs *verbs = lists->verbs;
+    struct nep_verbs_peer *peer = lists->peer;
+    const struct nep_put *put = &record_of(peer, number)->put;
+    uint32_t num_parts = peer->num_alive;
+    uint64_t share = (put->len / num_parts + 63) / 64 * 64;
+    struct part parts[NEP_VERBS_MAX_QPS];
+    uint32_t qps[NEP_VERBS_MAX_QPS], num = 0;
+    for (uint32_t q = 0; q < verbs->num_qps; q++) {
+        if (peer->qps[q].is_dead) {
+            continue;
+        }
+        uint64_t at = num * share;
+        uint64_t left = put->len - at;
+        parts[num] = (struct part){at, num + 1 < num_parts ? share : left, put->imm | num_parts};
+        if (room(verbs, &peer->qps[q]) < num_pieces(verbs, put, &parts[num])) {
+            return false;
+        }
+        qps[num++] = q;
+    }
+    for (uint32_t i = 0; i < num; i++) {
+        append_part(lists, qps[i], number, &parts[i]);
+    }
+    return true;
+}
+
+static bool post_record(struct lists *lists, uint64_t number)
+{
+    const struct nep_put *put = &record_of(lists->peer, number)->put;
+    uint64_t split = lists->verbs->params.config->verbs_split_bytes;
+    /* A share is rounded to 64 bytes: the last of up to 14 must not come out negative. */
+    if (lists->peer->num_alive > 1 && put->len >= split && put->len >= 16384 &&
+        !any_port_down(lists->verbs)) {
+        return post_split(lists, number);
+    }
+    return post_whole(lists, number);
+}
+
+/* ---- the pump ------------------------------------------------------------------------------- */
+
+/* Announces dead QPs by every live one, so that what follows on it is safe. */
+static void tell_dead(struct lists *lists)
+{
+    struct nep_verbs_peer *peer = lists->peer;
+    for (uint32_t j = 0; j < lists->verbs->num_qps; j++) {
+        struct nep_verbs_qp *qp = &peer->qps[j];
+        for (uint32_t q = 0; q < lists->verbs->num_qps && !qp->is_dead; q++) {
+            uint16_t bit = (uint16_t)(1u << q);
+            if ((peer->dead & bit & ~qp->told) != 0 && room(lists->verbs, qp) > 0) {
+                append_control(lists, j, NEP_VERBS_QP_DEAD, q);
+                qp->told |= bit;
+            }
+        }
+    }
+}
+
+static void resend(struct lists *lists)
+{
+    struct nep_verbs_peer *peer = lists->peer;
+    uint64_t first = atomic_load_explicit(&peer->completed, memory_order_relaxed) + 1;
+    for (uint64_t n = first; n <= peer->posted && peer->num_resend > 0; n++) {
+        struct nep_verbs_record *record = record_of(peer, n);
+        /* Parts that still travel would end this record too early. */
+        if (!record->must_resend || record->on_qps != 0) {
+            continue;
+        }
+        record->must_resend = false;
+        peer->num_resend--;
+        if (!post_whole(lists, n)) {
+            record->must_resend = true;
+            peer->num_resend++;
+            return;
+        }
+        atomic_fetch_add_explicit(&lists->verbs->retries, 1, memory_order_relaxed);
+    }
+}
+
+void nep_verbs_peer_pump(struct nep_verbs *verbs, struct nep_verbs_peer *peer)
+{
+    if (atomic_load_explicit(&peer->status, memory_order_relaxed) != NEP_OK ||
+        (peer->posted == peer->next && peer->num_resend == 0 && peer->dead == 0)) {
+        return;
+    }
+    struct lists lists;
+    lists.verbs = verbs;
+    lists.peer = peer;
+    for (uint32_t q = 0; q < verbs->num_qps; q++) {
+        lists.of[q].num = 0;
+    }
+    uint16_t dead;
+    do { /* again when a QP died by what was posted */
+        dead = peer->dead;
+        if (peer->dead != 0) {
+            tell_dead(&lists);
+        }
+        if (peer->num_resend > 0) {
+            resend(&lists);
+        }
+        while (peer->posted < peer->next && peer->num_alive > 0 &&
+               post_record(&lists, peer->posted + 1)) {
+            peer->posted++;
+        }
+        flush_all(&lists);
+    } while (dead != peer->dead && peer->num_alive > 0);
+}
+
+void nep_verbs_peer_advance(struct nep_verbs_peer *peer)
+{
+    uint64_t completed = atomic_load_explicit(&peer->completed, memory_order_relaxed);
+    while (completed < peer->posted) {
+        const struct nep_verbs_record *record = record_of(peer, completed + 1);
+        if (record->on_qps != 0 || record->must_resend) {
+            break;
+        }
+        completed++;
+    }
+    /* release: pairs with the acquire in nep_verbs_completed; the device is done with the source */
+    atomic_store_explicit(&peer->completed, completed, memory_order_release);
+}
+
+void nep_verbs_qp_completed(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_t qp_idx,
+                            uint64_t number)
+{
+    struct nep_verbs_qp *qp = &peer->qps[qp_idx];
+    if (qp->is_dead || number > qp->posted) {
+        return;
+    }
+    /* RC completes in order: one signalled request stands for all before it. */
+    while (qp->done < number) {
+        qp->done++;
+        uint64_t put = qp->put_of[qp->done % verbs->depth];
+        if (put != 0) {
+            record_of(peer, put)->on_qps &= (uint16_t) ~(1u << qp_idx);
+        }
+    }
+    nep_verbs_peer_advance(peer);
+    nep_verbs_peer_pump(verbs, peer);
+}
+
+/* ---- messages of the transport itself ------------------------------------------------------- */
+
+static void post_single(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_t qp_idx,
+                        enum ibv_wr_opcode opcode, uint32_t imm)
+{
+    struct nep_verbs_qp *qp = &peer->qps[qp_idx];
+    qp->posted++;
+    qp->put_of[qp->posted % verbs->depth] = 0;
+    struct ibv_send_wr wr = {.wr_id = NEP_VERBS_WR_SEND | qp->posted,
+                             .opcode = opcode,
+                             .send_flags = IBV_SEND_SIGNALED,
+                             .imm_data = htobe32(imm)};
+    struct ibv_send_wr *bad = NULL;
+    int error = verbs->api.post_send(qp->qp, &wr, &bad);
+    if (error != 0) {
+        nep_verbs_qp_failed(verbs, peer, qp_idx, NULL, strerror(error));
+    }
+}
+
+void nep_verbs_peer_leave(struct nep_verbs *verbs, struct nep_verbs_peer *peer)
+{
+    for (uint32_t q = 0; q < verbs->num_qps; q++) {
+        if (room(verbs, &peer->qps[q]) > 0) {
+            post_single(verbs, peer, q, IBV_WR_RDMA_WRITE_WITH_IMM,
+                        (uint32_t)NEP_VERBS_LEAVE << 4 | 15);
+            return;
+        }
+    }
+}
+
+void nep_verbs_peer_ping(struct nep_verbs *verbs, struct nep_verbs_peer *peer)
+{
+    for (uint32_t q = 0; q < verbs->num_qps; q++) {
+        struct nep_verbs_qp *qp = &peer->qps[q];
+        if (!qp->is_dead && qp->posted == qp->done) {
+            post_single(verbs, peer, q, IBV_WR_RDMA_WRITE, 0);
+        }
+    }
+}
+
+/* ---- the calls ------------------------------------------------------------------------------ */
+
+static enum nep_status check(const struct nep_verbs *verbs, const struct nep_put *put)
+{
+    if (put->dst >= verbs->num_ranks || put->window >= NEP_VERBS_MAX_WINDOWS ||
+        verbs->windows[put->window].remotes == NULL) {
+        return nep_fail(NEP_ERR_INVALID, "verbs: put to rank %u, window %u: there is none",
+                        put->dst, put->window);
+    }
+    if (nep_verbs_imm_window(put->imm) != put->window || nep_verbs_imm_part(put->imm) != 0) {
+        return nep_fail(NEP_ERR_INVALID,
+                        "verbs: the immediate 0x%08x must name window %u in bits 20 to 25 and have "
+                        "part 0",
+                        put->imm, put->window);
+    }
+    const struct nep_verbs_window *window = &verbs->windows[put->window];
+    uint64_t to = window->remotes[put->dst].bytes;
+    const uint8_t *src = put->src;
+    if (put->len > to || put->offset > to - put->len) {
+        return nep_fail(
+            NEP_ERR_INVALID, "verbs: a put of %u bytes at %llu leaves the window of rank %u (%llu)",
+            put->len, (unsigned long long)put->offset, put->dst, (unsigned long long)to);
+    }
+    if (put->len > 0 && (src < window->base || src + put->len > window->base + window->bytes)) {
+        return nep_fail(NEP_ERR_INVALID,
+                        "verbs: the source of a put of %u bytes is outside the "
+                        "own window %u",
+                        put->len, put->window);
+    }
+    uint64_t pieces = put->len / verbs->params.config->verbs_chunk_bytes * 2 +
+                      put->len / verbs->max_message_bytes + 3;
+    if (pieces > verbs->depth) {
+        return nep_fail(NEP_ERR_INVALID,
+                        "verbs: a put of %u bytes needs %llu requests, the send queue has %u: "
+                        "raise NEP_VERBS_CHUNK or NEP_VERBS_DEPTH",
+                        put->len, (unsigned long long)pieces, verbs->depth);
+    }
+    return NEP_OK;
+}
+
+static bool grow(struct nep_verbs_peer *peer)
+{
+    uint64_t completed = atomic_load_explicit(&peer->completed, memory_order_relaxed);
+    uint64_t size = peer->ring == NULL ? 0 : peer->mask + 1;
+    if (peer->next - completed < size) {
+        return true;
+    }
+    uint64_t larger = size == 0 ? FIRST_RING : size * 2;
+    struct nep_verbs_record *ring = calloc(larger, sizeof *ring);
+    if (ring == NULL) {
+        return false;
+    }
+    for (uint64_t n = completed + 1; n <= peer->next; n++) {
+        ring[n & (larger - 1)] = *record_of(peer, n);
+    }
+    free(peer->ring);
+    peer->ring = ring;
+    peer->mask = larger - 1;
+    return true;
+}
+
+static void put_to_self(struct nep_verbs *verbs, const struct nep_put *put)
+{
+    uint8_t *base = verbs->windows[put->window].base;
+    if (put->len > 0) {
+        memmove(base + put->offset, put->src, put->len);
+    }
+    verbs->params.sink(base, verbs->rank, verbs->rank, put->imm);
+    atomic_fetch_add_explicit(&verbs->arrivals, 1, memory_order_relaxed);
+}
+
+enum nep_status nep_verbs_put(struct nep_transport *transport, const struct nep_put *put,
+                              uint64_t *number_p)
+{
+    struct nep_verbs *verbs = (struct nep_verbs *)transport;
+    enum nep_status status = check(verbs, put);
+    if (status != NEP_OK) {
+        return status;
+    }
+    struct nep_verbs_peer *peer = &verbs->peers[put->dst];
+    pthread_mutex_lock(&peer->lock);
+    status = (enum nep_status)atomic_load_explicit(&peer->status, memory_order_relaxed);
+    bool is_gone = put->dst == verbs->rank || atomic_load(&peer->has_left);
+    if (status != NEP_OK) {
+        status = nep_fail(status, "%s", peer->message);
+    } else if (is_gone) {
+        peer->posted = ++peer->next;
+        atomic_store_explicit(&peer->completed, peer->next, memory_order_release);
+    } else if (!grow(peer)) {
+        status = nep_fail(NEP_ERR_NO_MEMORY, "verbs: no memory for %llu puts to rank %u",
+                          (unsigned long long)(peer->mask + 1) * 2, put->dst);
+    } else {
+        peer->next++;
+        *record_of(peer, peer->next) = (struct nep_verbs_record){.put = *put};
+        nep_verbs_peer_pump(verbs, peer);
+    }
+    uint64_t number = peer->next;
+    pthread_mutex_unlock(&peer->lock);
+    if (status != NEP_OK) {
+        return status;
+    }
+    atomic_fetch_add_explicit(&verbs->num_puts, 1, memory_order_relaxed);
+    atomic_fetch_add_explicit(&verbs->put_bytes, put->len, memory_order_relaxed);
+    if (put->dst == verbs->rank) {
+        put_to_self(verbs, put);
+    }
+    *number_p = number;
+    return NEP_OK;
+}
+
+uint64_t nep_verbs_completed(struct nep_transport *transport, uint32_t dst)
+{
+    struct nep_verbs *verbs = (struct nep_verbs *)transport;
+    /* acquire: pairs with the release in nep_verbs_peer_advance */
+    return dst < verbs->num_ranks
+               ? atomic_load_explicit(&verbs->peers[dst].completed, memory_order_acquire)
+               : 0;
+}

@@ -1,0 +1,294 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The parts of the verbs transport.
+ *
+ * path: one device port with its own protection domain, completion queue and shared receive queue.
+ * QP q of a peer lives on path q % num_paths and is connected to QP q of the other side.
+ *
+ * Locks, in the order in which they may be taken: poll (completions, arrivals, events), then a
+ * peer's. put takes the peer's alone.
+ */
+#ifndef NEP_TRANSPORT_VERBS_VERBS_H
+#define NEP_TRANSPORT_VERBS_VERBS_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "transport/transport.h"
+#include "transport/verbs/api.h"
+
+enum {
+    NEP_VERBS_MAX_PATHS = 8,
+    NEP_VERBS_MAX_QPS = 14, /* per peer, over all paths; 15 in the part field marks control */
+    NEP_VERBS_MAX_WINDOWS = 64,
+    NEP_VERBS_NAME = 64,
+};
+
+/* In wr_id of sends; a receive has 0. The rest is the number of the work request on its QP. */
+#define NEP_VERBS_WR_SEND (1ull << 63)
+
+/* ---- immediates (docs/protocol.md): generation 3, kind 3, ep 6, op 8, tile 8, part 4 -------- */
+
+/*
+ * The part field belongs to this transport: 0 is a whole put, n from 2 to 14 a put split over the n
+ * live QPs of a peer (which part it is follows from the QP it came by), 15 a message of the
+ * transport itself: its code in bits 4 to 7, its argument above.
+ */
+enum nep_verbs_control { NEP_VERBS_QP_DEAD = 1, NEP_VERBS_LEAVE = 2 };
+
+static inline uint32_t nep_verbs_imm_window(uint32_t imm)
+{
+    return imm >> 20 & 63;
+}
+static inline uint32_t nep_verbs_imm_part(uint32_t imm)
+{
+    return imm & 15;
+}
+
+/* ---- choices (gid.c, assign.c): plain arithmetic, no device --------------------------------- */
+
+/* What a GID is good for, best first. */
+enum nep_verbs_gid_kind {
+    NEP_VERBS_GID_V2_IPV4,
+    NEP_VERBS_GID_V2_IPV6,
+    NEP_VERBS_GID_IB,
+    NEP_VERBS_GID_V2_LINK,
+    NEP_VERBS_GID_V1,
+    NEP_VERBS_GID_NUM_KINDS
+};
+
+/* The first GID of each kind on a port. index: -1 where there is none. */
+struct nep_verbs_gids {
+    int32_t index[NEP_VERBS_GID_NUM_KINDS];
+    uint8_t raw[NEP_VERBS_GID_NUM_KINDS][16];
+};
+
+enum nep_verbs_gid_kind nep_verbs_gid_classify(const struct ibv_gid_entry *entry);
+const char *nep_verbs_gid_kind_name(enum nep_verbs_gid_kind kind);
+/* "::ffff:10.9.0.1" as text of at least 48 bytes. */
+void nep_verbs_gid_text(const uint8_t raw[16], char text[48]);
+/* The best kind that both ends have; NEP_ERR_UNSUPPORTED with what each has otherwise. */
+enum nep_status nep_verbs_gid_agree(const struct nep_verbs_gids *mine,
+                                    const struct nep_verbs_gids *theirs,
+                                    enum nep_verbs_gid_kind *kind_p);
+
+/* One candidate device port. */
+struct nep_verbs_port {
+    char device[NEP_VERBS_NAME];
+    uint8_t port;
+    int32_t numa; /* -1: unknown or none */
+};
+
+/*
+ * Gives each of num_ranks local ranks num_paths of the num_ports ports: no port is used once more
+ * than another, and within that the sum of distances is as small as pairwise exchange makes it.
+ * numa[r]: where rank r's memory is, -1 unknown. choice[r * num_paths + p]: index of the port.
+ */
+void nep_verbs_assign(const struct nep_verbs_port *ports, uint32_t num_ports, const int32_t *numa,
+                      uint32_t num_ranks, uint32_t num_paths, uint32_t *choice);
+
+/* ---- objects -------------------------------------------------------------------------------- */
+
+/* Open-addressing table from QP number to (peer, QP index); written at set-up only. */
+struct nep_verbs_qp_table {
+    uint32_t mask;
+    struct nep_verbs_qp_key {
+        uint32_t qp_num;
+        uint32_t peer; /* UINT32_MAX: empty */
+        uint32_t qp_idx;
+    } * keys;
+};
+
+struct nep_verbs_path {
+    char device[NEP_VERBS_NAME];
+    uint8_t port;
+    int32_t numa;
+    struct ibv_context *context;
+    struct ibv_pd *pd;
+    struct ibv_comp_channel *channel;
+    struct ibv_cq *cq;
+    struct ibv_srq *srq;
+    struct ibv_device_attr device_attr;
+    struct ibv_port_attr port_attr;
+    struct nep_verbs_gids gids;
+    struct nep_verbs_qp_table table;
+    uint32_t cq_depth;
+    uint32_t srq_depth;
+    uint32_t srq_posted;   /* receives there now; poll lock */
+    uint32_t num_unacked;  /* completion events not acknowledged yet; progress thread */
+    uint32_t num_overruns; /* SRQ limit events */
+    atomic_bool is_down;   /* the port; set by events */
+    atomic_bool is_dead;   /* the device */
+};
+
+struct nep_verbs_qp {
+    struct ibv_qp *qp;
+    uint32_t path;
+    bool is_dead;
+    uint32_t max_inline;
+    uint64_t posted;  /* work requests so far: each has the next number */
+    uint64_t done;    /* of them, those known complete */
+    uint64_t *put_of; /* [depth]: put that ends with a work request, 0 for none */
+    uint16_t told;    /* dead QPs of this peer that were announced by this one */
+};
+
+/* One put between nep_put and its completion. */
+struct nep_verbs_record {
+    struct nep_put put;
+    uint16_t on_qps; /* QPs that still carry a part of it */
+    bool must_resend;
+};
+
+/* Parts that came of one put split over num_parts QPs. */
+struct nep_verbs_partial {
+    uint32_t imm;
+    uint16_t seen;
+};
+struct nep_verbs_assembly {
+    struct nep_verbs_partial *partials;
+    uint32_t num;
+    uint32_t cap;
+};
+
+struct nep_verbs_peer {
+    pthread_mutex_t lock;
+    uint32_t rank;
+    bool is_served;
+    struct nep_verbs_qp *qps; /* [num_qps] */
+    uint32_t num_alive;
+    uint16_t dead; /* its dead QPs */
+    uint32_t next_qp;
+    /* Ring of puts base + 1 to next; record of put n at n & mask. */
+    struct nep_verbs_record *ring;
+    uint64_t mask;
+    uint64_t posted; /* puts up to here were posted once */
+    uint64_t next;   /* the last number given out */
+    uint32_t num_resend;
+    atomic_uint_fast64_t completed; /* all numbers up to here */
+    atomic_int status;              /* NEP_OK, or why it is lost */
+    atomic_bool has_left;
+    char message[512]; /* written before status */
+    atomic_uint_fast64_t last_heard_ns;
+    uint64_t last_ping_ns;
+    struct nep_verbs_assembly parts[NEP_VERBS_MAX_QPS + 1]; /* by number of parts; poll lock */
+};
+
+/* A window of one rank, as a peer needs it. */
+struct nep_verbs_remote {
+    uint64_t base;
+    uint64_t bytes;
+    uint32_t *rkeys; /* [path * num_chunks + chunk] */
+};
+
+struct nep_verbs_window {
+    uint8_t *base; /* NULL: no window; poll lock for the sink */
+    size_t bytes;
+    size_t num_chunks; /* of the largest window of any rank */
+    bool is_own_memory;
+    struct ibv_mr **mrs; /* [path * num_chunks + chunk]; NULL past the end */
+    struct nep_verbs_remote *remotes;
+    uint32_t *rkeys;
+};
+
+struct nep_verbs {
+    struct nep_transport transport;
+    struct nep_transport_params params;
+    struct nep_verbs_api api;
+    uint32_t rank;
+    uint32_t num_ranks;
+    uint32_t num_paths;
+    uint32_t num_qps; /* per peer */
+    uint32_t depth;   /* of each send queue */
+    uint64_t max_message_bytes;
+    struct nep_verbs_path paths[NEP_VERBS_MAX_PATHS];
+    struct nep_verbs_peer *peers; /* [num_ranks] */
+    struct nep_verbs_window windows[NEP_VERBS_MAX_WINDOWS];
+    pthread_mutex_t poll_lock;
+    pthread_t thread;
+    bool has_thread;
+    int wake_fd;
+    atomic_bool stop;
+    atomic_uint_fast64_t num_caller_polls; /* by threads that wait: then the thread steps aside */
+    atomic_uint_fast64_t num_puts, put_bytes, work_requests, arrivals, retries, stale;
+};
+
+/* ---- device.c: devices and ports; path.c: what is made on them ------------------------------ */
+
+/* Ports with their state, for choosing. Free *ports_p. */
+enum nep_status nep_verbs_ports_list(const struct nep_verbs_api *api, const char *only,
+                                     struct nep_verbs_port **ports_p, uint32_t *num_ports_p);
+/* The ports of this rank's paths, chosen with all ranks of this machine; collective. */
+enum nep_status nep_verbs_paths_choose(struct nep_verbs *verbs);
+void nep_verbs_gids_read(const struct nep_verbs_api *api, struct ibv_context *context, uint8_t port,
+                         uint32_t num_gids, uint32_t only, struct nep_verbs_gids *gids);
+/* Opens device and port, checks limits, makes queues; receives are posted. */
+enum nep_status nep_verbs_path_open(struct nep_verbs *verbs, struct nep_verbs_path *path);
+void nep_verbs_path_close(struct nep_verbs *verbs, struct nep_verbs_path *path);
+
+/* ---- connect.c ------------------------------------------------------------------------------ */
+
+/* Makes QPs to every rank served, exchanges addresses through the bootstrap, connects; collective.
+ */
+enum nep_status nep_verbs_connect(struct nep_verbs *verbs);
+void nep_verbs_disconnect(struct nep_verbs *verbs);
+/* The peer's QP behind a completion; false for a number that is not known. */
+bool nep_verbs_qp_find(const struct nep_verbs_path *path, uint32_t qp_num, uint32_t *peer_p,
+                       uint32_t *qp_idx_p);
+
+/* ---- window.c ------------------------------------------------------------------------------- */
+
+enum nep_status nep_verbs_window_create(struct nep_transport *transport, uint32_t window,
+                                        void **base_p, size_t bytes);
+void nep_verbs_window_destroy(struct nep_transport *transport, uint32_t window);
+/* The registration sentence for errno `error`: limits, rights, or what the device cannot do. */
+enum nep_status nep_verbs_register_failed(const char *device, const char *what, size_t bytes,
+                                          int error);
+
+/* ---- send.c --------------------------------------------------------------------------------- */
+
+enum nep_status nep_verbs_put(struct nep_transport *transport, const struct nep_put *put,
+                              uint64_t *number_p);
+uint64_t nep_verbs_completed(struct nep_transport *transport, uint32_t dst);
+/* The four below are called with the peer's lock held. */
+void nep_verbs_peer_pump(struct nep_verbs *verbs, struct nep_verbs_peer *peer);
+void nep_verbs_qp_completed(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_t qp_idx,
+                            uint64_t number);
+void nep_verbs_peer_advance(struct nep_verbs_peer *peer);
+/* Tells the peer that this rank leaves, over one live QP. */
+void nep_verbs_peer_leave(struct nep_verbs *verbs, struct nep_verbs_peer *peer);
+/* A write of zero bytes on every live QP that is idle: fails when the other side is gone. */
+void nep_verbs_peer_ping(struct nep_verbs *verbs, struct nep_verbs_peer *peer);
+
+/* ---- receive.c ------------------------------------------------------------------------------ */
+
+/* Handles the completions there are, at most one batch per path; poll lock held. True if any. */
+bool nep_verbs_poll(struct nep_verbs *verbs);
+/* Tops the shared receive queue up; poll lock held or before the path is used. */
+enum nep_status nep_verbs_srq_fill(struct nep_verbs *verbs, struct nep_verbs_path *path);
+
+/* ---- fault.c -------------------------------------------------------------------------------- */
+
+/* A QP reported an error (or wc is NULL: `why` says what happened). Peer's lock held. */
+void nep_verbs_qp_failed(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_t qp_idx,
+                         const struct ibv_wc *wc, const char *why);
+/* One asynchronous event, acted on; poll lock held. */
+void nep_verbs_event_handle(struct nep_verbs *verbs, struct nep_verbs_path *path,
+                            const struct ibv_async_event *event);
+enum nep_status nep_verbs_peer_status(struct nep_transport *transport, uint32_t rank);
+
+/* ---- progress.c ----------------------------------------------------------------------------- */
+
+enum nep_status nep_verbs_progress_start(struct nep_verbs *verbs);
+void nep_verbs_progress_stop(struct nep_verbs *verbs);
+void nep_verbs_progress(struct nep_transport *transport);
+
+/* ---- verbs.c -------------------------------------------------------------------------------- */
+
+/* nep_verbs_ops.create over a table of calls: the library's, or a test's. Takes the table over. */
+enum nep_status nep_verbs_create_with(const struct nep_verbs_api *api,
+                                      const struct nep_transport_params *params,
+                                      struct nep_transport **transport_p);
+/* How long a dead peer may stay unnoticed by the device, ns. */
+uint64_t nep_verbs_budget_ns(const struct nep_config *config);
+
+#endif

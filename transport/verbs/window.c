@@ -1,0 +1,200 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Windows: memory registered with every path, in pieces of at most NEP_VERBS_CHUNK bytes, because
+ * systems with an IOMMU refuse 2 GiB and more at once. Keys of all pieces go to all ranks, so a put
+ * is arithmetic. A put that crosses pieces becomes several writes on one QP, of which the last
+ * announces.
+ *
+ * The limit on locked memory is the commonest failure of a first run; it is said in words, with
+ * both numbers. Data may be written with relaxed PCIe ordering: arrival is a completion, which is
+ * never reordered before its data, and no word in a window is polled for the device's writes.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+
+#include "base/log.h"
+#include "transport/bootstrap.h"
+#include "transport/verbs/verbs.h"
+
+enum nep_status nep_verbs_register_failed(const char *device, const char *what, size_t bytes,
+                                          int error)
+{
+    struct rlimit limit = {0};
+    getrlimit(RLIMIT_MEMLOCK, &limit);
+    if ((error == ENOMEM || error == EAGAIN) && limit.rlim_cur != RLIM_INFINITY) {
+        return nep_fail(NEP_ERR_NO_MEMORY,
+                        "verbs: %s cannot register %s (%zu bytes): %s; this process may lock %llu "
+                        "bytes: raise it (ulimit -l unlimited; LimitMEMLOCK=infinity; docker "
+                        "--ulimit memlock=-1)",
+                        device, what, bytes, strerror(error), (unsigned long long)limit.rlim_cur);
+    }
+    const char *hint = error == ENOMEM   ? "memory is short, or the piece too large for the IOMMU: "
+                                           "lower NEP_VERBS_CHUNK"
+                       : error == EFAULT ? "the pages are not there or not writable"
+                       : error == EPERM  ? "the container needs the right to lock memory "
+                                           "(IPC_LOCK) and /dev/infiniband"
+                       : error == EINVAL ? "the device does not take this kind of memory or access"
+                                         : "see dmesg";
+    return nep_fail(error == ENOMEM ? NEP_ERR_NO_MEMORY : NEP_ERR_IO,
+                    "verbs: %s cannot register %s (%zu bytes): %s; %s", device, what, bytes,
+                    strerror(error), hint);
+}
+
+static size_t chunks_of(const struct nep_verbs *verbs, size_t bytes)
+{
+    size_t chunk = verbs->params.config->verbs_chunk_bytes;
+    return bytes / chunk + (bytes % chunk != 0);
+}
+
+static enum nep_status register_all(struct nep_verbs *verbs, struct nep_verbs_window *window)
+{
+    const struct nep_config *config = verbs->params.config;
+    unsigned access = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE;
+    if (config->verbs_relaxed_ordering) {
+        access |= IBV_ACCESS_RELAXED_ORDERING;
+    }
+    size_t chunk = config->verbs_chunk_bytes;
+    for (uint32_t p = 0; p < verbs->num_paths; p++) {
+        for (size_t c = 0; c * chunk < window->bytes; c++) {
+            size_t left = window->bytes - c * chunk;
+            size_t bytes = left < chunk ? left : chunk;
+            struct ibv_mr *mr =
+                verbs->api.reg_mr(verbs->paths[p].pd, window->base + c * chunk, bytes, access);
+            if (mr == NULL) {
+                return nep_verbs_register_failed(verbs->paths[p].device, "a window", bytes, errno);
+            }
+            window->mrs[p * window->num_chunks + c] = mr;
+        }
+    }
+    return NEP_OK;
+}
+
+static void release(struct nep_verbs *verbs, struct nep_verbs_window *window)
+{
+    for (size_t i = 0; window->mrs != NULL && i < verbs->num_paths * window->num_chunks; i++) {
+        if (window->mrs[i] != NULL) {
+            verbs->api.dereg_mr(window->mrs[i]);
+        }
+    }
+    free(window->mrs);
+    free(window->remotes);
+    free(window->rkeys);
+    if (window->is_own_memory && window->base != NULL) {
+        munmap(window->base, window->bytes);
+    }
+    memset(window, 0, sizeof *window);
+}
+
+/* Learns everybody's size first: the widest window sets how many keys a card has. */
+static enum nep_status gather_sizes(struct nep_verbs *verbs, struct nep_verbs_window *window)
+{
+    uint64_t mine[2] = {(uint64_t)(uintptr_t)window->base, window->bytes};
+    uint64_t(*all)[2] = calloc(verbs->num_ranks, sizeof *all);
+    window->remotes = calloc(verbs->num_ranks, sizeof *window->remotes);
+    if (all == NULL || window->remotes == NULL) {
+        free(all);
+        return nep_fail(NEP_ERR_NO_MEMORY, "verbs: no memory for %u windows", verbs->num_ranks);
+    }
+    enum nep_status status =
+        nep_bootstrap_allgather(verbs->params.bootstrap, mine, all, sizeof mine,
+                                verbs->params.timeout_ns, "verbs window sizes");
+    for (uint32_t r = 0; status == NEP_OK && r < verbs->num_ranks; r++) {
+        size_t chunks = chunks_of(verbs, all[r][1]);
+        window->remotes[r].base = all[r][0];
+        window->remotes[r].bytes = all[r][1];
+        window->num_chunks = chunks > window->num_chunks ? chunks : window->num_chunks;
+    }
+    free(all);
+    return status;
+}
+
+/* Registers and exchanges keys. A rank that cannot register says so to all. */
+static enum nep_status exchange_keys(struct nep_verbs *verbs, struct nep_verbs_window *window)
+{
+    const struct nep_transport_params *params = &verbs->params;
+    size_t num_keys = verbs->num_paths * window->num_chunks;
+    window->mrs = calloc(num_keys, sizeof(struct ibv_mr *));
+    window->rkeys = calloc(verbs->num_ranks * num_keys, sizeof *window->rkeys);
+    uint32_t *mine = calloc(num_keys, sizeof *mine);
+    enum nep_status status =
+        window->mrs == NULL || window->rkeys == NULL || mine == NULL
+            ? nep_fail(NEP_ERR_NO_MEMORY, "verbs: no memory for %zu keys", num_keys)
+            : register_all(verbs, window);
+    status = nep_bootstrap_common(params->bootstrap, verbs->rank, verbs->num_ranks, status,
+                                  params->timeout_ns);
+    if (status == NEP_OK) {
+        for (size_t i = 0; i < num_keys; i++) {
+            mine[i] = window->mrs[i] == NULL ? 0 : window->mrs[i]->rkey;
+        }
+        status =
+            nep_bootstrap_allgather(params->bootstrap, mine, window->rkeys, num_keys * sizeof *mine,
+                                    params->timeout_ns, "verbs window keys");
+    }
+    for (uint32_t r = 0; status == NEP_OK && r < verbs->num_ranks; r++) {
+        window->remotes[r].rkeys = window->rkeys + r * num_keys;
+    }
+    free(mine);
+    return status;
+}
+
+enum nep_status nep_verbs_window_create(struct nep_transport *transport, uint32_t window_idx,
+                                        void **base_p, size_t bytes)
+{
+    struct nep_verbs *verbs = (struct nep_verbs *)transport;
+    if (window_idx >= NEP_VERBS_MAX_WINDOWS || verbs->windows[window_idx].base != NULL ||
+        bytes == 0) {
+        return nep_fail(NEP_ERR_INVALID,
+                        "verbs: window %u of %zu bytes: in use, out of 0 to 63, "
+                        "or empty",
+                        window_idx, bytes);
+    }
+    struct nep_verbs_window made = {.base = *base_p, .bytes = bytes};
+    if (made.base == NULL) {
+        void *memory =
+            mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        made.base = memory == MAP_FAILED ? NULL : memory;
+        made.is_own_memory = true;
+    }
+    enum nep_status status = made.base != NULL
+                                 ? NEP_OK
+                                 : nep_fail(NEP_ERR_NO_MEMORY, "verbs: a window of %zu bytes: %s",
+                                            bytes, strerror(errno));
+    status = nep_bootstrap_common(verbs->params.bootstrap, verbs->rank, verbs->num_ranks, status,
+                                  verbs->params.timeout_ns);
+    if (status == NEP_OK) {
+        status = gather_sizes(verbs, &made);
+    }
+    if (status == NEP_OK) {
+        /* In place before the keys leave: a peer that has them may write and announce at once. */
+        pthread_mutex_lock(&verbs->poll_lock);
+        verbs->windows[window_idx].base = made.base;
+        pthread_mutex_unlock(&verbs->poll_lock);
+        status = exchange_keys(verbs, &made);
+    }
+    pthread_mutex_lock(&verbs->poll_lock);
+    if (status == NEP_OK) {
+        verbs->windows[window_idx] = made;
+        *base_p = made.base;
+    } else {
+        verbs->windows[window_idx].base = NULL;
+        release(verbs, &made);
+    }
+    pthread_mutex_unlock(&verbs->poll_lock);
+    return status;
+}
+
+void nep_verbs_window_destroy(struct nep_transport *transport, uint32_t window_idx)
+{
+    struct nep_verbs *verbs = (struct nep_verbs *)transport;
+    if (window_idx >= NEP_VERBS_MAX_WINDOWS) {
+        return;
+    }
+    pthread_mutex_lock(&verbs->poll_lock);
+    struct nep_verbs_window window = verbs->windows[window_idx];
+    memset(&verbs->windows[window_idx], 0, sizeof window);
+    pthread_mutex_unlock(&verbs->poll_lock);
+    release(verbs, &window);
+}
