@@ -1,0 +1,615 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * long because one device is one thing: half of it would be of no use.
+ *
+ * RDMA devices in memory, behind the table of calls that the verbs transport makes: writes are
+ * copies, completions are entries in arrays. Everything a device here cannot be made to do is a
+ * knob: error completions with the data delivered or not, posting that fails, registrations that
+ * fail, events, slow completions. One mutex for all; ranks are threads.
+ *
+ * It is strict: a completion queue that overflows, an unknown key, an address outside its
+ * registration or a write to a QP that is not ready fails the test or the QP, as a device would.
+ */
+#ifndef NEP_TESTS_FAKE_DEVICE_H
+#define NEP_TESTS_FAKE_DEVICE_H
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "transport/verbs/api.h"
+
+enum { FAKE_DEVICES = 4, FAKE_QPS = 4096, FAKE_MRS = 4096, FAKE_PENDING = 256 };
+
+struct fake_cq {
+    struct ibv_cq cq;
+    struct ibv_wc *wc;
+    uint32_t num, first;
+    bool armed;
+};
+
+struct fake_srq {
+    struct ibv_srq srq;
+    uint32_t posted;
+    uint32_t max;
+};
+
+struct fake_qp {
+    struct ibv_qp qp;
+    struct fake_cq *cq;
+    struct fake_srq *srq;
+    enum ibv_qp_state state;
+    uint32_t dest;
+    uint32_t num_wr; /* posted and not completed */
+    uint32_t max_wr;
+    /* waiting: the receiver had no receive posted */
+    struct ibv_send_wr pending[FAKE_PENDING];
+    struct ibv_sge pending_sge[FAKE_PENDING];
+    uint8_t *pending_inline[FAKE_PENDING];
+    uint32_t num_pending;
+    /* knobs */
+    int64_t fail_after;  /* requests until one fails; -1: never */
+    bool deliver_failed; /* the failing request did its work: its acknowledgement was lost */
+    int64_t enomem_after;
+    uint32_t unsignalled; /* requests since the last signalled one */
+};
+
+struct fake_context {
+    struct ibv_context context;
+    int events[2];
+};
+
+struct fake_fabric {
+    pthread_mutex_t lock;
+    uint32_t num_devices;
+    int list_errno; /* of ibv_get_device_list */
+    struct ibv_device devices[FAKE_DEVICES];
+    struct fake_qp *qps[FAKE_QPS]; /* by number */
+    struct ibv_mr *mrs[FAKE_MRS];
+    uint32_t num_qps, num_mrs;
+    uint64_t max_reg_bytes; /* larger registrations fail with ENOMEM; 0: no limit */
+    uint32_t num_overflows;
+    uint32_t num_bad;
+    bool no_srq_limit;
+    bool slow; /* one completion per poll */
+    struct fake_context *contexts[64];
+    uint32_t num_contexts;
+    uint64_t num_posted;
+};
+
+static struct fake_fabric fake;
+
+static void fake_reset(uint32_t num_devices)
+{
+    memset(&fake, 0, sizeof fake);
+    pthread_mutex_init(&fake.lock, NULL);
+    fake.num_devices = num_devices;
+    for (uint32_t d = 0; d < num_devices; d++) {
+        snprintf(fake.devices[d].name, sizeof fake.devices[d].name, "fake%u", d);
+    }
+    fake.num_qps = 1;
+    fake.num_mrs = 1;
+}
+
+static struct ibv_device **fake_get_device_list(int *num)
+{
+    if (fake.list_errno != 0) {
+        errno = fake.list_errno;
+        return NULL;
+    }
+    struct ibv_device **list = calloc(FAKE_DEVICES + 1, sizeof(struct ibv_device *));
+    for (uint32_t d = 0; d < fake.num_devices; d++) {
+        list[d] = &fake.devices[d];
+    }
+    *num = (int)fake.num_devices;
+    return list;
+}
+
+static void fake_free_device_list(struct ibv_device **list)
+{
+    free(list);
+}
+
+static const char *fake_get_device_name(struct ibv_device *device)
+{
+    return device->name;
+}
+
+static struct ibv_context *fake_open_device(struct ibv_device *device)
+{
+    struct fake_context *context = calloc(1, sizeof *context);
+    context->context.device = device;
+    if (pipe(context->events) != 0) {
+        abort();
+    }
+    context->context.async_fd = context->events[0];
+    pthread_mutex_lock(&fake.lock);
+    fake.contexts[fake.num_contexts++ % 64] = context;
+    pthread_mutex_unlock(&fake.lock);
+    return &context->context;
+}
+
+static int fake_close_device(struct ibv_context *context)
+{
+    struct fake_context *mine = (struct fake_context *)context;
+    pthread_mutex_lock(&fake.lock);
+    for (uint32_t i = 0; i < 64; i++) {
+        fake.contexts[i] = fake.contexts[i] == mine ? NULL : fake.contexts[i];
+    }
+    pthread_mutex_unlock(&fake.lock);
+    close(mine->events[0]);
+    close(mine->events[1]);
+    free(mine);
+    return 0;
+}
+
+static int fake_query_device(struct ibv_context *context, struct ibv_device_attr *attr)
+{
+    (void)context;
+    memset(attr, 0, sizeof *attr);
+    attr->phys_port_cnt = 1;
+    attr->max_qp = FAKE_QPS;
+    attr->max_qp_wr = 1024;
+    attr->max_cqe = 32767;
+    attr->max_srq_wr = 16384;
+    return 0;
+}
+
+static int fake_query_port(struct ibv_context *context, uint8_t port, struct ibv_port_attr *attr)
+{
+    (void)context;
+    (void)port;
+    memset(attr, 0, sizeof *attr);
+    attr->state = IBV_PORT_ACTIVE;
+    attr->active_mtu = IBV_MTU_4096;
+    attr->gid_tbl_len = 4;
+    attr->max_msg_sz = 1u << 23;
+    attr->link_layer = IBV_LINK_LAYER_ETHERNET;
+    return 0;
+}
+
+static int fake_query_gid(struct ibv_context *context, uint8_t port, uint32_t index,
+                          struct ibv_gid_entry *entry)
+{
+    (void)port;
+    static const uint8_t mapped[16] = {[10] = 0xff, [11] = 0xff, [12] = 10, [13] = 9};
+    if (index > 1) {
+        return ENODATA;
+    }
+    entry->gid_type = IBV_GID_TYPE_ROCE_V2;
+    entry->gid_index = index;
+    if (index == 0) {
+        entry->gid.raw[0] = 0xfe;
+        entry->gid.raw[1] = 0x80;
+    } else {
+        memcpy(entry->gid.raw, mapped, 16);
+    }
+    entry->gid.raw[15] = (uint8_t)(context->device->name[4] - '0' + 1);
+    return 0;
+}
+
+static struct ibv_pd *fake_alloc_pd(struct ibv_context *context)
+{
+    struct ibv_pd *pd = calloc(1, sizeof *pd);
+    pd->context = context;
+    return pd;
+}
+
+static int fake_dealloc_pd(struct ibv_pd *pd)
+{
+    free(pd);
+    return 0;
+}
+
+static struct ibv_mr *fake_reg_mr(struct ibv_pd *pd, void *addr, size_t length, unsigned access)
+{
+    (void)access;
+    if (fake.max_reg_bytes != 0 && length > fake.max_reg_bytes) {
+        errno = ENOMEM;
+        return NULL;
+    }
+    struct ibv_mr *mr = calloc(1, sizeof *mr);
+    pthread_mutex_lock(&fake.lock);
+    mr->pd = pd;
+    mr->addr = addr;
+    mr->length = length;
+    mr->lkey = mr->rkey = fake.num_mrs;
+    fake.mrs[fake.num_mrs++] = mr;
+    pthread_mutex_unlock(&fake.lock);
+    return mr;
+}
+
+static int fake_dereg_mr(struct ibv_mr *mr)
+{
+    pthread_mutex_lock(&fake.lock);
+    fake.mrs[mr->rkey] = NULL;
+    pthread_mutex_unlock(&fake.lock);
+    free(mr);
+    return 0;
+}
+
+static struct ibv_comp_channel *fake_create_comp_channel(struct ibv_context *context)
+{
+    struct ibv_comp_channel *channel = calloc(1, sizeof *channel);
+    channel->context = context;
+    channel->fd = eventfd(0, EFD_CLOEXEC);
+    return channel;
+}
+
+static int fake_destroy_comp_channel(struct ibv_comp_channel *channel)
+{
+    close(channel->fd);
+    free(channel);
+    return 0;
+}
+
+static struct ibv_cq *fake_create_cq(struct ibv_context *context, int depth, void *cq_context,
+                                     struct ibv_comp_channel *channel, int vector)
+{
+    (void)vector;
+    struct fake_cq *cq = calloc(1, sizeof *cq);
+    cq->cq.context = context;
+    cq->cq.cq_context = cq_context;
+    cq->cq.channel = channel;
+    cq->cq.cqe = depth;
+    cq->wc = calloc((size_t)depth, sizeof *cq->wc);
+    return &cq->cq;
+}
+
+static int fake_destroy_cq(struct ibv_cq *cq)
+{
+    free(((struct fake_cq *)cq)->wc);
+    free(cq);
+    return 0;
+}
+
+static void fake_push(struct fake_cq *cq, const struct ibv_wc *wc)
+{
+    uint32_t depth = (uint32_t)cq->cq.cqe;
+    if (cq->num == depth) {
+        fake.num_overflows++;
+        return;
+    }
+    cq->wc[(cq->first + cq->num++) % depth] = *wc;
+    if (cq->armed) {
+        uint64_t one = 1;
+        cq->armed = false;
+        if (write(cq->cq.channel->fd, &one, sizeof one) < 0) {
+            fake.num_bad++;
+        }
+    }
+}
+
+static int fake_req_notify_cq(struct ibv_cq *cq, int solicited_only)
+{
+    (void)solicited_only;
+    pthread_mutex_lock(&fake.lock);
+    ((struct fake_cq *)cq)->armed = true;
+    pthread_mutex_unlock(&fake.lock);
+    return 0;
+}
+
+static int fake_get_cq_event(struct ibv_comp_channel *channel, struct ibv_cq **cq, void **context)
+{
+    uint64_t count;
+    (void)cq;
+    (void)context;
+    return read(channel->fd, &count, sizeof count) == sizeof count ? 0 : -1;
+}
+
+static void fake_ack_cq_events(struct ibv_cq *cq, unsigned num)
+{
+    (void)cq;
+    (void)num;
+}
+
+static int fake_get_async_event(struct ibv_context *context, struct ibv_async_event *event)
+{
+    return read(context->async_fd, event, sizeof *event) == sizeof *event ? 0 : -1;
+}
+
+static void fake_ack_async_event(struct ibv_async_event *event)
+{
+    (void)event;
+}
+
+static struct ibv_srq *fake_create_srq(struct ibv_pd *pd, struct ibv_srq_init_attr *attr)
+{
+    struct fake_srq *srq = calloc(1, sizeof *srq);
+    srq->srq.pd = pd;
+    srq->srq.context = pd->context;
+    srq->max = attr->attr.max_wr;
+    return &srq->srq;
+}
+
+static int fake_modify_srq(struct ibv_srq *srq, struct ibv_srq_attr *attr, int mask)
+{
+    (void)srq;
+    (void)attr;
+    (void)mask;
+    return fake.no_srq_limit ? ENOSYS : 0;
+}
+
+static int fake_destroy_srq(struct ibv_srq *srq)
+{
+    free(srq);
+    return 0;
+}
+
+static int fake_post_srq_recv(struct ibv_srq *srq, struct ibv_recv_wr *wr, struct ibv_recv_wr **bad)
+{
+    struct fake_srq *mine = (struct fake_srq *)srq;
+    int error = 0;
+    pthread_mutex_lock(&fake.lock);
+    for (; wr != NULL && error == 0; wr = wr->next) {
+        if (mine->posted == mine->max) {
+            *bad = wr;
+            error = ENOMEM;
+        } else {
+            mine->posted++;
+        }
+    }
+    pthread_mutex_unlock(&fake.lock);
+    return error;
+}
+
+static struct ibv_qp *fake_create_qp(struct ibv_pd *pd, struct ibv_qp_init_attr *attr)
+{
+    if (attr->cap.max_inline_data > 128) {
+        errno = EINVAL;
+        return NULL;
+    }
+    struct fake_qp *qp = calloc(1, sizeof *qp);
+    qp->qp.context = pd->context;
+    qp->qp.pd = pd;
+    qp->cq = (struct fake_cq *)attr->send_cq;
+    qp->srq = (struct fake_srq *)attr->srq;
+    qp->max_wr = attr->cap.max_send_wr;
+    qp->fail_after = qp->enomem_after = -1;
+    pthread_mutex_lock(&fake.lock);
+    qp->qp.qp_num = fake.num_qps;
+    fake.qps[fake.num_qps++] = qp;
+    pthread_mutex_unlock(&fake.lock);
+    return &qp->qp;
+}
+
+static void fake_complete(struct fake_qp *qp, const struct ibv_send_wr *wr,
+                          enum ibv_wc_status status)
+{
+    struct ibv_wc wc = {.wr_id = wr->wr_id, .status = status, .qp_num = qp->qp.qp_num};
+    wc.opcode = status == IBV_WC_SUCCESS ? IBV_WC_RDMA_WRITE : (enum ibv_wc_opcode)0x55;
+    qp->unsignalled++;
+    if (status != IBV_WC_SUCCESS || (wr->send_flags & IBV_SEND_SIGNALED) != 0) {
+        qp->num_wr -= status == IBV_WC_SUCCESS ? qp->unsignalled : 0;
+        qp->unsignalled = 0;
+        fake_push(qp->cq, &wc);
+    }
+}
+
+/* The range [addr, addr + len) if `key` allows it. */
+static bool fake_key_allows(uint32_t key, uint64_t addr, uint64_t len)
+{
+    struct ibv_mr *mr = key < FAKE_MRS ? fake.mrs[key] : NULL;
+    return mr != NULL && addr >= (uintptr_t)mr->addr &&
+           addr + len <= (uintptr_t)mr->addr + mr->length;
+}
+
+/* Does one request; false when it must wait for a receive. */
+static bool fake_execute(struct fake_qp *qp, const struct ibv_send_wr *wr)
+{
+    struct fake_qp *dest = fake.qps[qp->dest];
+    uint32_t len = wr->num_sge == 0 ? 0 : wr->sg_list[0].length;
+    bool is_announced = wr->opcode == IBV_WR_RDMA_WRITE_WITH_IMM;
+    enum ibv_wc_status status = IBV_WC_SUCCESS;
+    if (qp->state != IBV_QPS_RTS) {
+        fake_complete(qp, wr, IBV_WC_WR_FLUSH_ERR);
+        return true;
+    }
+    bool fails = qp->fail_after == 0;
+    qp->fail_after -= qp->fail_after >= 0;
+    bool works = !fails || qp->deliver_failed;
+    if (dest == NULL || (dest->state != IBV_QPS_RTR && dest->state != IBV_QPS_RTS)) {
+        status = IBV_WC_RETRY_EXC_ERR;
+        works = false;
+    } else if (works && len > 0 &&
+               !fake_key_allows(wr->wr.rdma.rkey, wr->wr.rdma.remote_addr, len)) {
+        status = IBV_WC_REM_ACCESS_ERR;
+        works = false;
+    } else if (works && is_announced && dest->srq->posted == 0) {
+        qp->fail_after += !fails && qp->fail_after >= 0;
+        return false;
+    }
+    if (works && len > 0) {
+        memcpy((void *)(uintptr_t)wr->wr.rdma.remote_addr, (void *)(uintptr_t)wr->sg_list[0].addr,
+               len);
+    }
+    if (works && is_announced) {
+        struct ibv_wc wc = {.opcode = IBV_WC_RECV_RDMA_WITH_IMM,
+                            .qp_num = dest->qp.qp_num,
+                            .imm_data = wr->imm_data,
+                            .wc_flags = IBV_WC_WITH_IMM,
+                            .byte_len = len};
+        dest->srq->posted--;
+        fake_push(dest->cq, &wc);
+    }
+    status = fails ? IBV_WC_RETRY_EXC_ERR : status;
+    if (status != IBV_WC_SUCCESS) {
+        qp->state = IBV_QPS_ERR;
+    }
+    fake_complete(qp, wr, status);
+    return true;
+}
+
+static void fake_drop_pending(struct fake_qp *qp)
+{
+    qp->num_pending--;
+    free(qp->pending_inline[0]);
+    memmove(&qp->pending[0], &qp->pending[1], qp->num_pending * sizeof qp->pending[0]);
+    memmove(&qp->pending_sge[0], &qp->pending_sge[1], qp->num_pending * sizeof qp->pending_sge[0]);
+    memmove(&qp->pending_inline[0], &qp->pending_inline[1],
+            qp->num_pending * sizeof qp->pending_inline[0]);
+}
+
+static void fake_run_pending(struct fake_qp *qp)
+{
+    while (qp->num_pending > 0) {
+        qp->pending[0].sg_list = &qp->pending_sge[0];
+        if (!fake_execute(qp, &qp->pending[0])) {
+            return;
+        }
+        fake_drop_pending(qp);
+    }
+}
+
+static void fake_queue(struct fake_qp *qp, const struct ibv_send_wr *wr)
+{
+    if (qp->num_pending == FAKE_PENDING) {
+        fake.num_bad++;
+        return;
+    }
+    uint32_t i = qp->num_pending++;
+    qp->pending[i] = *wr;
+    qp->pending_inline[i] = NULL;
+    if (wr->num_sge > 0) {
+        qp->pending_sge[i] = wr->sg_list[0];
+        if ((wr->send_flags & IBV_SEND_INLINE) != 0) { /* inline data is copied when posted */
+            qp->pending_inline[i] = malloc(wr->sg_list[0].length);
+            memcpy(qp->pending_inline[i], (void *)(uintptr_t)wr->sg_list[0].addr,
+                   wr->sg_list[0].length);
+            qp->pending_sge[i].addr = (uintptr_t)qp->pending_inline[i];
+        }
+    }
+}
+
+static int fake_post_send(struct ibv_qp *qp, struct ibv_send_wr *wr, struct ibv_send_wr **bad)
+{
+    struct fake_qp *mine = (struct fake_qp *)qp;
+    int error = 0;
+    pthread_mutex_lock(&fake.lock);
+    for (; wr != NULL && error == 0; wr = wr->next) {
+        bool is_inline = (wr->send_flags & IBV_SEND_INLINE) != 0;
+        if (mine->enomem_after == 0 || mine->num_wr == mine->max_wr) {
+            *bad = wr;
+            error = ENOMEM;
+            break;
+        }
+        mine->enomem_after -= mine->enomem_after >= 0;
+        fake.num_posted++;
+        if (wr->num_sge > 0 && !is_inline &&
+            !fake_key_allows(wr->sg_list[0].lkey, wr->sg_list[0].addr, wr->sg_list[0].length)) {
+            fake.num_bad++;
+        }
+        mine->num_wr++;
+        fake_queue(mine, wr);
+        fake_run_pending(mine);
+    }
+    pthread_mutex_unlock(&fake.lock);
+    return error;
+}
+
+static int fake_poll_cq(struct ibv_cq *cq, int max, struct ibv_wc *wc)
+{
+    struct fake_cq *mine = (struct fake_cq *)cq;
+    int num = 0;
+    pthread_mutex_lock(&fake.lock);
+    for (uint32_t q = 1; q < fake.num_qps; q++) {
+        if (fake.qps[q] != NULL && fake.qps[q]->num_pending > 0) {
+            fake_run_pending(fake.qps[q]);
+        }
+    }
+    max = fake.slow && max > 1 ? 1 : max;
+    while (num < max && mine->num > 0) {
+        wc[num++] = mine->wc[mine->first];
+        mine->first = (mine->first + 1) % (uint32_t)mine->cq.cqe;
+        mine->num--;
+    }
+    pthread_mutex_unlock(&fake.lock);
+    return num;
+}
+
+static int fake_modify_qp(struct ibv_qp *qp, struct ibv_qp_attr *attr, int mask)
+{
+    struct fake_qp *mine = (struct fake_qp *)qp;
+    pthread_mutex_lock(&fake.lock);
+    mine->state = (mask & IBV_QP_STATE) != 0 ? attr->qp_state : mine->state;
+    mine->dest = (mask & IBV_QP_DEST_QPN) != 0 ? attr->dest_qp_num : mine->dest;
+    fake_run_pending(mine);
+    pthread_mutex_unlock(&fake.lock);
+    return 0;
+}
+
+static int fake_query_qp(struct ibv_qp *qp, struct ibv_qp_attr *attr, int mask,
+                         struct ibv_qp_init_attr *init_attr)
+{
+    (void)mask;
+    (void)init_attr;
+    attr->qp_state = ((struct fake_qp *)qp)->state;
+    return 0;
+}
+
+static int fake_destroy_qp(struct ibv_qp *qp)
+{
+    struct fake_qp *mine = (struct fake_qp *)qp;
+    pthread_mutex_lock(&fake.lock);
+    while (mine->num_pending > 0) {
+        fake_drop_pending(mine);
+    }
+    fake.qps[qp->qp_num] = NULL;
+    pthread_mutex_unlock(&fake.lock);
+    free(mine);
+    return 0;
+}
+
+static const char *fake_wc_status_str(enum ibv_wc_status status)
+{
+    return status == IBV_WC_RETRY_EXC_ERR ? "transport retry counter exceeded" : "error";
+}
+
+static const char *fake_event_type_str(enum ibv_event_type type)
+{
+    (void)type;
+    return "event";
+}
+
+static const struct nep_verbs_api fake_api = {
+    .get_device_list = fake_get_device_list,
+    .free_device_list = fake_free_device_list,
+    .get_device_name = fake_get_device_name,
+    .open_device = fake_open_device,
+    .close_device = fake_close_device,
+    .query_device = fake_query_device,
+    .query_port = fake_query_port,
+    .query_gid = fake_query_gid,
+    .alloc_pd = fake_alloc_pd,
+    .dealloc_pd = fake_dealloc_pd,
+    .reg_mr = fake_reg_mr,
+    .dereg_mr = fake_dereg_mr,
+    .create_comp_channel = fake_create_comp_channel,
+    .destroy_comp_channel = fake_destroy_comp_channel,
+    .create_cq = fake_create_cq,
+    .destroy_cq = fake_destroy_cq,
+    .poll_cq = fake_poll_cq,
+    .req_notify_cq = fake_req_notify_cq,
+    .get_cq_event = fake_get_cq_event,
+    .ack_cq_events = fake_ack_cq_events,
+    .get_async_event = fake_get_async_event,
+    .ack_async_event = fake_ack_async_event,
+    .create_srq = fake_create_srq,
+    .modify_srq = fake_modify_srq,
+    .destroy_srq = fake_destroy_srq,
+    .post_srq_recv = fake_post_srq_recv,
+    .create_qp = fake_create_qp,
+    .modify_qp = fake_modify_qp,
+    .query_qp = fake_query_qp,
+    .destroy_qp = fake_destroy_qp,
+    .post_send = fake_post_send,
+    .wc_status_str = fake_wc_status_str,
+    .event_type_str = fake_event_type_str,
+};
+
+#endif

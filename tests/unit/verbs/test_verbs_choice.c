@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Which GID and which ports: plain arithmetic, against cases with one right answer. */
+#include <string.h>
+
+#include "tests/unit/cmocka_all.h"
+
+#if __has_include(<infiniband/verbs.h>)
+#include "transport/verbs/verbs.h"
+
+static struct ibv_gid_entry entry(uint32_t type, const uint8_t raw[16])
+{
+    struct ibv_gid_entry made = {.gid_type = type};
+    memcpy(made.gid.raw, raw, 16);
+    return made;
+}
+
+static void test_gid_classify_each_kind(void **state)
+{
+    (void)state;
+    const uint8_t v4[16] = {[10] = 0xff, [11] = 0xff, [12] = 10};
+    const uint8_t v6[16] = {0x20, 0x01};
+    const uint8_t link[16] = {0xfe, 0x80};
+    const uint8_t link_end[16] = {0xfe, 0xbf};
+    const uint8_t not_link[16] = {0xfe, 0xc0};
+    struct ibv_gid_entry gid = entry(IBV_GID_TYPE_ROCE_V2, v4);
+    assert_int_equal(nep_verbs_gid_classify(&gid), NEP_VERBS_GID_V2_IPV4);
+    gid = entry(IBV_GID_TYPE_ROCE_V2, v6);
+    assert_int_equal(nep_verbs_gid_classify(&gid), NEP_VERBS_GID_V2_IPV6);
+    gid = entry(IBV_GID_TYPE_ROCE_V2, link);
+    assert_int_equal(nep_verbs_gid_classify(&gid), NEP_VERBS_GID_V2_LINK);
+    gid = entry(IBV_GID_TYPE_ROCE_V2, link_end);
+    assert_int_equal(nep_verbs_gid_classify(&gid), NEP_VERBS_GID_V2_LINK);
+    gid = entry(IBV_GID_TYPE_ROCE_V2, not_link);
+    assert_int_equal(nep_verbs_gid_classify(&gid), NEP_VERBS_GID_V2_IPV6);
+    gid = entry(IBV_GID_TYPE_ROCE_V1, v4);
+    assert_int_equal(nep_verbs_gid_classify(&gid), NEP_VERBS_GID_V1);
+    gid = entry(IBV_GID_TYPE_IB, link);
+    assert_int_equal(nep_verbs_gid_classify(&gid), NEP_VERBS_GID_IB);
+}
+
+static struct nep_verbs_gids with(uint32_t kinds)
+{
+    struct nep_verbs_gids gids;
+    memset(&gids, 0, sizeof gids);
+    for (uint32_t kind = 0; kind < NEP_VERBS_GID_NUM_KINDS; kind++) {
+        gids.index[kind] = (kinds >> kind & 1) != 0 ? (int32_t)kind : -1;
+    }
+    return gids;
+}
+
+static void test_gid_agree_takes_the_best_of_both(void **state)
+{
+    (void)state;
+    /* exhaustive: every set of kinds at both ends */
+    for (uint32_t mine = 0; mine < 1u << NEP_VERBS_GID_NUM_KINDS; mine++) {
+        for (uint32_t theirs = 0; theirs < 1u << NEP_VERBS_GID_NUM_KINDS; theirs++) {
+            struct nep_verbs_gids a = with(mine), b = with(theirs);
+            enum nep_verbs_gid_kind forth = 77, back = 77;
+            enum nep_status status = nep_verbs_gid_agree(&a, &b, &forth);
+            assert_int_equal(nep_verbs_gid_agree(&b, &a, &back), status);
+            assert_int_equal(forth, back);
+            if ((mine & theirs) == 0) {
+                assert_int_equal(status, NEP_ERR_UNSUPPORTED);
+                assert_int_equal(forth, 77); /* untouched */
+                continue;
+            }
+            assert_int_equal(status, NEP_OK);
+            assert_int_equal(forth, __builtin_ctz(mine & theirs));
+        }
+    }
+}
+
+static uint32_t uses(const uint32_t *choice, uint32_t num, uint32_t port)
+{
+    uint32_t count = 0;
+    for (uint32_t i = 0; i < num; i++) {
+        count += choice[i] == port;
+    }
+    return count;
+}
+
+static void test_assign_spreads_before_it_shares(void **state)
+{
+    (void)state;
+    struct nep_verbs_port ports[8];
+    memset(ports, 0, sizeof ports);
+    int32_t numa[16];
+    for (uint32_t num_ports = 1; num_ports <= 8; num_ports++) {
+        for (uint32_t num_ranks = 1; num_ranks <= 16; num_ranks++) {
+            for (uint32_t num_paths = 1; num_paths <= 2 && num_paths <= num_ports; num_paths++) {
+                uint32_t choice[32], seats = num_ranks * num_paths;
+                for (uint32_t i = 0; i < 8; i++) {
+                    ports[i].numa = (int32_t)(i * 2 / num_ports);
+                }
+                for (uint32_t i = 0; i < 16; i++) {
+                    numa[i] = (int32_t)(i * 5 % 3) - 1;
+                }
+                memset(choice, 0xff, sizeof choice);
+                nep_verbs_assign(ports, num_ports, numa, num_ranks, num_paths, choice);
+                uint32_t least = UINT32_MAX, most = 0;
+                for (uint32_t port = 0; port < num_ports; port++) {
+                    uint32_t used = uses(choice, seats, port);
+                    least = used < least ? used : least;
+                    most = used > most ? used : most;
+                }
+                assert_in_range(most - least, 0, 1);
+                for (uint32_t r = 0; num_paths == 2 && r < num_ranks; r++) {
+                    assert_int_not_equal(choice[2 * r], choice[2 * r + 1]);
+                }
+            }
+        }
+    }
+}
+
+static void test_assign_is_near_where_it_can_be(void **state)
+{
+    (void)state;
+    /* Ports 0 and 1 on node 0, 2 and 3 on node 1; ranks the other way round. */
+    struct nep_verbs_port ports[4] = {{.numa = 0}, {.numa = 0}, {.numa = 1}, {.numa = 1}};
+    const int32_t numa[4] = {1, 1, 0, 0};
+    uint32_t choice[4];
+    nep_verbs_assign(ports, 4, numa, 4, 1, choice);
+    for (uint32_t r = 0; r < 4; r++) {
+        assert_int_equal(ports[choice[r]].numa, numa[r]);
+        assert_int_equal(uses(choice, 4, choice[r]), 1);
+    }
+    /* A rank without a place takes a near port first; the exchange gives it back. */
+    const int32_t mixed[2] = {-1, 0};
+    struct nep_verbs_port two[2] = {{.numa = 0}, {.numa = 1}};
+    nep_verbs_assign(two, 2, mixed, 2, 1, choice);
+    assert_int_equal(choice[1], 0);
+    assert_int_equal(choice[0], 1);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_gid_classify_each_kind),
+        cmocka_unit_test(test_gid_agree_takes_the_best_of_both),
+        cmocka_unit_test(test_assign_spreads_before_it_shares),
+        cmocka_unit_test(test_assign_is_near_where_it_can_be),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
+#else
+#include "tests/unit/verbs/absent.h"
+#endif

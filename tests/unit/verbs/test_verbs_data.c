@@ -1,0 +1,251 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The verbs transport over devices in memory, without faults: what is put arrives, once, with its
+ * bytes, over any number of paths and QPs; queues never overflow; requests are few.
+ */
+#include <string.h>
+
+#include "tests/unit/cmocka_all.h"
+
+#if __has_include(<infiniband/verbs.h>)
+#include "tests/unit/verbs/world.h"
+
+enum { ROUNDS = 6 };
+
+/* All slots to all ranks, itself included; then a look at every byte; then again. */
+static void exchange(struct seat *seat)
+{
+    uint32_t num_ranks = seat->world->num_ranks;
+    for (uint64_t round = 0; round < ROUNDS; round++) {
+        for (uint32_t slot = 0; slot < SLOTS; slot++) {
+            for (uint32_t dst = 0; dst < num_ranks; dst++) {
+                seat_put(seat, (dst + slot) % num_ranks, slot, round);
+            }
+        }
+        for (uint32_t src = 0; src < num_ranks; src++) {
+            for (uint32_t slot = 0; slot < SLOTS; slot++) {
+                seat->num_errors += !seat_wait(seat, src, slot, round + 1);
+                seat->num_wrong += seat_wrong(seat, src, slot, round);
+            }
+        }
+        for (uint32_t dst = 0; dst < num_ranks; dst++) {
+            uint64_t deadline_ns = nep_deadline_ns(20 * NEP_S);
+            const struct nep_transport_ops *ops = seat->transport->ops;
+            while (ops->completed(seat->transport, dst) < seat->last_number[dst] &&
+                   nep_left_ns(deadline_ns) > 0) {
+                ops->progress(seat->transport);
+                usleep(20);
+            }
+            seat->num_errors += ops->completed(seat->transport, dst) != seat->last_number[dst];
+        }
+        pthread_barrier_wait(&seat->world->barrier); /* slots are used again */
+    }
+    for (uint32_t i = 0; i < num_ranks * SLOTS; i++) {
+        seat->num_repeats += world_arrived(seat, i / SLOTS, i % SLOTS) != ROUNDS;
+    }
+}
+
+static void run_exchange(uint32_t paths, uint32_t qps, uint32_t depth, uint64_t chunk_bytes)
+{
+    static struct world world;
+    fake_reset(4);
+    fake.slow = depth == 8;
+    world_config(&world.config);
+    world.config.verbs_paths = paths;
+    world.config.verbs_qps = qps;
+    world.config.verbs_depth = depth;
+    world.config.verbs_chunk_bytes = chunk_bytes;
+    world.seed = world_seed("exchange");
+    uint32_t num_ranks = 2 + (uint32_t)(world.seed % 3);
+    world_run(&world, num_ranks, exchange);
+    for (uint32_t r = 0; r < num_ranks; r++) {
+        if (world.seats[r].status != NEP_OK) {
+            print_message("rank %u: %s\n", r, world.seats[r].message);
+        }
+        assert_int_equal(world.seats[r].status, NEP_OK);
+        assert_int_equal(world.seats[r].num_errors, 0);
+        assert_int_equal(world.seats[r].num_wrong, 0);
+        assert_int_equal(world.seats[r].num_repeats, 0);
+    }
+    assert_int_equal(fake.num_overflows, 0);
+    assert_int_equal(fake.num_bad, 0);
+    world_free(&world);
+}
+
+static void test_verbs_one_qp_delivers_all(void **state)
+{
+    (void)state;
+    run_exchange(1, 1, 128, 1u << 30);
+}
+
+static void test_verbs_three_qps_on_two_paths_deliver_all(void **state)
+{
+    (void)state;
+    run_exchange(2, 3, 128, 1u << 30);
+}
+
+static void test_verbs_short_queues_and_pieces_deliver_all(void **state)
+{
+    (void)state;
+    run_exchange(2, 1, 8, 1u << 20);
+}
+
+static void test_verbs_most_qps_deliver_all(void **state)
+{
+    (void)state;
+    run_exchange(2, 7, 16, 1u << 20);
+}
+
+/* ---- requests ------------------------------------------------------------------------------- */
+
+static void put_tiles(struct seat *seat)
+{
+    if (seat->rank != 0) {
+        seat->num_errors += !seat_wait(seat, 0, SLOTS - 1, 1);
+        return;
+    }
+    struct nep_transport_stats stats;
+    for (uint32_t slot = 0; slot < SLOTS; slot++) {
+        struct nep_put put = {.dst = 1,
+                              .window = WINDOW,
+                              .offset = COUNTERS_BYTES + (size_t)slot * SLOT_BYTES,
+                              .src = world_source(seat, 1, slot),
+                              .len = SLOT_BYTES,
+                              .imm = world_imm(slot)};
+        uint64_t number;
+        seat->num_errors += seat->transport->ops->put(seat->transport, &put, &number) != NEP_OK;
+        seat->num_errors += number != slot + 1;
+    }
+    seat->transport->ops->stats(seat->transport, &stats);
+    seat->num_errors += stats.puts != SLOTS || stats.put_bytes != (uint64_t)SLOTS * SLOT_BYTES;
+    seat->num_wrong = (uint32_t)stats.work_requests;
+}
+
+static void test_verbs_requests_are_tiles_times_qps(void **state)
+{
+    (void)state;
+    static struct world world;
+    for (uint32_t paths = 1; paths <= 3; paths++) {
+        fake_reset(4);
+        world_config(&world.config);
+        world.config.verbs_paths = paths;
+        world_run(&world, 2, put_tiles);
+        assert_int_equal(world.seats[0].num_errors, 0);
+        assert_int_equal(world.seats[1].num_errors, 0);
+        assert_int_equal(world.seats[0].num_wrong, SLOTS * paths);
+        world_free(&world);
+    }
+}
+
+/* ---- refusals ------------------------------------------------------------------------------- */
+
+static void put_badly(struct seat *seat)
+{
+    const struct nep_put good = {.dst = 0,
+                                 .window = WINDOW,
+                                 .offset = WINDOW_BYTES - 64,
+                                 .src = seat->base,
+                                 .len = 64,
+                                 .imm = world_imm(0)};
+    struct nep_put bad[8] = {good, good, good, good, good, good, good, good};
+    bad[0].dst = 2;
+    bad[1].window = 63;
+    bad[2].offset++;
+    bad[3].offset = UINT64_MAX;
+    bad[4].src = seat->base - 1;
+    bad[5].src = seat->base + WINDOW_BYTES - 63;
+    bad[6].imm |= 1;
+    bad[7].imm ^= 1u << 20;
+    for (uint32_t i = 0; i < 8; i++) {
+        uint64_t number = 4711;
+        enum nep_status status = seat->transport->ops->put(seat->transport, &bad[i], &number);
+        if (status != NEP_ERR_INVALID || number != 4711) {
+            fprintf(stderr, "bad put %u: status %d\n", i, status);
+            seat->num_errors++;
+        }
+    }
+}
+
+static void test_verbs_bad_puts_are_refused(void **state)
+{
+    (void)state;
+    static struct world world;
+    fake_reset(1);
+    world_config(&world.config);
+    world_run(&world, 2, put_badly);
+    assert_int_equal(world.seats[0].num_errors + world.seats[1].num_errors, 0);
+    world_free(&world);
+}
+
+/* Creation fails on every rank with a sentence that has `words`. */
+static void expect_refusal(struct world *world, enum nep_status status, const char *words)
+{
+    world_run(world, 2, NULL);
+    for (uint32_t r = 0; r < 2; r++) {
+        print_message("%s\n", world->seats[r].message);
+        assert_int_equal(world->seats[r].status, status);
+        assert_non_null(strstr(world->seats[r].message, words));
+    }
+    world_free(world);
+}
+
+static void test_verbs_machine_without_devices_is_refused(void **state)
+{
+    (void)state;
+    static struct world world;
+    fake_reset(0);
+    world_config(&world.config);
+    expect_refusal(&world, NEP_ERR_UNSUPPORTED, "no RDMA devices on this machine");
+    fake.list_errno = ENOSYS;
+    expect_refusal(&world, NEP_ERR_UNSUPPORTED, "modprobe ib_uverbs");
+    fake_reset(2);
+    snprintf(world.config.verbs_devices, sizeof world.config.verbs_devices, "mlx5_0");
+    expect_refusal(&world, NEP_ERR_UNSUPPORTED, "named in mlx5_0");
+}
+
+static void test_verbs_locked_memory_limit_is_named(void **state)
+{
+    (void)state;
+    static struct world world;
+    fake_reset(1);
+    fake.max_reg_bytes = 65536;
+    world_config(&world.config);
+    expect_refusal(&world, NEP_ERR_NO_MEMORY, "cannot register a window");
+    fake.max_reg_bytes = 1;
+    expect_refusal(&world, NEP_ERR_NO_MEMORY, "cannot register a page of host memory");
+}
+
+static void test_verbs_impossible_settings_are_refused(void **state)
+{
+    (void)state;
+    static struct world world;
+    fake_reset(1);
+    world_config(&world.config);
+    world.config.verbs_qps = 9;
+    expect_refusal(&world, NEP_ERR_INVALID, "NEP_VERBS_QPS is 9");
+    world_config(&world.config);
+    world.config.verbs_retry = 8;
+    expect_refusal(&world, NEP_ERR_INVALID, "NEP_VERBS_RETRY is 8");
+    world_config(&world.config);
+    world.config.verbs_gid = 3; /* the fake port has 0 and 1 */
+    expect_refusal(&world, NEP_ERR_UNSUPPORTED, "no GID of one kind");
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_verbs_one_qp_delivers_all),
+        cmocka_unit_test(test_verbs_three_qps_on_two_paths_deliver_all),
+        cmocka_unit_test(test_verbs_short_queues_and_pieces_deliver_all),
+        cmocka_unit_test(test_verbs_most_qps_deliver_all),
+        cmocka_unit_test(test_verbs_requests_are_tiles_times_qps),
+        cmocka_unit_test(test_verbs_bad_puts_are_refused),
+        cmocka_unit_test(test_verbs_machine_without_devices_is_refused),
+        cmocka_unit_test(test_verbs_locked_memory_limit_is_named),
+        cmocka_unit_test(test_verbs_impossible_settings_are_refused),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
+#else
+#include "tests/unit/verbs/absent.h"
+#endif

@@ -1,0 +1,347 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What no device of a test machine can be made to do: a QP that dies with its last data delivered
+ * or not, posting that fails, a peer that is gone, ports that go and come, queues that run dry.
+ * After a fail-over nothing may be lost; an announcement may repeat, data may not be damaged.
+ */
+#include <string.h>
+
+#include "tests/unit/cmocka_all.h"
+
+#if __has_include(<infiniband/verbs.h>)
+#include "tests/unit/verbs/world.h"
+
+enum { ROUNDS = 40, KILL_ROUND = 10 };
+
+struct fault {
+    uint32_t num_kills;
+    bool deliver;
+    bool enomem;
+};
+static struct fault fault;
+
+static struct nep_verbs *inner(struct seat *seat)
+{
+    return (struct nep_verbs *)seat->transport;
+}
+
+static struct fake_qp *qp_to(struct seat *seat, uint32_t dst, uint32_t qp_idx)
+{
+    return (struct fake_qp *)inner(seat)->peers[dst].qps[qp_idx].qp;
+}
+
+/* Sets the knobs of some of rank 0's QPs to rank 1, not all of them. */
+static void arm_faults(struct seat *seat)
+{
+    uint64_t random = seat->world->seed;
+    pthread_mutex_lock(&fake.lock);
+    for (uint32_t q = 0; q < fault.num_kills; q++) {
+        struct fake_qp *qp = qp_to(seat, 1, q);
+        int64_t after = (int64_t)(world_random(&random) % 40);
+        qp->deliver_failed = fault.deliver;
+        *(fault.enomem ? &qp->enomem_after : &qp->fail_after) = after;
+    }
+    pthread_mutex_unlock(&fake.lock);
+}
+
+/*
+ * Both ranks send all slots in each round, and go on when all of the other's came. Repeats are
+ * allowed after a kill, so a slot waits for its data to be those of the round: the sender changes
+ * them only in the next round.
+ */
+static void survive(struct seat *seat)
+{
+    uint32_t other = 1 - seat->rank;
+    uint64_t seen[SLOTS] = {0};
+    for (uint64_t round = 0; round < ROUNDS; round++) {
+        if (round == KILL_ROUND && seat->rank == 0) {
+            arm_faults(seat);
+        }
+        for (uint32_t slot = 0; slot < SLOTS; slot++) {
+            seat_put(seat, other, slot, round);
+        }
+        uint64_t deadline_ns = nep_deadline_ns(20 * NEP_S);
+        while (seat->transport->ops->completed(seat->transport, other) < seat->last_number[other] &&
+               nep_left_ns(deadline_ns) > 0) {
+            seat->transport->ops->progress(seat->transport);
+            usleep(20);
+        }
+        pthread_barrier_wait(&seat->world->barrier); /* all that was sent is acknowledged */
+        for (uint32_t slot = 0; slot < SLOTS; slot++) {
+            seat->num_errors += !seat_wait(seat, other, slot, seen[slot] + 1);
+            seat->num_wrong += seat_wrong(seat, other, slot, round);
+        }
+        usleep(200);
+        seat->transport->ops->progress(seat->transport);
+        pthread_barrier_wait(&seat->world->barrier);
+        for (uint32_t slot = 0; slot < SLOTS; slot++) {
+            uint64_t now = world_arrived(seat, other, slot);
+            seat->num_repeats += now > seen[slot] + 1;
+            seen[slot] = now;
+        }
+        pthread_barrier_wait(&seat->world->barrier);
+    }
+    seat->num_errors += seat->transport->ops->peer_status(seat->transport, other) != NEP_OK;
+}
+
+static void run_survive(uint32_t paths, uint32_t qps, struct fault wanted)
+{
+    static struct world world;
+    fake_reset(4);
+    world_config(&world.config);
+    world.config.verbs_paths = paths;
+    world.config.verbs_qps = qps;
+    world.seed = world_seed("survive");
+    fault = wanted;
+    world_run(&world, 2, survive);
+    for (uint32_t r = 0; r < 2; r++) {
+        assert_int_equal(world.seats[r].status, NEP_OK);
+        assert_int_equal(world.seats[r].num_errors, 0);
+        assert_int_equal(world.seats[r].num_wrong, 0);
+        print_message("rank %u: %u announcements repeated\n", r, world.seats[r].num_repeats);
+    }
+    assert_int_equal(fake.num_overflows, 0);
+    assert_int_equal(fake.num_bad, 0);
+    world_free(&world);
+}
+
+static void test_verbs_path_death_loses_nothing(void **state)
+{
+    (void)state;
+    run_survive(2, 1, (struct fault){.num_kills = 1, .deliver = false});
+}
+
+static void test_verbs_lost_acknowledgement_damages_nothing(void **state)
+{
+    (void)state;
+    run_survive(2, 1, (struct fault){.num_kills = 1, .deliver = true});
+}
+
+static void test_verbs_four_of_six_qps_die(void **state)
+{
+    (void)state;
+    run_survive(3, 2, (struct fault){.num_kills = 4, .deliver = true});
+    run_survive(3, 2, (struct fault){.num_kills = 4, .deliver = false});
+}
+
+static void test_verbs_failed_posting_moves_to_another_qp(void **state)
+{
+    (void)state;
+    run_survive(2, 2, (struct fault){.num_kills = 3, .enomem = true});
+}
+
+/* ---- a lost peer ---------------------------------------------------------------------------- */
+
+/* Rank 1 vanishes: its QPs go into error and it does nothing more. 0 and 2 go on. */
+static void lose_one(struct seat *seat)
+{
+    const struct nep_transport_ops *ops = seat->transport->ops;
+    if (seat->rank == 1) {
+        pthread_mutex_lock(&fake.lock);
+        for (uint32_t r = 0; r < 3; r += 2) {
+            for (uint32_t q = 0; q < inner(seat)->num_qps; q++) {
+                qp_to(seat, r, q)->state = IBV_QPS_ERR;
+            }
+        }
+        pthread_mutex_unlock(&fake.lock);
+    }
+    pthread_barrier_wait(&seat->world->barrier);
+    if (seat->rank != 1) {
+        /* rank 2 sends nothing to 1: only the zero-byte writes of peer_status can find it out */
+        for (uint32_t slot = 0; seat->rank == 0 && slot < SLOTS; slot++) {
+            seat_put(seat, 1, slot, 0);
+            if (ops->peer_status(seat->transport, 1) != NEP_OK) {
+                break;
+            }
+        }
+        uint64_t deadline_ns = nep_deadline_ns(10 * NEP_S);
+        while (ops->peer_status(seat->transport, 1) == NEP_OK && nep_left_ns(deadline_ns) > 0) {
+            ops->progress(seat->transport);
+            usleep(1000);
+        }
+        enum nep_status status = ops->peer_status(seat->transport, 1);
+        seat->num_errors += status != NEP_ERR_PEER_LOST;
+        snprintf(seat->message, sizeof seat->message, "%.511s", nep_last_message());
+        seat->num_errors += ops->completed(seat->transport, 1) != seat->last_number[1];
+        struct nep_put put = {.dst = 1, .window = WINDOW, .imm = world_imm(0)};
+        uint64_t number = 99;
+        seat->num_errors += ops->put(seat->transport, &put, &number) != NEP_ERR_PEER_LOST;
+        uint32_t other = 2 - seat->rank;
+        for (uint32_t slot = 0; slot < SLOTS; slot++) {
+            seat_put(seat, other, slot, 1);
+        }
+        for (uint32_t slot = 0; slot < SLOTS; slot++) {
+            seat->num_errors += !seat_wait(seat, other, slot, 1);
+            seat->num_wrong += seat_wrong(seat, other, slot, 1);
+        }
+        seat->num_errors += ops->peer_status(seat->transport, other) != NEP_OK;
+    }
+    pthread_barrier_wait(&seat->world->barrier);
+}
+
+static void test_verbs_lost_peer_is_named_and_others_go_on(void **state)
+{
+    (void)state;
+    static struct world world;
+    fake_reset(4);
+    world_config(&world.config);
+    world.config.verbs_paths = 2;
+    world.seed = world_seed("lost peer");
+    world_run(&world, 3, lose_one);
+    for (uint32_t r = 0; r < 3; r++) {
+        assert_int_equal(world.seats[r].status, NEP_OK);
+        assert_int_equal(world.seats[r].num_errors, 0);
+        assert_int_equal(world.seats[r].num_wrong, 0);
+    }
+    for (uint32_t r = 0; r < 3; r += 2) {
+        const char *message = world.seats[r].message;
+        print_message("%s\n", message);
+        assert_non_null(strstr(message, "rank 1 is lost"));
+        assert_non_null(strstr(message, "transport retry counter exceeded"));
+        assert_non_null(strstr(message, "QP state ERR, port ACTIVE"));
+    }
+    world_free(&world);
+}
+
+/* ---- events --------------------------------------------------------------------------------- */
+
+static void send_event(struct seat *seat, uint32_t path, enum ibv_event_type type, void *element)
+{
+    struct ibv_context *context = inner(seat)->paths[path].context;
+    struct ibv_async_event event = {.event_type = type};
+    if (element == NULL) {
+        event.element.port_num = 1;
+    } else {
+        event.element.qp = element;
+    }
+    for (uint32_t i = 0; i < 64; i++) {
+        if (fake.contexts[i] != NULL && &fake.contexts[i]->context == context &&
+            write(fake.contexts[i]->events[1], &event, sizeof event) != sizeof event) {
+            seat->num_errors++;
+        }
+    }
+}
+
+static bool becomes(atomic_bool *flag, bool wanted)
+{
+    for (uint32_t i = 0; i < 5000 && atomic_load(flag) != wanted; i++) {
+        usleep(1000);
+    }
+    return atomic_load(flag) == wanted;
+}
+
+static void port_goes_and_comes(struct seat *seat)
+{
+    if (seat->rank == 0) {
+        struct nep_verbs_path *path = &inner(seat)->paths[0];
+        send_event(seat, 0, IBV_EVENT_PORT_ERR, NULL);
+        seat->num_errors += !becomes(&path->is_down, true);
+        uint64_t before = qp_to(seat, 1, 0)->qp.qp_num;
+        uint64_t posted = inner(seat)->peers[1].qps[0].posted;
+        for (uint32_t slot = 0; slot < SLOTS; slot++) {
+            seat_put(seat, 1, slot, 0);
+        }
+        /* all by the other path */
+        seat->num_errors += inner(seat)->peers[1].qps[0].posted != posted || before == 0;
+        send_event(seat, 0, IBV_EVENT_PORT_ACTIVE, NULL);
+        seat->num_errors += !becomes(&path->is_down, false);
+        /* a QP that the device declares dead: the other one carries on */
+        send_event(seat, 0, IBV_EVENT_QP_FATAL, qp_to(seat, 1, 0));
+        for (uint32_t i = 0; i < 5000 && inner(seat)->peers[1].num_alive == 2; i++) {
+            usleep(1000);
+        }
+        seat->num_errors += inner(seat)->peers[1].num_alive != 1;
+        /* a device that is dead, with all that is left on it */
+        send_event(seat, 1, IBV_EVENT_DEVICE_FATAL, NULL);
+        for (uint32_t i = 0; i < 5000 && inner(seat)->peers[1].num_alive != 0; i++) {
+            usleep(1000);
+        }
+        seat->num_errors +=
+            seat->transport->ops->peer_status(seat->transport, 1) != NEP_ERR_PEER_LOST;
+        pthread_barrier_wait(&seat->world->barrier);
+        return;
+    }
+    for (uint32_t slot = 0; slot < SLOTS; slot++) {
+        seat->num_errors += !seat_wait(seat, 0, slot, 1);
+        seat->num_wrong += seat_wrong(seat, 0, slot, 0);
+    }
+    pthread_barrier_wait(&seat->world->barrier); /* leaving early would end the tale */
+}
+
+static void test_verbs_events_are_acted_on(void **state)
+{
+    (void)state;
+    static struct world world;
+    fake_reset(4);
+    world_config(&world.config);
+    world.config.verbs_paths = 2;
+    world.seed = world_seed("events");
+    world_run(&world, 2, port_goes_and_comes);
+    for (uint32_t r = 0; r < 2; r++) {
+        assert_int_equal(world.seats[r].status, NEP_OK);
+        assert_int_equal(world.seats[r].num_errors, 0);
+        assert_int_equal(world.seats[r].num_wrong, 0);
+    }
+    world_free(&world);
+}
+
+/* ---- leaving -------------------------------------------------------------------------------- */
+
+/* Rank 0 closes at once after its puts; rank 1 must get them all, and hear of the farewell. */
+static void leave_early(struct seat *seat)
+{
+    if (seat->rank == 0) {
+        for (uint32_t slot = 0; slot < SLOTS; slot++) {
+            seat_put(seat, 1, slot, 0);
+        }
+        return; /* closes */
+    }
+    usleep(20000);
+    for (uint32_t slot = 0; slot < SLOTS; slot++) {
+        seat->num_errors += !seat_wait(seat, 0, slot, 1);
+        seat->num_wrong += seat_wrong(seat, 0, slot, 0);
+    }
+    uint64_t deadline_ns = nep_deadline_ns(10 * NEP_S);
+    while (seat->transport->ops->peer_status(seat->transport, 0) == NEP_OK &&
+           nep_left_ns(deadline_ns) > 0) {
+        seat->transport->ops->progress(seat->transport);
+        usleep(1000);
+    }
+    seat->transport->ops->peer_status(seat->transport, 0);
+    seat->num_errors += strstr(nep_last_message(), "rank 0 has left") == NULL;
+    struct nep_put put = {.dst = 0, .window = WINDOW, .imm = world_imm(0)};
+    uint64_t number = 0;
+    seat->num_errors += seat->transport->ops->put(seat->transport, &put, &number) != NEP_OK;
+    seat->num_errors += seat->transport->ops->completed(seat->transport, 0) < number;
+}
+
+static void test_verbs_close_delivers_and_says_farewell(void **state)
+{
+    (void)state;
+    static struct world world;
+    fake_reset(2);
+    world_config(&world.config);
+    world.config.verbs_depth = 8;
+    world.seed = world_seed("leaving");
+    world_run(&world, 2, leave_early);
+    assert_int_equal(world.seats[0].num_errors + world.seats[1].num_errors, 0);
+    assert_int_equal(world.seats[1].num_wrong, 0);
+    world_free(&world);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_verbs_path_death_loses_nothing),
+        cmocka_unit_test(test_verbs_lost_acknowledgement_damages_nothing),
+        cmocka_unit_test(test_verbs_four_of_six_qps_die),
+        cmocka_unit_test(test_verbs_failed_posting_moves_to_another_qp),
+        cmocka_unit_test(test_verbs_lost_peer_is_named_and_others_go_on),
+        cmocka_unit_test(test_verbs_events_are_acted_on),
+        cmocka_unit_test(test_verbs_close_delivers_and_says_farewell),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
+#else
+#include "tests/unit/verbs/absent.h"
+#endif
