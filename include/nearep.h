@@ -456,6 +456,43 @@ NEP_API enum nep_status nep_map_save(const struct nep_map *map, const char *path
 NEP_API enum nep_status nep_map_get_shape(const struct nep_map *map, struct nep_map_shape *shape_p);
 NEP_API void nep_map_destroy(struct nep_map *map);
 
+/* ---- solving a map from a trace ----------------------------------------------------------- */
+
+struct nep_solve_params {
+    size_t size;
+    /* Nodes, ranks and slots. num_layers and num_experts are the trace's. slots_per_rank 0:
+     * ceil(E / R); more than that: the slots beyond hold second copies of experts. */
+    const struct nep_map_shape *shape;
+    const uint32_t *requests; /* which requests of the trace; NULL: all */
+    uint32_t num_requests;
+    uint32_t num_threads;   /* the result does not depend on it; 0: 1 */
+    double max_imbalance;   /* limit on max/mean load of nodes on this trace; 0: 1.10 */
+    uint64_t seed;          /* 0 is a seed */
+    uint64_t max_proposals; /* budget of the search, swaps looked at per layer and round; 0: enough
+                               to end by itself */
+    uint64_t time_limit_ns; /* stop improving then, and mark the map truncated; 0: none */
+    uint32_t max_tokens;    /* sample at most about so many tokens a layer; 0: 32768 */
+    /* Called from the calling thread now and then, done in 0 to 1. NULL: none. */
+    void (*progress)(void *ctx, double done, uint64_t eta_ns);
+    void *progress_ctx;
+    /* Start from a running map of the same shape and move at most max_moves copies (a new expert in
+     * a slot is one), those that save most first. NULL: from nothing. */
+    const struct nep_map *warm;
+    uint64_t max_moves; /* over all layers; 0 with warm: no limit */
+};
+
+/*
+ * Places experts near the requests that use them: fewest distinct remote nodes per token, homes of
+ * requests and experts chosen together, hard limits on slots and load, second copies where they
+ * save most, then ranks inside nodes. Deterministic. docs/placement.md explains it. Impossible
+ * slots and limits are refused with the numbers. Any thread.
+ */
+NEP_API enum nep_status nep_map_solve(const struct nep_trace *trace,
+                                      const struct nep_solve_params *params,
+                                      struct nep_map **map_p);
+/* 1: a time limit cut the search short; it would differ on another machine. Not kept in files. */
+NEP_API int nep_map_is_truncated(const struct nep_map *map);
+
 #ifdef __cplusplus
 }
 #endif

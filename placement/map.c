@@ -292,6 +292,11 @@ enum nep_status nep_trace_match(const struct nep_trace *trace, const struct nep_
     return NEP_OK;
 }
 
+int nep_map_is_truncated(const struct nep_map *map)
+{
+    return map->is_truncated;
+}
+
 uint64_t nep_map_digest(const struct nep_map *map)
 {
     return map->digest;

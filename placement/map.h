@@ -25,6 +25,7 @@ struct nep_map {
     uint16_t *weight;
     uint8_t *is_single; /* [num_layers] */
     uint64_t digest;
+    int is_truncated;
 };
 
 /* One copy: what a file's line lists and what solvers produce. */
