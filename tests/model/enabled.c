@@ -293,6 +293,12 @@ static bool may_finish(const struct model *model, const struct state *state, uin
             state->read[i][model->lane[rank]] < model->dispatch_end[i][op + 1]) {
             return false;
         }
+        const struct stream *in = &state->dispatch[i], *back = &state->combine[i];
+        if (!model->p.credit_loose &&
+            ((ends->far == rank && (in->credit_flight | in->credit_again) != 0) ||
+             (ends->src == rank && (back->credit_flight | back->credit_again) != 0))) {
+            return false;
+        }
         if (!model->p.no_duty &&
             ((ends->far == rank && model->dispatch_end[i][op + 1] >
                                        credit_known(model, state, i, false) + model->slots) ||

@@ -20,6 +20,9 @@ static uint8_t tiles_of(const struct model *model, uint8_t op, uint8_t src, uint
     if (model->p.traffic == TRAFFIC_QUIET && model->p.ops[op] == 'C') {
         return 0;
     }
+    if (model->p.traffic == TRAFFIC_BURST && strchr(model->p.ops + op + 1, model->p.ops[op])) {
+        return 1;
+    }
     return most;
 }
 

@@ -31,6 +31,7 @@ enum traffic {
     TRAFFIC_EVEN,   /* `tiles` tiles in every stream and operation */
     TRAFFIC_VARIED, /* 0 to `tiles`, different by stream and operation */
     TRAFFIC_QUIET,  /* dispatches as EVEN, combines without any row */
+    TRAFFIC_BURST,  /* one tile, but `tiles` in the last operation of either kind */
 };
 
 /* Work a rank may do beyond the operation that its present call is about. */
@@ -56,7 +57,8 @@ struct params {
     uint8_t imm_modulus; /* numbers in an immediate are known modulo this; 0: 256 */
     bool
         skip; /* lane l of a node needs tile q only if q mod G is l, and does not wait for others */
-    bool imm_stale; /* the receiver decodes against its last CREDIT, not against its readers */
+    bool credit_stale; /* the sender decodes CREDIT against its last CREDIT, not all it knows */
+    bool imm_stale;    /* the receiver decodes against its last CREDIT, not against its readers */
 
     /* Rules switched off; each is there to be found missing. */
     bool no_r1;          /* combine completes with the COUNTS of its own lane alone */
@@ -68,6 +70,7 @@ struct params {
     bool no_implicit;    /* the sender has only explicit credits */
     bool credit_written; /* CREDIT writes the word; else the word takes the larger number */
     bool credit_burst;   /* several CREDITs of a stream in flight */
+    bool credit_loose;   /* completes while a CREDIT of it is in flight */
     bool send_waits;     /* the send half waits until all its tiles are posted */
     bool credit_blind;   /* the receiver leaves out what COUNTS tell about implicit credit */
 };

@@ -18,9 +18,9 @@ struct flag {
         word, offsetof(struct params, member)                                                      \
     }
 
-static const struct flag plain_flags[] = {FLAG("skip", skip), FLAG("joint", joint),
-                                          FLAG("delays", delays), FLAG("repeats", repeats),
-                                          FLAG("stale", imm_stale)};
+static const struct flag plain_flags[] = {
+    FLAG("skip", skip),       FLAG("joint", joint),     FLAG("delays", delays),
+    FLAG("repeats", repeats), FLAG("stale", imm_stale), FLAG("credit-stale", credit_stale)};
 static const struct flag off_flags[] = {FLAG("r1", no_r1),
                                         FLAG("r2", no_r2),
                                         FLAG("r3", no_r3),
@@ -30,6 +30,7 @@ static const struct flag off_flags[] = {FLAG("r1", no_r1),
                                         FLAG("implicit", no_implicit),
                                         FLAG("credit-max", credit_written),
                                         FLAG("credit-single", credit_burst),
+                                        FLAG("credit-settled", credit_loose),
                                         FLAG("send-returns", send_waits),
                                         FLAG("credit-infer", credit_blind)};
 
@@ -91,7 +92,7 @@ static bool choose(const char *text, const char *const *words, unsigned num, uns
 
 static bool set_word(struct params *params, char *word, char *ops)
 {
-    static const char *const traffics[] = {"even", "varied", "quiet"};
+    static const char *const traffics[] = {"even", "varied", "quiet", "burst"};
     static const char *const aheads[] = {"none", "calls", "always"};
     unsigned choice = 0;
     char *value = strchr(word, '=');
@@ -108,7 +109,7 @@ static bool set_word(struct params *params, char *word, char *ops)
         return num > 0 && num <= MAX_OPS && strspn(value, "DC") == num;
     }
     if (strcmp(word, "traffic") == 0) {
-        bool found = choose(value, traffics, 3, &choice);
+        bool found = choose(value, traffics, 4, &choice);
         params->traffic = (enum traffic)choice;
         return found;
     }

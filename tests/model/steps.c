@@ -219,7 +219,9 @@ static const char *arrive_credit(const struct model *model, struct state *state,
         combine ? &state->combine[action.other] : &state->dispatch[action.other];
     uint8_t number = action.info & INFO_NUMBER;
     *(repeat ? &stream->credit_again : &stream->credit_flight) &= ~(1u << number);
-    int heard = decode(model, number, stream->credit);
+    int base = combine ? combine_freed(model, state, action.other)
+                       : dispatch_freed(model, state, action.other);
+    int heard = decode(model, number, model->p.credit_stale ? stream->credit : base);
     if (model->p.credit_written || heard > stream->credit) {
         stream->credit = (uint8_t)heard;
     }
