@@ -21,8 +21,9 @@
  * to 3 (part) are 0 in a put and in the sink, since a transport that splits a put uses them
  * between.
  *
- * The source bytes of a put belong to the transport until nep_transport_completed(dst) has reached
- * the number that nep_put returned.
+ * The source bytes of a put belong to the transport until completed(dst) has reached the number
+ * that put returned. A repeat may also write its bytes again until then, and not after: so whoever
+ * reuses a slot at the receiver waits for the completion of the put that filled it last.
  *
  * Threads: put, progress, posted and completed may be called by several threads of a rank at once.
  * Nothing blocks but create, connect, window_create and close, all bounded by their deadline.
@@ -138,6 +139,8 @@ extern const struct nep_transport_ops *const nep_transport_list[];
 enum nep_status nep_transport_find(const char *name, const struct nep_transport_ops **ops_p,
                                    const char **args_p);
 
+/* What a wrapper stands around when nothing is named: it serves threads and processes. */
+#define NEP_TRANSPORT_WRAPPED "shm"
 /* Capabilities of "name" or "name:args", a wrapper's completed by those of what it wraps; 0:
  * unknown. */
 uint32_t nep_transport_caps(const char *name);
