@@ -100,6 +100,8 @@ static const struct row rows[] = {
      "largest piece of memory registered at once; systems with an IOMMU refuse 2 GiB"},
     {"NEP_VERBS_RELAXED_ORDERING", SWITCH, NULL, FIELD(verbs_relaxed_ordering), "on", false,
      "let PCIe reorder writes of data; announcements are never reordered"},
+    {"NEP_ADVERSARY_SEED", COUNT, NULL, FIELD(adversary_seed), "1", false,
+     "what the transport adversary draws its delays, parts and repeats from"},
 };
 
 enum { NUM_ROWS = sizeof rows / sizeof rows[0] };

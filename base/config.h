@@ -44,6 +44,7 @@ struct nep_config {
     uint64_t verbs_split_bytes;  /* NEP_VERBS_SPLIT: puts this long are split over the QPs */
     uint64_t verbs_chunk_bytes;  /* NEP_VERBS_CHUNK: largest memory registration */
     bool verbs_relaxed_ordering; /* NEP_VERBS_RELAXED_ORDERING */
+    uint32_t adversary_seed;     /* NEP_ADVERSARY_SEED */
     uint64_t from_env;           /* bit i: row i of the table came from the environment */
 };
 

@@ -4,6 +4,7 @@
 
 #include "transport/transport.h"
 
+extern const struct nep_transport_ops nep_adversary_ops;
 extern const struct nep_transport_ops nep_loop_ops;
 extern const struct nep_transport_ops nep_shm_ops;
 extern const struct nep_transport_ops nep_ucx_ops;
@@ -14,6 +15,7 @@ const struct nep_transport_ops *const nep_transport_list[] = {
     &nep_verbs_ops,
     &nep_ucx_ops,
     &nep_loop_ops,
+    &nep_adversary_ops,
     NULL,
 };
 
@@ -41,8 +43,9 @@ uint32_t nep_transport_caps(const char *name)
     if (nep_transport_find(name, &ops, &args) != NEP_OK) {
         return 0;
     }
-    bool has_inner = (ops->caps & NEP_CAP_WRAPPER) != 0 && args[0] != '\0' &&
-                     nep_transport_find(args, &inner, &inner_args) == NEP_OK;
+    const char *wrapped = args[0] != '\0' ? args : NEP_TRANSPORT_WRAPPED;
+    bool has_inner = (ops->caps & NEP_CAP_WRAPPER) != 0 &&
+                     nep_transport_find(wrapped, &inner, &inner_args) == NEP_OK;
     return ops->caps | (has_inner ? inner->caps & NEP_CAP_MAPPED : 0);
 }
 

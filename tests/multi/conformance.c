@@ -269,6 +269,9 @@ static int run_rounds(struct rank *rank, const struct conformance *test,
     int failed = 0;
     for (uint32_t round = 0; round < test->num_rounds && failed == 0; round++) {
         failed = send_round(rank, test, transport, window, round);
+        if (failed == 0 && test->repeats) {
+            failed = barrier(rank); /* repeats may write until the put is complete */
+        }
         if (failed == 0) {
             failed = check_round(rank, test, transport, window, round, expected);
         }
