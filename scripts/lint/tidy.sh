@@ -32,7 +32,9 @@ while IFS= read -r line; do
     else
         failed=1
         printf '%s\n' "$line"
-        grep -F -A 60 "$line" "$log" | grep -E '(note|error):' | sed -n '2,25p;26q'
+        # The path that leads there: the notes up to the next finding.
+        awk -v line="$line" '$0 == line { on = 1; next } on && / (error|warning): / { exit }
+            on && / note: / && n++ < 20' "$log"
     fi
 done < <(grep -E '(error|warning): .*\[' "$log" | sort -u)
 echo "tidy: $# files analysed, $num_known known findings (scripts/lint/tidy_known.txt)"
