@@ -60,6 +60,9 @@ if [ -n "$list" ]; then
 fi
 mapfile -t packages < <(nep_list "${lists[@]}" | awk '!seen[$1]++ { print $1 }')
 nep_need "${packages[@]}"
+case " ${layers[*]} " in
+*" vm "*) nep_need_lists linux-image-amd64 linux-image-generic ;; # the guest's kernel
+esac
 
 tree=build
 [ "$preset" = release ] || tree=build-$preset

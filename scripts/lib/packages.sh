@@ -45,6 +45,16 @@ nep_need() {
     rm -f /tmp/nearep-apt.$$
 }
 
+# nep_need_lists PACKAGE...: apt knows one of these; a machine may come without apt's lists.
+nep_need_lists() {
+    local name
+    command -v apt-cache > /dev/null || return 0
+    for name in "$@"; do
+        [ -z "$(apt-cache depends "$name" 2>/dev/null)" ] || return 0
+    done
+    nep_apt update || true
+}
+
 # Package lists are text files, one name a line, # starts a comment.
 nep_list() {
     sed -e 's/#.*//' -e '/^[[:space:]]*$/d' "$@" 2>/dev/null
