@@ -426,6 +426,9 @@ static int iteration(struct nep_perf_mpi *mpi, uint64_t batch, struct nep_perf_s
     uint64_t start_ns = nep_now_ns();
     dispatch(mpi, tokens, mpi->group->weights[me]);
     sample->dispatch_ns = nep_now_ns() - start_ns;
+    if (!mpi->rank->seat->barrier(mpi->rank->seat)) {
+        return NEP_PERF_FAILED;
+    }
     if (mpi->is_rank_layout) {
         rank_layout_experts(mpi);
     } else {
@@ -437,6 +440,9 @@ static int iteration(struct nep_perf_mpi *mpi, uint64_t batch, struct nep_perf_s
     start_ns = nep_now_ns();
     combine(mpi, tokens);
     sample->combine_ns = nep_now_ns() - start_ns;
+    if (!mpi->rank->seat->barrier(mpi->rank->seat)) {
+        return NEP_PERF_FAILED;
+    }
     if (mpi->rank->options.is_verified) {
         check(mpi);
     }

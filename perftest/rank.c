@@ -6,7 +6,9 @@
  * before it when verifying: rows left over from the iteration before would else pass.
  *
  * The time of an iteration is the slowest rank's own time from leaving the barrier to its end;
- * a common start would add the skew of the barrier, which with more ranks than cores is large.
+ * a common start would add the skew of the barrier, which with more ranks than cores is large. A
+ * barrier also follows each timed part: with more ranks than cores the experts and checks of the
+ * ranks that are done would else take the cores from those that are not.
  */
 #include "perftest/rank.h"
 
@@ -397,6 +399,9 @@ static int iteration(struct nep_perf_rank *rank, uint64_t number, bool is_timed)
     uint64_t start_ns = nep_now_ns();
     int rc = dispatch(rank);
     sample.dispatch_ns = nep_now_ns() - start_ns;
+    if (rc == -1 && !barrier(rank)) {
+        return NEP_PERF_FAILED;
+    }
     if (rc == -1) {
         rc = after_dispatch(rank, is_timed);
     }
@@ -411,6 +416,9 @@ static int iteration(struct nep_perf_rank *rank, uint64_t number, bool is_timed)
     sample.combine_ns = nep_now_ns() - start_ns;
     if (rc != -1) {
         return rc;
+    }
+    if (!barrier(rank)) {
+        return NEP_PERF_FAILED;
     }
     after_combine(rank, is_timed);
     if (is_timed) {
