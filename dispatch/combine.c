@@ -13,9 +13,32 @@
 #include "dispatch/pack.h"
 #include "dispatch/positions.h"
 
-static void sum_into(const struct nep_ep *ep, void *to, const struct nep_term *terms, uint32_t num)
+/* Sums rows into `to` and, where they come, their weights into `weights` (fp32, the same order). */
+static void sum_into(const struct nep_ep *ep, const struct nep_terms *terms, void *to,
+                     float *weights)
 {
-    ep->kernels->sum[ep->shape.dtype - NEP_DTYPE_BF16](to, terms, num, ep->shape.hidden);
+    ep->kernels->sum[ep->shape.dtype - NEP_DTYPE_BF16](to, terms->rows, terms->num,
+                                                       ep->shape.hidden);
+    for (uint32_t k = 0; weights != NULL && k < ep->shape.top_k; k++) {
+        float home = 0.0f, node = 0.0f;
+        for (uint32_t i = 0; i < terms->num; i++) {
+            node += terms->weights[i] != NULL ? terms->weights[i][k] : 0.0f;
+            if ((terms->rows[i].ends & NEP_ENDS_NODE) != 0 || i + 1 == terms->num) {
+                home += node;
+                node = 0.0f;
+            }
+        }
+        weights[k] = home;
+    }
+}
+
+/* Where the weights of row `row` of a tile of sums lie. */
+static float *tile_weights(const struct nep_ep *ep, const void *tile, uint32_t num_rows,
+                           uint32_t row)
+{
+    uint64_t rows = nep_tile_payload_offset(&ep->shape, NEP_KIND_COMBINE, 0) +
+                    (uint64_t)num_rows * ep->shape.row_bytes;
+    return (float *)((uint8_t *)tile + rows) + (uint64_t)row * ep->shape.top_k;
 }
 
 /* ---- for other nodes ------------------------------------------------------------------------ */
@@ -42,8 +65,12 @@ static enum nep_status post_sums(struct nep_ep *ep, const struct nep_handle *han
     const struct nep_region *there = &ep->plan.regions[source];
     uint64_t idx =
         (uint64_t)nep_plan_skip(far, ep->node) * ep->shape.window + flow->next % ep->shape.window;
+    uint64_t row_bytes = ep->shape.row_bytes;
+    if (handle->op.rows.topk_weights != NULL) {
+        row_bytes += ep->shape.weights_bytes;
+    }
     uint64_t bytes = nep_tile_payload_offset(&ep->shape, NEP_KIND_COMBINE, flow->open_rows) +
-                     (uint64_t)flow->open_rows * ep->shape.row_bytes;
+                     flow->open_rows * row_bytes;
     uint32_t imm =
         nep_imm(ep->head->generation, NEP_KIND_COMBINE, ep->number, handle->op.number, flow->next);
     ep->stats.remote_rows_back += flow->open_rows;
@@ -82,18 +109,22 @@ static enum nep_status sum_for(struct nep_ep *ep, struct nep_handle *handle, uin
     uint32_t total = handle->consumers[idx].num_rows;
     enum nep_status status = NEP_OK;
     while (status == NEP_OK && *sent < total) {
-        struct nep_term terms[NEP_MAX_TOP_K];
-        uint32_t num = 0;
+        struct nep_terms terms;
+        terms.num = 0;
         if ((!flow->is_open && !open_tile(ep, source, total, *sent)) ||
-            !nep_stage_terms(ep, handle, idx, source, *sent, terms, &num)) {
+            !nep_stage_terms(ep, handle, idx, source, *sent, &terms)) {
             handle->op.is_sent = false;
             return NEP_OK;
         }
         uint8_t *slot = nep_send_slot(ep, flow->ring);
-        sum_into(ep,
+        uint32_t left = total - (*sent - flow->open_rows);
+        uint32_t in_tile = left < ep->shape.tile_rows ? left : ep->shape.tile_rows;
+        sum_into(ep, &terms,
                  slot + nep_tile_payload_offset(&ep->shape, NEP_KIND_COMBINE, 0) +
                      (uint64_t)flow->open_rows * ep->shape.row_bytes,
-                 terms, num);
+                 handle->op.rows.topk_weights != NULL
+                     ? tile_weights(ep, slot, in_tile, flow->open_rows)
+                     : NULL);
         nep_stage_taken(ep, handle, idx, *sent);
         (*sent)++;
         flow->open_rows++;
@@ -122,7 +153,8 @@ static enum nep_status sum_for_all(struct nep_ep *ep, struct nep_handle *handle,
 
 /* Checks the tile that holds the next row of sums from a node; its rows, or NULL while not here. */
 static enum nep_status find_sums(struct nep_ep *ep, const struct nep_handle *handle, uint32_t node,
-                                 const uint8_t **row_p, struct nep_tile_msg *msg)
+                                 const uint8_t **row_p, const float **weights_p,
+                                 struct nep_tile_msg *msg)
 {
     uint64_t number = ep->combine_in[node].next;
     uint64_t slot = number % ep->shape.window;
@@ -158,6 +190,8 @@ static enum nep_status find_sums(struct nep_ep *ep, const struct nep_handle *han
     }
     *row_p = tile + nep_tile_payload_offset(&ep->shape, NEP_KIND_COMBINE, 0) +
              (uint64_t)row * ep->shape.row_bytes;
+    *weights_p =
+        handle->op.rows.topk_weights != NULL ? tile_weights(ep, tile, msg->num_rows, row) : NULL;
     return NEP_OK;
 }
 
@@ -180,44 +214,72 @@ static bool goes_to(const struct nep_handle *handle, uint32_t node, uint32_t row
     return at < handle->node_begin[node + 1] && handle->node_tokens[at] == token;
 }
 
+/* What follows once a token's terms have been summed. */
+struct far_rows {
+    uint32_t num;
+    uint32_t nodes[NEP_MAX_TOP_K];
+    struct nep_tile_msg msgs[NEP_MAX_TOP_K];
+};
+
+/* The terms of one own token: bias, then nodes ascending; *ready_p false while a part is missing.
+ */
+static enum nep_status token_terms(struct nep_ep *ep, struct nep_handle *handle, uint32_t token,
+                                   struct nep_terms *terms, struct far_rows *far, bool *ready_p)
+{
+    uint32_t both = NEP_ENDS_RANK | NEP_ENDS_NODE;
+    *ready_p = false;
+    for (uint32_t i = 0; i < 2; i++) {
+        const uint8_t *bias = handle->op.sum.bias[i];
+        if (bias != NULL) {
+            nep_terms_add(terms, bias + (uint64_t)token * ep->shape.row_bytes, 1.0f, both, NULL);
+        }
+    }
+    for (uint32_t n = 0; n < ep->plan.topology->num_nodes; n++) {
+        if (!goes_to(handle, n, handle->rows_read[n], token)) {
+            continue;
+        }
+        if (n == ep->node) {
+            if (!nep_stage_terms(ep, handle, 0, ep->rank, handle->rows_read[n], terms)) {
+                return NEP_OK;
+            }
+            terms->rows[terms->num - 1].ends = both;
+            continue;
+        }
+        const uint8_t *row;
+        const float *weights = NULL;
+        enum nep_status status = find_sums(ep, handle, n, &row, &weights, &far->msgs[far->num]);
+        if (status != NEP_OK || row == NULL) {
+            return status;
+        }
+        far->nodes[far->num++] = n;
+        nep_terms_add(terms, row, 1.0f, both, weights);
+    }
+    *ready_p = true;
+    return NEP_OK;
+}
+
 /* One own token; *ready_p false while a part is missing. */
 static enum nep_status sum_token(struct nep_ep *ep, struct nep_handle *handle, uint32_t token,
                                  bool *ready_p)
 {
-    struct nep_term terms[2 * NEP_MAX_TOP_K] = {{0}};
-    struct nep_tile_msg msgs[NEP_MAX_TOP_K];
-    uint32_t nodes[NEP_MAX_TOP_K];
-    uint32_t num = 0, num_far = 0;
-    uint32_t home_row = handle->rows_read[ep->node];
-    bool has_home = goes_to(handle, ep->node, home_row, token);
-    *ready_p = false;
-    for (uint32_t n = 0; n < ep->plan.topology->num_nodes; n++) {
-        if (n == ep->node && has_home) {
-            uint32_t added = 0;
-            if (!nep_stage_terms(ep, handle, 0, ep->rank, home_row, terms + num, &added)) {
-                return NEP_OK;
-            }
-            num += added;
-            terms[num - 1].ends = NEP_ENDS_RANK | NEP_ENDS_NODE;
-        } else if (n != ep->node && goes_to(handle, n, handle->rows_read[n], token)) {
-            const uint8_t *row;
-            enum nep_status status = find_sums(ep, handle, n, &row, &msgs[num_far]);
-            if (status != NEP_OK || row == NULL) {
-                return status;
-            }
-            nodes[num_far++] = n;
-            terms[num++] = (struct nep_term){row, 1.0f, NEP_ENDS_RANK | NEP_ENDS_NODE};
-        }
+    struct nep_terms terms;
+    terms.num = 0;
+    struct far_rows far;
+    far.num = 0;
+    enum nep_status status = token_terms(ep, handle, token, &terms, &far, ready_p);
+    if (status != NEP_OK || !*ready_p) {
+        return status;
     }
-    sum_into(ep, (uint8_t *)handle->op.sum.y + (uint64_t)token * ep->shape.row_bytes, terms, num);
-    for (uint32_t i = 0; i < num_far; i++) {
-        used_sums(ep, handle, nodes[i], &msgs[i]);
+    float *weights = handle->op.sum.topk_weights;
+    sum_into(ep, &terms, (uint8_t *)handle->op.sum.y + (uint64_t)token * ep->shape.row_bytes,
+             weights != NULL ? weights + (uint64_t)token * ep->shape.top_k : NULL);
+    for (uint32_t i = 0; i < far.num; i++) {
+        used_sums(ep, handle, far.nodes[i], &far.msgs[i]);
     }
-    if (has_home) {
-        nep_stage_taken(ep, handle, 0, home_row);
+    if (goes_to(handle, ep->node, handle->rows_read[ep->node], token)) {
+        nep_stage_taken(ep, handle, 0, handle->rows_read[ep->node]);
         handle->rows_read[ep->node]++;
     }
-    *ready_p = true;
     return NEP_OK;
 }
 

@@ -83,6 +83,7 @@ static uint32_t fill(const struct nep_ep *ep, const struct nep_handle *handle, u
         .kind = (uint32_t)handle->op.kind,
         .handle = handle->id,
         .num_tokens = handle->num_tokens,
+        .has_weights = handle->op.rows.topk_weights != NULL,
     };
     msg.bytes = sizeof msg;
     if (handle->op.kind == NEP_OP_DISPATCH) {
@@ -233,6 +234,7 @@ static enum nep_status check(struct nep_ep *ep, const struct nep_handle *handle,
         {"handle (all ranks create and use handles in the same order)", msg->handle, handle->id},
         {"map digest", msg->map_digest, handle->map_digest},
         {"layer", msg->layer, is_dispatch ? handle->layer : 0},
+        {"whether topk_weights come back", msg->has_weights, handle->op.rows.topk_weights != NULL},
     };
     for (size_t i = 0; i < sizeof equal / sizeof equal[0]; i++) {
         if (equal[i].theirs != equal[i].ours) {

@@ -58,6 +58,9 @@ static enum nep_status agree(struct nep_ep *ep)
         {"max_tokens", shape->max_tokens},
         {"dtype", shape->dtype},
         {"wire", shape->wire},
+        {"scale", shape->format.scale},
+        {"row_bytes", shape->format.payload_bytes},
+        {"scale_bytes", shape->format.scale_bytes},
         {"layout", shape->layout},
         {"expert_alignment", shape->alignment},
         {"outstanding", shape->outstanding},
@@ -174,7 +177,8 @@ static enum nep_status allocate(struct nep_ep *ep)
         {&ep->counts_put, ep->region->num_controls * window, sizeof *ep->counts_put},
         {&ep->staged, num_ranks, sizeof *ep->staged},
         {&ep->taken, (lanes + 1) * ep->node_size, sizeof *ep->taken},
-        {&ep->push_base, ep->node_size, sizeof *ep->push_base},
+        {&ep->push_at, ep->node_size, sizeof *ep->push_at},
+        {&ep->cast_row, 1, ep->shape.wire_row_bytes},
         {&ep->lent, ep->node_size, sizeof *ep->lent},
     };
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
@@ -363,7 +367,8 @@ void nep_ep_destroy(struct nep_ep *ep)
     void *tables[] = {ep->window,       ep->slot_at,        ep->slot_local,    ep->counts_at,
                       ep->control_rank, ep->dispatch_flows, ep->combine_flows, ep->rings,
                       ep->dispatch_in,  ep->combine_in,     ep->counts_put,    ep->staged,
-                      ep->taken,        ep->push_base,      ep->lent,          ep->copies};
+                      ep->taken,        ep->push_at,        ep->cast_row,      ep->lent,
+                      ep->copies};
     for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
         free(tables[i]);
     }

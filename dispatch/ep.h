@@ -61,12 +61,17 @@ struct nep_ep {
     uint64_t *counts_put;            /* [controls][W] put number of each COUNTS sent */
     uint64_t *staged;                /* [R] rows staged for each source, ever */
     uint64_t *taken;                 /* [1 + lanes][G] */
-    uint8_t **push_base;             /* [G] scratch: outputs of the node that are mapped */
+    struct nep_push_at {
+        uint8_t *x; /* NULL: that rank pulls */
+        uint8_t *scales;
+    } * push_at;                     /* [G] scratch: outputs of the node that are mapped */
+    uint8_t *cast_row;               /* scratch: a row cast once for several places */
     struct nep_layout_tables layout; /* scratch of nep_dispatch_send and nep_ep_layout */
 
     struct nep_lent {
-        const uint8_t *base; /* row p at base + p * row_bytes; NULL: rows come through staging */
-    } * lent;                /* [G] scratch of combine: where the outputs of each local rank lie */
+        const uint8_t *base;  /* row p at base + p * row_bytes; NULL: rows come through staging */
+        const float *weights; /* beside base: [rows][K], NULL where none come back */
+    } * lent;                 /* [G] scratch of combine: where the outputs of each local rank lie */
     struct nep_missing missing;
     bool has_number;       /* claimed */
     bool has_inter_window; /* registered with the fabric */

@@ -72,21 +72,23 @@ static void push_rows(struct nep_ep *ep, struct nep_handle *handle, uint32_t fro
 {
     const struct nep_consumer *consumer = &handle->consumers[0];
     const uint32_t *tokens = handle->node_tokens + handle->node_begin[ep->node];
-    uint64_t row_bytes = ep->shape.wire_row_bytes;
+    const struct nep_wire *format = &ep->shape.format;
     for (uint32_t i = from; i < consumer->num_rows; i++) {
-        void *dsts[NEP_MAX_TOP_K];
+        struct nep_wire_places places;
         uint32_t num = 0;
         for (uint32_t a = consumer->begin[i]; a < consumer->begin[i + 1]; a++) {
             const struct nep_addend *addend = &consumer->addends[a];
-            uint8_t *base = ep->push_base[addend->local];
-            if (base != NULL) {
-                dsts[num++] = base + addend->pos * row_bytes;
+            const struct nep_push_at *at = &ep->push_at[addend->local];
+            if (at->x != NULL) {
+                places.x[num] = at->x + (uint64_t)addend->pos * format->payload_bytes;
+                places.scales[num++] = at->scales + (uint64_t)addend->pos * format->scale_bytes;
             }
         }
         if (num != 0) {
-            ep->kernels->push(dsts, num, (const uint8_t *)handle->op.in.x + tokens[i] * row_bytes,
-                              row_bytes);
-            ep->stats.intra_bytes += num * row_bytes;
+            struct nep_wire_row row = nep_pack_input(ep, handle, tokens[i]);
+            places.num = num;
+            nep_wire_push(format, ep->kernels, &row, &places, ep->cast_row);
+            ep->stats.intra_bytes += (uint64_t)num * format->row_bytes;
         }
     }
 }
@@ -97,9 +99,15 @@ static void find_push_bases(struct nep_ep *ep, const struct nep_handle *handle)
     for (uint32_t g = 0; g < ep->node_size; g++) {
         const struct nep_bind *bind = find_bind(ep, g, handle->op.number);
         uint32_t rank = nep_ep_rank_at(ep, g);
-        ep->push_base[g] = g == ep->local                  ? handle->op.out.x
-                           : bind->mode == NEP_BIND_MAPPED ? ep->window[rank] + bind->offset
-                                                           : NULL;
+        struct nep_push_at *at = &ep->push_at[g];
+        if (g == ep->local) {
+            *at = (struct nep_push_at){handle->op.out.x, handle->op.out.scales};
+        } else if (bind->mode == NEP_BIND_MAPPED) {
+            *at = (struct nep_push_at){ep->window[rank] + bind->offset,
+                                       ep->window[rank] + bind->extra_offset};
+        } else {
+            *at = (struct nep_push_at){NULL, NULL};
+        }
     }
 }
 
@@ -111,8 +119,10 @@ static enum nep_status publish_tile(struct nep_ep *ep, struct nep_handle *handle
     uint32_t num = total - first < ep->shape.tile_rows ? total - first : ep->shape.tile_rows;
     uint64_t slot = flow->next % ep->shape.window;
     uint8_t *tile = (uint8_t *)ep->head + ep->region->home + slot * ep->region->dispatch_tile_bytes;
-    uint64_t x_bytes = (uint64_t)handle->num_tokens * ep->shape.wire_row_bytes;
-    bool is_mapped = nep_pool_holds(&ep->pool, handle->op.in.x, x_bytes);
+    /* Rows with scales are packed, also where x is mapped: cast once, and found in one piece. */
+    uint64_t x_bytes = (uint64_t)handle->num_tokens * ep->shape.format.payload_bytes;
+    bool is_mapped =
+        ep->shape.format.scale_bytes == 0 && nep_pool_holds(&ep->pool, handle->op.in.x, x_bytes);
     struct nep_tile_msg msg = {
         .op = handle->op.number,
         .number = flow->next,
@@ -205,10 +215,10 @@ enum nep_status nep_home_read(struct nep_ep *ep, struct nep_handle *handle, uint
         const uint8_t *tile = base + there->home + slot * there->dispatch_tile_bytes;
         struct nep_tile_msg msg;
         memcpy(&msg, tile, sizeof msg);
-        uint64_t row_bytes = ep->shape.wire_row_bytes;
-        struct nep_payload payload = {NULL, row_bytes, false};
+        struct nep_payload payload = {NULL, ep->shape.wire_row_bytes, false};
         if (!is_pushed && msg.reserved[HOME_MODE] == ROWS_BY_TOKEN) {
             payload.base = base + msg.reserved[HOME_OFFSET];
+            payload.stride = ep->shape.format.payload_bytes;
             payload.by_token = true;
         } else if (!is_pushed) {
             payload.base =

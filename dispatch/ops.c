@@ -84,9 +84,14 @@ static enum nep_status check_tokens(const struct nep_ep *ep, const struct nep_ha
         return nep_fail(NEP_ERR_INVALID, "id_type %d is not one of enum nep_id_type",
                         (int)in->id_type);
     }
-    if (in->scales != NULL) {
-        return nep_fail(NEP_ERR_UNSUPPORTED, "scales were given, but the wire type is %s",
+    if (in->scales != NULL && shape->format.scale_bytes == 0) {
+        return nep_fail(NEP_ERR_INVALID, "scales were given, but rows of type %s have none",
                         nep_dtype_name(shape->wire));
+    }
+    if (handle != NULL && in->scales == NULL && in->num_tokens != 0 &&
+        shape->wire == NEP_DTYPE_OPAQUE && shape->format.scale_bytes != 0) {
+        return nep_fail(NEP_ERR_INVALID, "scales is NULL, but opaque rows have %u bytes of scales",
+                        shape->format.scale_bytes);
     }
     if (handle != NULL && in->topk_ids == NULL) {
         if (!handle->has_routing) {
@@ -316,6 +321,11 @@ enum nep_status nep_dispatch_recv(struct nep_ep *ep, struct nep_handle *handle,
                           rows.x != NULL ? (unsigned long long)rows.capacity : 0ull,
                           (unsigned long long)handle->num_rows);
     }
+    if (status == NEP_OK && rows.scales == NULL && ep->shape.format.scale_bytes != 0 &&
+        handle->num_real_rows != 0) {
+        status = nep_fail(NEP_ERR_INVALID, "scales is NULL, but rows of type %s have some",
+                          nep_dtype_name(ep->shape.wire));
+    }
     if (status != NEP_OK) {
         return status;
     }
@@ -347,6 +357,11 @@ enum nep_status nep_combine_send(struct nep_ep *ep, struct nep_handle *handle,
     if (status == NEP_OK && rows.y == NULL && handle->num_real_rows != 0) {
         status = nep_fail(NEP_ERR_INVALID, "y is NULL, but %llu rows were dispatched here",
                           (unsigned long long)handle->num_real_rows);
+    }
+    if (status == NEP_OK && rows.topk_weights != NULL && ep->shape.layout != NEP_LAYOUT_RANK) {
+        status = nep_fail(NEP_ERR_INVALID,
+                          "topk_weights come back in the rank layout alone: in the expert layouts "
+                          "combine weighs the rows itself");
     }
     if (status != NEP_OK) {
         return status;
@@ -381,6 +396,10 @@ enum nep_status nep_combine_recv(struct nep_ep *ep, struct nep_handle *handle,
         status = nep_fail(
             NEP_ERR_INVALID, "the result has %u tokens%s; the dispatch of handle %u had %u",
             sum.num_tokens, sum.y == NULL ? " and y is NULL" : "", handle->id, handle->num_tokens);
+    }
+    if (status == NEP_OK && sum.topk_weights != NULL && handle->op.rows.topk_weights == NULL) {
+        status = nep_fail(NEP_ERR_INVALID, "topk_weights are asked for, but none were passed to "
+                                           "nep_combine_send");
     }
     if (status != NEP_OK) {
         return status;

@@ -33,14 +33,29 @@ void nep_pack_meta(const struct nep_ep *ep, const struct nep_handle *handle, uin
     }
 }
 
+struct nep_wire_row nep_pack_input(const struct nep_ep *ep, const struct nep_handle *handle,
+                                   uint32_t token)
+{
+    const struct nep_tokens *in = &handle->op.in;
+    const struct nep_wire *format = &ep->shape.format;
+    bool is_cast = format->scale_bytes != 0 && in->scales == NULL;
+    uint64_t stride = is_cast ? format->in_bytes : format->payload_bytes;
+    return (struct nep_wire_row){
+        .x = (const uint8_t *)in->x + token * stride,
+        .scales = in->scales != NULL
+                      ? (const uint8_t *)in->scales + (uint64_t)token * format->scale_bytes
+                      : NULL,
+    };
+}
+
 void nep_pack_rows(const struct nep_ep *ep, const struct nep_handle *handle, uint32_t node,
                    uint32_t first, uint32_t num, void *rows)
 {
     const uint32_t *tokens = handle->node_tokens + handle->node_begin[node] + first;
-    uint64_t row_bytes = ep->shape.wire_row_bytes;
     for (uint32_t i = 0; i < num; i++) {
-        memcpy((uint8_t *)rows + i * row_bytes,
-               (const uint8_t *)handle->op.in.x + tokens[i] * row_bytes, row_bytes);
+        struct nep_wire_row row = nep_pack_input(ep, handle, tokens[i]);
+        nep_wire_pack(&ep->shape.format, ep->kernels, &row,
+                      (uint8_t *)rows + (uint64_t)i * ep->shape.wire_row_bytes);
     }
 }
 

@@ -11,7 +11,10 @@
  */
 void nep_pack_meta(const struct nep_ep *ep, const struct nep_handle *handle, uint32_t node,
                    uint32_t first, uint32_t num, void *meta);
-/* Copies the rows themselves, one after the other. */
+/* A token as the caller gave it. */
+struct nep_wire_row nep_pack_input(const struct nep_ep *ep, const struct nep_handle *handle,
+                                   uint32_t token);
+/* Copies or casts the rows themselves, one after the other. */
 void nep_pack_rows(const struct nep_ep *ep, const struct nep_handle *handle, uint32_t node,
                    uint32_t first, uint32_t num, void *rows);
 /*

@@ -275,7 +275,7 @@ static bool take_own(struct nep_ep *ep, struct nep_handle *handle, uint32_t sour
 {
     const struct nep_rows *out = &handle->op.out;
     struct nep_producer *producer = &handle->producers[source];
-    void *dsts[NEP_MAX_TOP_K];
+    struct nep_wire_places places;
     uint32_t num = 0;
     uint32_t fill = producer->begin != NULL ? producer->begin[producer->num_rows] : 0;
     for (uint32_t i = 0; i < found->num; i++) {
@@ -287,7 +287,8 @@ static bool take_own(struct nep_ep *ep, struct nep_handle *handle, uint32_t sour
             return false;
         }
         fill_row(ep, out, pos, source, token, found, i, weights);
-        dsts[num] = (uint8_t *)out->x + (uint64_t)pos * ep->shape.wire_row_bytes;
+        places.x[num] = (uint8_t *)out->x + (uint64_t)pos * ep->shape.format.payload_bytes;
+        places.scales[num] = (uint8_t *)out->scales + (uint64_t)pos * ep->shape.format.scale_bytes;
         if (producer->begin != NULL) {
             producer->pos[fill + num] = pos;
             producer->weight[fill + num] = found->rows[i].weight;
@@ -302,7 +303,9 @@ static bool take_own(struct nep_ep *ep, struct nep_handle *handle, uint32_t sour
         producer->begin[producer->num_rows] = fill + num;
     }
     if (row != NULL) {
-        ep->kernels->push(dsts, num, row, ep->shape.wire_row_bytes);
+        struct nep_wire_row from = nep_wire_row_at(&ep->shape.format, row);
+        places.num = num;
+        nep_wire_push(&ep->shape.format, ep->kernels, &from, &places, NULL);
         ep->stats.intra_bytes += (uint64_t)num * ep->shape.wire_row_bytes;
     }
     return true;

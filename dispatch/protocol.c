@@ -23,7 +23,8 @@ uint64_t nep_counts_bytes(const struct nep_shape *shape, uint32_t node_ranks)
 
 uint64_t nep_tile_bytes(const struct nep_shape *shape, enum nep_kind kind)
 {
-    uint64_t row = kind == NEP_KIND_DISPATCH ? shape->wire_row_bytes : shape->row_bytes;
+    uint64_t row = kind == NEP_KIND_DISPATCH ? shape->wire_row_bytes
+                                             : (uint64_t)shape->row_bytes + shape->weights_bytes;
     uint64_t bytes =
         nep_tile_payload_offset(shape, kind, shape->tile_rows) + shape->tile_rows * row;
     return (bytes + 63) / 64 * 64;

@@ -71,10 +71,14 @@ struct nep_counts_msg {
     uint32_t ride_rows;
     uint32_t ride_offset; /* of the rows in this message */
     uint32_t bytes;       /* of the message */
-    uint64_t reserved;
+    uint32_t has_weights; /* combine: rows come with K weights */
+    uint32_t reserved;
 };
 
-/* A tile: this, then nep_meta[num_rows] (dispatch only), then rows at payload_offset. */
+/*
+ * A tile: this, then nep_meta[num_rows] (dispatch only), then rows at payload_offset, then
+ * (combine, where weights come back) float[num_rows][K].
+ */
 struct nep_tile_msg {
     uint64_t op;
     uint64_t number;

@@ -126,6 +126,7 @@ static void fill_data(struct nep_region *region, const struct nep_plan *plan)
     region->send = take(&end, region->num_sends * window, region->send_tile_bytes);
     region->home = take(&end, window, region->dispatch_tile_bytes);
     region->staging = take(&end, num_ranks * region->staging_rows, shape->row_bytes);
+    region->staging_weights = take(&end, num_ranks * region->staging_rows, shape->weights_bytes);
     region->bytes = round_up(end, PAGE);
 }
 

@@ -53,6 +53,7 @@ struct nep_region {
     uint64_t send;             /* [num_sends][W] */
     uint64_t home;             /* [W] */
     uint64_t staging;          /* [R][staging_rows] */
+    uint64_t staging_weights;  /* [R][staging_rows][K] float */
     uint64_t bytes;
 };
 
@@ -115,8 +116,10 @@ enum { NEP_BIND_PRIVATE = 0, NEP_BIND_MAPPED = 1 };
 struct nep_bind {
     _Atomic uint64_t word;
     uint64_t mode;
-    uint64_t offset; /* in the window of the rank that published it */
-    uint64_t reserved[5];
+    uint64_t offset; /* of rows, in the window of the rank that published it */
+    uint64_t
+        extra_offset; /* of scales (outputs) or weights (expert outputs), where there are any */
+    uint64_t reserved[4];
 };
 
 #define NEP_REGION_MAGIC 0x6e65702d72656731ull

@@ -59,22 +59,27 @@ static enum nep_status check_numbers(const struct nep_shape *shape)
     return status;
 }
 
-static enum nep_status check_types(const struct nep_shape *shape)
+static enum nep_status check_types(struct nep_shape *shape, const struct nep_ep_params *params)
 {
     if (shape->dtype != NEP_DTYPE_BF16 && shape->dtype != NEP_DTYPE_FP16 &&
         shape->dtype != NEP_DTYPE_FP32) {
         return nep_fail(NEP_ERR_UNSUPPORTED, "ep: dtype %s; it must be bf16, fp16 or fp32",
                         nep_dtype_name(shape->dtype));
     }
-    if (shape->wire != shape->dtype) {
-        return nep_fail(NEP_ERR_UNSUPPORTED, "ep: wire type %s; it must be the dtype, %s",
-                        nep_dtype_name(shape->wire), nep_dtype_name(shape->dtype));
-    }
     if (shape->layout < NEP_LAYOUT_RANK || shape->layout > NEP_LAYOUT_EXPERT_PADDED) {
         return nep_fail(NEP_ERR_INVALID, "ep: layout %d is not one of enum nep_layout",
                         (int)shape->layout);
     }
-    return NEP_OK;
+    if (shape->wire == NEP_DTYPE_OPAQUE) {
+        return nep_wire_init_opaque(&shape->format, params->row_bytes, params->scale_bytes);
+    }
+    if (params->row_bytes != 0 || params->scale_bytes != 0) {
+        return nep_fail(NEP_ERR_INVALID,
+                        "ep: row_bytes %u and scale_bytes %u belong to the wire type opaque; it is "
+                        "%s",
+                        params->row_bytes, params->scale_bytes, nep_dtype_name(shape->wire));
+    }
+    return nep_wire_init(&shape->format, shape->dtype, shape->wire, shape->hidden, params->scale);
 }
 
 /* Enough slots for all experts, and few enough on each node for a 16-bit number. */
@@ -117,7 +122,8 @@ static void fill_sizes(struct nep_shape *shape)
 {
     shape->window = 2 * shape->outstanding;
     shape->row_bytes = shape->hidden * nep_dtype_bytes(shape->dtype);
-    shape->wire_row_bytes = shape->hidden * nep_dtype_bytes(shape->wire);
+    shape->wire_row_bytes = shape->format.row_bytes;
+    shape->weights_bytes = shape->top_k * (uint32_t)sizeof(float);
     uint32_t meta =
         (uint32_t)sizeof(struct nep_meta) + (shape->top_k + 1) / 2 * 4 + shape->top_k * 4;
     shape->meta_bytes = (meta + 7) / 8 * 8;
@@ -160,7 +166,7 @@ enum nep_status nep_shape_init(struct nep_shape *shape, const struct nep_ep_para
 
     enum nep_status status = check_numbers(shape);
     if (status == NEP_OK) {
-        status = check_types(shape);
+        status = check_types(shape, params);
     }
     if (status == NEP_OK) {
         status = check_slots(shape, topology);

@@ -7,6 +7,7 @@
 #include <stdbool.h>
 
 #include "base/config.h"
+#include "dispatch/host/wire.h"
 #include "nearep.h"
 
 enum {
@@ -33,7 +34,9 @@ struct nep_shape {
     enum nep_layout layout;
     uint64_t pool_bytes;
     uint32_t row_bytes;      /* a row of dtype */
-    uint32_t wire_row_bytes; /* a dispatched row, scales included */
+    struct nep_wire format;  /* what a dispatched row is */
+    uint32_t wire_row_bytes; /* format.row_bytes: a dispatched row in a tile, scales included */
+    uint32_t weights_bytes;  /* of the K weights that may come back with a row */
     uint32_t meta_bytes;     /* what accompanies it: token, K slots, K weights */
     uint32_t tile_rows;      /* min(M, NEP_TILE_ROWS) */
     uint32_t ride_rows;      /* min(M, NEP_RIDE_ROWS) */

@@ -14,11 +14,18 @@
 void nep_combine_bind(struct nep_ep *ep, struct nep_handle *handle)
 {
     const void *y = handle->op.rows.y;
-    bool is_mapped = nep_pool_holds(&ep->pool, y, handle->num_rows * ep->shape.row_bytes);
+    const float *weights = handle->op.rows.topk_weights;
+    bool is_mapped =
+        nep_pool_holds(&ep->pool, y, handle->num_rows * ep->shape.row_bytes) &&
+        (weights == NULL ||
+         nep_pool_holds(&ep->pool, weights, handle->num_rows * ep->shape.weights_bytes));
     struct nep_bind *bind = (struct nep_bind *)((uint8_t *)ep->head + ep->region->y_bind) +
                             handle->op.number % ep->shape.window;
     bind->mode = is_mapped ? NEP_BIND_MAPPED : NEP_BIND_PRIVATE;
     bind->offset = is_mapped ? (uint64_t)((const uint8_t *)y - (uint8_t *)ep->head) : 0;
+    bind->extra_offset = is_mapped && weights != NULL
+                             ? (uint64_t)((const uint8_t *)weights - (uint8_t *)ep->head)
+                             : 0;
     handle->op.out_is_mapped = is_mapped;
     handle->op.is_bound = true;
     /* Release: pairs with the acquire in nep_stage_find_lent; the caller's rows are complete. */
@@ -37,9 +44,18 @@ bool nep_stage_find_lent(struct nep_ep *ep, const struct nep_handle *handle)
             nep_ep_miss(ep, "expert outputs", rank, ep->node_size, g);
             return false;
         }
-        ep->lent[g].base = g == ep->local                  ? handle->op.rows.y
-                           : bind->mode == NEP_BIND_MAPPED ? ep->window[rank] + bind->offset
-                                                           : NULL;
+        bool has_weights = handle->op.rows.topk_weights != NULL;
+        struct nep_lent *lent = &ep->lent[g];
+        *lent = (struct nep_lent){NULL, NULL};
+        if (g == ep->local) {
+            *lent = (struct nep_lent){handle->op.rows.y, handle->op.rows.topk_weights};
+        } else if (bind->mode == NEP_BIND_MAPPED) {
+            const uint8_t *base = ep->window[rank];
+            *lent = (struct nep_lent){
+                base + bind->offset,
+                has_weights ? (const float *)(base + bind->extra_offset) : NULL,
+            };
+        }
     }
     return true;
 }
@@ -52,15 +68,30 @@ static uint8_t *staged_row(const struct nep_ep *ep, uint32_t rank, uint32_t sour
     return ep->window[rank] + region->staging + row * ep->shape.row_bytes;
 }
 
+/* The weights that go with a staged row. */
+static float *staged_weights(const struct nep_ep *ep, uint32_t rank, uint32_t source,
+                             uint64_t number)
+{
+    const struct nep_region *region = &ep->plan.regions[rank];
+    uint64_t row = (uint64_t)source * region->staging_rows + number % region->staging_rows;
+    return (float *)(ep->window[rank] + region->staging_weights) + row * ep->shape.top_k;
+}
+
 /* Row i of what this rank holds of a source, summed over its experts. */
 static void stage_row(const struct nep_ep *ep, const struct nep_handle *handle, uint32_t source,
-                      uint32_t i, uint8_t *to)
+                      uint32_t i, uint64_t number)
 {
+    uint8_t *to = staged_row(ep, ep->rank, source, number);
     const struct nep_producer *producer = &handle->producers[source];
     const uint8_t *y = handle->op.rows.y;
     uint64_t row_bytes = ep->shape.row_bytes;
     if (producer->begin == NULL) {
-        memcpy(to, y + (producer->first + i) * row_bytes, row_bytes);
+        uint64_t row = (uint64_t)producer->first + i;
+        memcpy(to, y + row * row_bytes, row_bytes);
+        if (handle->op.rows.topk_weights != NULL) {
+            memcpy(staged_weights(ep, ep->rank, source, number),
+                   handle->op.rows.topk_weights + row * ep->shape.top_k, ep->shape.weights_bytes);
+        }
         return;
     }
     struct nep_term terms[NEP_MAX_TOP_K];
@@ -89,8 +120,7 @@ static void stage_source(struct nep_ep *ep, struct nep_handle *handle, uint32_t 
             handle->op.is_sent = false;
             return;
         }
-        stage_row(ep, handle, source, handle->rows_staged[source],
-                  staged_row(ep, ep->rank, source, ep->staged[source]));
+        stage_row(ep, handle, source, handle->rows_staged[source], ep->staged[source]);
         handle->rows_staged[source]++;
         ep->staged[source]++;
         ep->stats.intra_bytes += ep->shape.row_bytes;
@@ -115,16 +145,18 @@ void nep_stage_fill(struct nep_ep *ep, struct nep_handle *handle, bool *progress
 }
 
 bool nep_stage_terms(struct nep_ep *ep, const struct nep_handle *handle, uint32_t idx,
-                     uint32_t source, uint32_t row, struct nep_term *terms, uint32_t *num_p)
+                     uint32_t source, uint32_t row, struct nep_terms *terms)
 {
     const struct nep_consumer *consumer = &handle->consumers[idx];
-    uint32_t num = 0;
+    bool has_weights = handle->op.rows.topk_weights != NULL;
     for (uint32_t a = consumer->begin[row]; a < consumer->begin[row + 1]; a++) {
         const struct nep_addend *addend = &consumer->addends[a];
-        const uint8_t *base = ep->lent[addend->local].base;
-        if (base != NULL) {
-            terms[num++] = (struct nep_term){base + (uint64_t)addend->pos * ep->shape.row_bytes,
-                                             addend->weight, addend->is_last ? NEP_ENDS_RANK : 0};
+        const struct nep_lent *lent = &ep->lent[addend->local];
+        if (lent->base != NULL) {
+            const uint8_t *at = lent->base + (uint64_t)addend->pos * ep->shape.row_bytes;
+            nep_terms_add(terms, at, addend->weight, addend->is_last ? NEP_ENDS_RANK : 0,
+                          has_weights ? lent->weights + (uint64_t)addend->pos * ep->shape.top_k
+                                      : NULL);
         } else if (addend->is_last) {
             uint32_t rank = nep_ep_rank_at(ep, addend->local);
             uint64_t taken = ep->taken[(uint64_t)idx * ep->node_size + addend->local];
@@ -134,11 +166,10 @@ bool nep_stage_terms(struct nep_ep *ep, const struct nep_handle *handle, uint32_
                 nep_ep_miss(ep, "staged rows", rank, consumer->num_rows, row);
                 return false;
             }
-            terms[num++] =
-                (struct nep_term){staged_row(ep, rank, source, taken), 1.0f, NEP_ENDS_RANK};
+            nep_terms_add(terms, staged_row(ep, rank, source, taken), 1.0f, NEP_ENDS_RANK,
+                          has_weights ? staged_weights(ep, rank, source, taken) : NULL);
         }
     }
-    *num_p = num;
     return true;
 }
 

@@ -175,6 +175,13 @@ enum nep_dtype {
     NEP_DTYPE_OPAQUE = 5    /* row_bytes + scale_bytes pass through; no combine of its own */
 };
 
+/* How the scale of a block of 128 fp8 channels is stored. With s = max(amax, 1e-4) / 448: */
+enum nep_scale {
+    NEP_SCALE_FP32 = 0, /* float s */
+    NEP_SCALE_POW2 = 1, /* float, s rounded up to a power of two */
+    NEP_SCALE_UE8M0 = 2 /* uint8_t, the biased exponent of that power of two */
+};
+
 /* The output of dispatch. */
 enum nep_layout {
     NEP_LAYOUT_DEFAULT = 0, /* NEP_LAYOUT_EXPERT_PACKED */
@@ -203,6 +210,9 @@ struct nep_ep_params {
                             else 1 */
     const struct nep_map *map; /* NULL: contiguous; kept by reference until replaced or destroyed */
     uint64_t pool_bytes;       /* memory for nep_buffer_alloc; 0: NEP_POOL */
+    enum nep_scale scale;      /* where wire is NEP_DTYPE_FP8_E4M3 */
+    uint32_t row_bytes;        /* where wire is NEP_DTYPE_OPAQUE: of a dispatched row */
+    uint32_t scale_bytes;      /* where wire is NEP_DTYPE_OPAQUE: of its scales, may be 0 */
 };
 
 struct nep_ep;
@@ -259,24 +269,25 @@ struct nep_tokens {
     size_t size;
     uint32_t num_tokens; /* T, 0 to M */
     uint32_t layer;      /* which table of the map, 0 to num_layers - 1 */
-    const void *x;       /* [T][H] of dtype (or wire type, when that is passed in already) */
-    const void *scales;  /* [T][ceil(H / 128)] float, where x is fp8; else NULL */
-    const void
-        *topk_ids; /* [T][K] logical experts, -1 = unused; NULL: the routing this handle holds */
+    /* [T][H] of dtype; of fp8 where scales are given; [T][row_bytes] where the wire is opaque */
+    const void *x;
+    /* [T][ceil(H / 128)] of the ep's scale kind, or [T][scale_bytes]; NULL: none, or cast here */
+    const void *scales;
+    /* [T][K] logical experts, -1 = unused; NULL: the routing that this handle holds */
+    const void *topk_ids;
     enum nep_id_type id_type;
-    const float *topk_weights; /* [T][K]; NULL: all 1 */
+    const float *topk_weights; /* [T][K]; NULL: all 1, or those that come with the routing held */
 };
 
 /* Outputs of dispatch on this rank. Optional arrays may be NULL. rows = nep_counts.num_rows. */
 struct nep_rows {
     size_t size;
-    void *x;           /* [capacity][H] */
+    void *x;           /* [capacity][H] of the wire type, or [capacity][row_bytes] */
     uint64_t capacity; /* rows that fit; less than needed: NEP_ERR_OVERFLOW with the number */
-    float *scales;     /* [capacity][ceil(H / 128)] where the wire type is fp8 */
-    int32_t *
-        topk_slots; /* rank layout: [capacity][K] local slot, or -1 where the expert is elsewhere */
-    float *topk_weights;    /* rank layout: [capacity][K], 0 where the slot is -1; expert layouts:
-                               [capacity] */
+    void *scales;      /* [capacity] rows of scales, where the wire type has some; required then */
+    int32_t *topk_slots; /* rank layout: [capacity][K] local slot, -1 = the expert is elsewhere */
+    /* rank layout: [capacity][K], 0 where the slot is -1; expert layouts: [capacity] */
+    float *topk_weights;
     uint32_t *source_rank;  /* [capacity] */
     uint32_t *source_token; /* [capacity] */
 };
@@ -299,15 +310,20 @@ struct nep_counts {
 /* The expert outputs that combine reads: same rows as the dispatch output. */
 struct nep_expert_rows {
     size_t size;
-    const void *
-        y; /* [num_rows][H] of dtype; rank layout: already weighted and summed over local experts */
+    /* [num_rows][H] of dtype; rank layout: already weighted and summed over local experts */
+    const void *y;
+    /* rank layout: [num_rows][K] to be summed over ranks; all ranks pass it, or none */
+    const float *topk_weights;
 };
 
 /* The result, in token order. */
 struct nep_tokens_out {
     size_t size;
     uint32_t num_tokens; /* T of the dispatch; checked */
-    void *y;             /* [T][H] of dtype; a token without experts becomes zeros */
+    void *y;             /* [T][H] of dtype; a token without experts becomes zeros (plus bias) */
+    const void *bias[2]; /* [T][H] of dtype each, added at home before the nodes' sums; or NULL */
+    float
+        *topk_weights; /* [T][K] sums of the rows' topk_weights, where those were passed; or NULL */
 };
 
 /*

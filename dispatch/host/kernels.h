@@ -34,13 +34,6 @@ struct nep_term {
     uint32_t ends; /* NEP_ENDS_*; the last term of an array ends its rank and its node anyway */
 };
 
-/* How a block's fp8 scale is stored. With s = max(amax, 1e-4) / 448: */
-enum nep_scale {
-    NEP_SCALE_FP32 = 0, /* float s */
-    NEP_SCALE_POW2 = 1, /* float, s rounded up to a power of two */
-    NEP_SCALE_UE8M0 = 2 /* uint8_t, the biased exponent of the same power of two */
-};
-
 /*
  * out[e] = the sum tree of docs/protocol.md, per element, in fp32:
  *   rank += weight * row[e], fused, from +0, terms in array order;
