@@ -159,7 +159,8 @@ void nep_ref_check_dispatch(const struct nep_ref_group *group, uint32_t rank,
                          is_fp8 ? (const void *)wire.fp8 : wire.raw, group->hidden, size, where);
         if (is_fp8) {
             uint32_t num = nep_ref_num_scales(group);
-            compare_elements(report, got->scales + row->idx * num, wire.scales, num, 4, where);
+            compare_elements(report, (const float *)got->scales + row->idx * num, wire.scales, num,
+                             4, where);
         }
         check_row(group, rank, row, got, report);
     }

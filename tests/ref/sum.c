@@ -155,7 +155,7 @@ static void load_output(const struct nep_ref_group *group, const struct nep_rows
 {
     const char *row = (const char *)rows->x + idx * nep_ref_wire_row_bytes(group);
     if (group->wire == NEP_DTYPE_FP8_E4M3) {
-        const float *scales = rows->scales + idx * nep_ref_num_scales(group);
+        const float *scales = (const float *)rows->scales + idx * nep_ref_num_scales(group);
         nep_ref_fp8_load((const uint8_t *)row, scales, group->hidden, out);
     } else {
         nep_ref_row_load(group->dtype, row, group->hidden, out);
