@@ -32,9 +32,9 @@ nep_need() {
         echo "packages: not root and no sudo; install them yourself: ${missing[*]}" >&2
         return 1
     fi
-    if [ -z "${NEP_APT_UPDATED:-}" ]; then
+    if [ -z "${NEAREP_APT_UPDATED:-}" ]; then
         nep_apt update || echo "packages: apt-get update failed; trying with the lists at hand" >&2
-        export NEP_APT_UPDATED=1
+        export NEAREP_APT_UPDATED=1
     fi
     nep_apt install -y --no-install-recommends "${missing[@]}" > /tmp/nearep-apt.$$ 2>&1 || {
         cat /tmp/nearep-apt.$$ >&2
