@@ -15,7 +15,7 @@ nep_need "${packages[@]}"
 # The demo needs no tests; a tree that has them keeps them.
 [ -f build/CMakeCache.txt ] || first=-DNEP_BUILD_TESTS=OFF
 cmake --preset release ${first:+"$first"} > build-demo.log 2>&1 &&
-    cmake --build build -j "$(nproc)" --target nep-perf nep-info >> build-demo.log 2>&1 || {
+    cmake --build build -j "$(nproc)" --target tools/all perftest/all >> build-demo.log 2>&1 || {
     cat build-demo.log >&2
     exit 1
 }
@@ -32,3 +32,20 @@ perf() { # NAME TITLE ARGUMENT...: one verified run, its results in build/demo/N
 }
 
 perf contiguous "$ranks ranks on 2 emulated nodes, experts in order" --routing "trace:$trace"
+
+[ -x build/bin/nep-place ] || exit 0
+# A map solved on two thirds of the requests; both runs below on the rest, which it has not seen.
+printf '\n== Where experts live: solved on two thirds of the requests, run and scored on the rest\n'
+python3 scripts/lib/split_trace.py $trace build/demo/train.nept build/demo/test.nept
+place() {
+    echo "nep-place $*"
+    build/bin/nep-place "$@"
+}
+place solve --trace build/demo/train.nept --nodes 2 --gpus-per-node $per_node --replicas 12.5 \
+    -o build/demo/solved.nepmap
+perf before "the rest, experts in order, requests anywhere" --routing trace:build/demo/test.nept
+perf after "the rest, with the map, requests at their predicted homes" \
+    --routing trace:build/demo/test.nept --map build/demo/solved.nepmap
+python3 scripts/lib/demo_report.py build/demo/before.json build/demo/after.json
+place report --trace build/demo/test.nept --map build/demo/solved.nepmap -o build/demo/report.html
+printf '\nReport: %s\n' "$PWD/build/demo/report.html"
