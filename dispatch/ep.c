@@ -35,7 +35,13 @@ void nep_ep_forget(struct nep_ep *ep, struct nep_handle *handle)
         ep->in_flight[handle->op.number % ep->shape.outstanding] = NULL;
         ep->is_broken = true;
     }
-    ep->num_handles--;
+    struct nep_handle **at = &ep->handles;
+    while (*at != NULL && *at != handle) {
+        at = &(*at)->next;
+    }
+    if (*at != NULL) {
+        *at = handle->next;
+    }
 }
 
 enum nep_status nep_ep_put(struct nep_ep *ep, const struct nep_put *put, uint64_t *number_p)
@@ -66,90 +72,10 @@ static enum nep_status agree(struct nep_ep *ep)
         {"outstanding", shape->outstanding},
         {"num_layers", shape->num_layers},
         {"pool_bytes", shape->pool_bytes},
-        {"digest of the map", ep->map_digest},
+        {"digest of the map", ep->maps.now.digest},
     };
     return nep_bootstrap_agree(&ep->comm->bootstrap, ep->comm->topology.num_ranks, "ep", fields,
                                sizeof fields / sizeof fields[0], ep->comm->timeout_ns);
-}
-
-/* The map must be of this group and shape. */
-static enum nep_status check_map(const struct nep_map *map, const struct nep_shape *shape,
-                                 const struct nep_topology *topology)
-{
-    struct nep_map_shape is = {.size = sizeof is};
-    enum nep_status status = nep_map_get_shape(map, &is);
-    if (status != NEP_OK) {
-        return status;
-    }
-    const struct {
-        const char *what;
-        uint64_t map, ep;
-    } rows[] = {
-        {"experts", is.num_experts, shape->num_experts},
-        {"ranks", is.num_ranks, topology->num_ranks},
-        {"nodes", is.num_nodes, topology->num_nodes},
-        {"slots per rank", is.slots_per_rank, shape->slots_per_rank},
-    };
-    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
-        if (rows[i].map != rows[i].ep) {
-            return nep_fail(NEP_ERR_INVALID, "the map is for %llu %s, this ep has %llu",
-                            (unsigned long long)rows[i].map, rows[i].what,
-                            (unsigned long long)rows[i].ep);
-        }
-    }
-    if (is.num_layers < shape->num_layers) {
-        return nep_fail(NEP_ERR_INVALID, "the map has %u layers, this ep %u", is.num_layers,
-                        shape->num_layers);
-    }
-    /* A map numbers ranks node by node. */
-    uint32_t rank = 0;
-    for (uint32_t n = 0; n < is.num_nodes; n++) {
-        for (uint32_t i = 0; i < is.ranks_per_node[n]; i++, rank++) {
-            if (topology->node_of_rank[rank] != n) {
-                return nep_fail(NEP_ERR_INVALID,
-                                "the map puts rank %u on node %u, here it is on node %u", rank, n,
-                                topology->node_of_rank[rank]);
-            }
-        }
-    }
-    return NEP_OK;
-}
-
-static enum nep_status make_map(struct nep_ep *ep, const struct nep_map *given)
-{
-    const struct nep_topology *topology = &ep->comm->topology;
-    enum nep_status status;
-    if (given != NULL) {
-        status = check_map(given, &ep->shape, topology);
-        if (status == NEP_OK) {
-            ep->map = (struct nep_map *)given;
-            nep_map_retain(ep->map);
-        }
-    } else {
-        struct nep_map_shape shape = {
-            .size = sizeof shape,
-            .num_layers = ep->shape.num_layers,
-            .num_experts = ep->shape.num_experts,
-            .num_nodes = topology->num_nodes,
-            .num_ranks = topology->num_ranks,
-            .slots_per_rank = ep->shape.slots_per_rank,
-            .ranks_per_node = topology->node_ranks,
-        };
-        status = nep_map_contiguous(&shape, &ep->map);
-    }
-    ep->copies = calloc(ep->shape.num_layers, sizeof *ep->copies);
-    if (status == NEP_OK && ep->copies == NULL) {
-        status = nep_fail(NEP_ERR_NO_MEMORY, "ep: no memory for %u layers", ep->shape.num_layers);
-    }
-    for (uint32_t l = 0; status == NEP_OK && l < ep->shape.num_layers; l++) {
-        status = nep_map_copies(ep->map, l, &ep->copies[l]);
-        /* The group's own table: a contiguous map knows nodes by size alone. */
-        ep->copies[l].node_of_rank = topology->node_of_rank;
-    }
-    if (status == NEP_OK) {
-        ep->map_digest = nep_map_digest(ep->map);
-    }
-    return status;
 }
 
 /* ---- tables --------------------------------------------------------------------------------- */
@@ -284,7 +210,7 @@ static enum nep_status make(struct nep_ep *ep, const struct nep_ep_params *param
     ep->node_size = topology->node_ranks[topology->node];
     enum nep_status status = nep_shape_init(&ep->shape, params, topology, &comm->config);
     if (status == NEP_OK) {
-        status = make_map(ep, params->map);
+        status = nep_maps_init(&ep->maps, params->map, &ep->shape, topology);
     }
     if (status == NEP_OK) {
         status = nep_kernels_select(comm->config.simd, &ep->kernels);
@@ -348,9 +274,8 @@ void nep_ep_destroy(struct nep_ep *ep)
     if (ep == NULL) {
         return;
     }
-    if (ep->num_handles != 0) {
-        nep_warn("an ep is destroyed before %u of its handles: they must not be used any more",
-                 ep->num_handles);
+    if (ep->handles != NULL) {
+        nep_warn("an ep is destroyed before its handles: they must not be used any more");
     }
     struct nep_comm *comm = ep->comm;
     if (ep->has_inter_window) {
@@ -367,13 +292,12 @@ void nep_ep_destroy(struct nep_ep *ep)
     void *tables[] = {ep->window,       ep->slot_at,        ep->slot_local,    ep->counts_at,
                       ep->control_rank, ep->dispatch_flows, ep->combine_flows, ep->rings,
                       ep->dispatch_in,  ep->combine_in,     ep->counts_put,    ep->staged,
-                      ep->taken,        ep->push_at,        ep->cast_row,      ep->lent,
-                      ep->copies};
+                      ep->taken,        ep->push_at,        ep->cast_row,      ep->lent};
     for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
         free(tables[i]);
     }
     nep_plan_fini(&ep->plan);
-    nep_map_destroy(ep->map);
+    nep_maps_fini(&ep->maps);
     free(ep);
 }
 
@@ -462,4 +386,42 @@ void nep_buffer_free(struct nep_ep *ep, void *buffer)
     if (ep != NULL && buffer != NULL && !nep_pool_give(&ep->pool, buffer)) {
         free(buffer);
     }
+}
+
+/* ---- maps ----------------------------------------------------------------------------------- */
+
+enum nep_status nep_ep_map_state(const struct nep_ep *ep, struct nep_map_state *state_p)
+{
+    if (ep == NULL || state_p == NULL) {
+        return nep_fail(NEP_ERR_INVALID, "nep_ep_map_state: an argument is NULL");
+    }
+    const struct nep_maps *maps = &ep->maps;
+    struct nep_map_state state = {
+        .size = sizeof state,
+        .next_op = ep->next_op,
+        .version = maps->now.version,
+        .newest = maps->num_versions - 1,
+        .oldest_held = maps->now.version,
+    };
+    for (const struct nep_handle *handle = ep->handles; handle != NULL; handle = handle->next) {
+        if (handle->has_routing && handle->map_version < state.oldest_held) {
+            state.oldest_held = handle->map_version;
+        }
+    }
+    *state_p = state;
+    return NEP_OK;
+}
+
+enum nep_status nep_ep_stage_map(struct nep_ep *ep, const struct nep_map *map, uint64_t op,
+                                 uint32_t *version_p)
+{
+    enum nep_status status = nep_ep_check(ep);
+    if (status == NEP_OK && op < ep->next_op) {
+        status = nep_fail(NEP_ERR_INVALID,
+                          "a map is staged for operation %llu, but operation %llu is the next one",
+                          (unsigned long long)op, (unsigned long long)ep->next_op);
+    }
+    return status == NEP_OK
+               ? nep_maps_stage(&ep->maps, map, &ep->shape, ep->plan.topology, op, version_p)
+               : status;
 }

@@ -8,6 +8,7 @@
 #include "dispatch/handle.h"
 #include "dispatch/host/kernels.h"
 #include "dispatch/layout.h"
+#include "dispatch/maps.h"
 #include "dispatch/pool.h"
 #include "dispatch/protocol.h"
 #include "dispatch/region.h"
@@ -34,9 +35,7 @@ struct nep_ep {
     struct nep_region_head *head;    /* own window */
     uint8_t **window;                /* [R] windows of this node's ranks; NULL elsewhere */
     const struct nep_kernels *kernels;
-    struct nep_map *map;
-    uint64_t map_digest;
-    struct nep_copies *copies; /* [num_layers] */
+    struct nep_maps maps;
     struct nep_slot_at {
         uint32_t rank;
         uint32_t node;
@@ -77,7 +76,7 @@ struct nep_ep {
     bool has_inter_window; /* registered with the fabric */
     bool is_broken;
     uint32_t next_handle;
-    uint32_t num_handles;
+    struct nep_handle *handles; /* all that are alive */
     struct nep_stats stats;
 };
 

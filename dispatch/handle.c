@@ -114,7 +114,8 @@ enum nep_status nep_handle_create(struct nep_ep *ep, struct nep_handle **handle_
     handle->memory_bytes = bytes;
     handle->ep = ep;
     handle->id = ep->next_handle++;
-    ep->num_handles++;
+    handle->next = ep->handles;
+    ep->handles = handle;
     *handle_p = handle;
     return NEP_OK;
 }

@@ -63,11 +63,13 @@ struct nep_op {
 
 struct nep_handle {
     struct nep_ep *ep;
+    struct nep_handle *next; /* of the ep's */
     uint32_t id;
     enum nep_handle_state state;
     struct nep_op op;
     uint32_t layer;
     uint64_t map_digest;
+    uint32_t map_version;
     bool has_routing;
     /* source side */
     uint32_t num_tokens;

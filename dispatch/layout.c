@@ -53,10 +53,10 @@ static bool take_ids(const struct nep_tokens *in, uint32_t token, uint32_t top_k
     return true;
 }
 
-enum nep_status nep_route(const struct nep_ep *ep, const struct nep_tokens *in, uint32_t *slots)
+enum nep_status nep_route(const struct nep_ep *ep, const struct nep_copies *copies,
+                          const struct nep_tokens *in, uint32_t *slots)
 {
     const struct nep_shape *shape = &ep->shape;
-    const struct nep_copies *copies = &ep->copies[in->layer];
     for (uint32_t t = 0; t < in->num_tokens; t++) {
         int32_t ids[NEP_MAX_TOP_K];
         uint32_t bad = 0;

@@ -11,6 +11,7 @@
 
 #include "nearep.h"
 
+struct nep_copies;
 struct nep_ep;
 struct nep_handle;
 
@@ -28,10 +29,11 @@ enum nep_status nep_layout_init(struct nep_layout_tables *layout, uint32_t num_r
 void nep_layout_fini(struct nep_layout_tables *layout);
 
 /*
- * Chooses a copy of every id. slots: [T][K], NEP_SLOT_NONE where the id is -1. An id out of range
- * is NEP_ERR_INVALID with token, k and value.
+ * Chooses a copy of every id from its layer's table. slots: [T][K], NEP_SLOT_NONE where the id is
+ * -1. An id out of range is NEP_ERR_INVALID with token, k and value.
  */
-enum nep_status nep_route(const struct nep_ep *ep, const struct nep_tokens *in, uint32_t *slots);
+enum nep_status nep_route(const struct nep_ep *ep, const struct nep_copies *copies,
+                          const struct nep_tokens *in, uint32_t *slots);
 
 /* Counts into ep->layout. is_token_in_rank: [T][R] or NULL. */
 void nep_layout_count(struct nep_ep *ep, const uint32_t *slots, uint32_t num_tokens,

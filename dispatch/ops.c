@@ -188,13 +188,15 @@ static enum nep_status take_routing(struct nep_ep *ep, struct nep_handle *handle
     uint64_t pairs = (uint64_t)in->num_tokens * ep->shape.top_k;
     if (in->topk_ids != NULL || in->num_tokens == 0) {
         handle->has_routing = false;
-        enum nep_status status = nep_route(ep, in, handle->slots);
+        const struct nep_map_version *map = nep_maps_at(&ep->maps, ep->next_op);
+        enum nep_status status = nep_route(ep, &map->copies[in->layer], in, handle->slots);
         if (status != NEP_OK) {
             return status;
         }
         handle->num_tokens = in->num_tokens;
         handle->layer = in->layer;
-        handle->map_digest = ep->map_digest;
+        handle->map_digest = map->digest;
+        handle->map_version = map->version;
         for (uint64_t i = 0; in->topk_weights == NULL && i < pairs; i++) {
             handle->weights[i] = 1.0f;
         }
@@ -463,7 +465,8 @@ enum nep_status nep_ep_layout(struct nep_ep *ep, const struct nep_tokens *in,
         return nep_fail(NEP_ERR_NO_MEMORY, "no memory for the slots of %u tokens",
                         tokens.num_tokens);
     }
-    status = nep_route(ep, &tokens, slots);
+    const struct nep_map_version *map = nep_maps_at(&ep->maps, ep->next_op);
+    status = nep_route(ep, &map->copies[tokens.layer], &tokens, slots);
     if (status == NEP_OK) {
         const struct nep_topology *topology = ep->plan.topology;
         nep_layout_count(ep, slots, tokens.num_tokens, to.is_token_in_rank);

@@ -450,6 +450,28 @@ NEP_API enum nep_status nep_trace_writer_save(const struct nep_trace_writer *wri
                                               const char *path);
 NEP_API void nep_trace_writer_destroy(struct nep_trace_writer *writer);
 
+/* ---- maps while running ------------------------------------------------------------------- */
+
+/*
+ * Stages a map for the ep's operation number `op` and all later ones; all ranks name the same op
+ * and an equal map (checked by COUNTS: a rank that differs is named). Of the shape of the ep, slots
+ * per rank included. The map is held by the ep. Fresh dispatches route with it; handles keep the
+ * version they were routed with. At most 4 may be staged. Not on the path of a token. *version_p
+ * (may be NULL): its number.
+ */
+NEP_API enum nep_status nep_ep_stage_map(struct nep_ep *ep, const struct nep_map *map, uint64_t op,
+                                         uint32_t *version_p);
+
+struct nep_map_state {
+    size_t size;
+    uint64_t next_op; /* number of the next operation sent: a map can be staged from it on */
+    uint32_t version; /* in use; 0 is that of nep_ep_create */
+    uint32_t newest;  /* of all staged */
+    uint32_t
+        oldest_held; /* by a handle that may still combine: the experts of older ones are free */
+};
+NEP_API enum nep_status nep_ep_map_state(const struct nep_ep *ep, struct nep_map_state *state_p);
+
 /* ---- placement maps ----------------------------------------------------------------------- */
 
 struct nep_map_shape {
