@@ -77,7 +77,11 @@ static float *staged_weights(const struct nep_ep *ep, uint32_t rank, uint32_t so
     return (float *)(ep->window[rank] + region->staging_weights) + row * ep->shape.top_k;
 }
 
-/* Row i of what this rank holds of a source, summed over its experts. */
+/*
+ * Row i of what this rank holds of a source, summed over its experts. Stored past the caches: the
+ * row's lines were last read by another core, and taking them back one by one costs more than
+ * memory does (combine of 4 x 1024 tokens: 31 against 13 ms in the rank layout).
+ */
 static void stage_row(const struct nep_ep *ep, const struct nep_handle *handle, uint32_t source,
                       uint32_t i, uint64_t number)
 {
@@ -87,7 +91,8 @@ static void stage_row(const struct nep_ep *ep, const struct nep_handle *handle, 
     uint64_t row_bytes = ep->shape.row_bytes;
     if (producer->begin == NULL) {
         uint64_t row = (uint64_t)producer->first + i;
-        memcpy(to, y + row * row_bytes, row_bytes);
+        ep->kernels->copy(to, y + row * row_bytes, row_bytes);
+        ep->kernels->fence();
         if (handle->op.rows.topk_weights != NULL) {
             memcpy(staged_weights(ep, ep->rank, source, number),
                    handle->op.rows.topk_weights + row * ep->shape.top_k, ep->shape.weights_bytes);
@@ -101,7 +106,8 @@ static void stage_row(const struct nep_ep *ep, const struct nep_handle *handle, 
         terms[k] = (struct nep_term){y + producer->pos[begin + k] * row_bytes,
                                      producer->weight[begin + k], 0};
     }
-    ep->kernels->sum[ep->shape.dtype - NEP_DTYPE_BF16](to, terms, num, ep->shape.hidden);
+    ep->kernels->sum_final[ep->shape.dtype - NEP_DTYPE_BF16](to, terms, num, ep->shape.hidden);
+    ep->kernels->fence();
 }
 
 static void stage_source(struct nep_ep *ep, struct nep_handle *handle, uint32_t source,
