@@ -18,6 +18,7 @@ static int run(struct info *info)
         {offsetof(struct info, wants_config), info_config},
         {offsetof(struct info, wants_topology), info_topology},
         {offsetof(struct info, wants_transports), info_transports},
+        {offsetof(struct info, wants_region), info_region},
         {offsetof(struct info, wants_check), info_check},
         {offsetof(struct info, wants_serve), info_serve},
     };

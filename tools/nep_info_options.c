@@ -93,6 +93,43 @@ static bool set_sizes(struct info *info, const char *value, size_t offset)
     }
 }
 
+static bool set_dtype(struct info *info, const char *value, size_t offset)
+{
+    static const char *const names[] = {"", "bf16", "fp16", "fp32", "fp8"};
+    enum nep_dtype *dtype = (enum nep_dtype *)((char *)info + offset);
+    uint32_t last = offset == offsetof(struct info, shape.wire) ? 4 : 3;
+    for (uint32_t i = 1; i <= last; i++) {
+        if (strcmp(value, names[i]) == 0) {
+            *dtype = (enum nep_dtype)i;
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool set_layout(struct info *info, const char *value, size_t offset)
+{
+    (void)offset;
+    info->shape.layout = strcmp(value, "rank") == 0 ? NEP_LAYOUT_RANK : NEP_LAYOUT_EXPERT_PACKED;
+    return strcmp(value, "rank") == 0 || strcmp(value, "expert") == 0;
+}
+
+static bool set_packed(struct info *info, const char *value, size_t offset)
+{
+    (void)value;
+    (void)offset;
+    info->shape.layout = NEP_LAYOUT_EXPERT_PACKED;
+    return true;
+}
+
+static bool set_padded(struct info *info, const char *value, size_t offset)
+{
+    (void)value;
+    (void)offset;
+    info->shape.layout = NEP_LAYOUT_EXPERT_PADDED;
+    return true;
+}
+
 #define AT(field) offsetof(struct info, field)
 
 static const struct option table[] = {
@@ -104,6 +141,8 @@ static const struct option table[] = {
      "cores, shared memory and launcher here; with --ranks: which rank is where, and who receives "
      "for whom",
      set_flag, AT(wants_topology), false},
+    {"--region", NULL, "bytes per rank for a shape, part by part", set_flag, AT(wants_region),
+     false},
     {"--check", NULL, "the doctor: what works here, what does not, why, and what to do", set_flag,
      AT(wants_check), false},
     {"--serve", "HOST:PORT",
@@ -112,6 +151,25 @@ static const struct option table[] = {
     {"--ranks", "R", "ranks of the group (8)", set_ranks, AT(num_ranks), false},
     {"--ranks-per-node", "G[,G...]", "nodes of G ranks each, or of the sizes listed (4)", set_sizes,
      0, false},
+    {"--tokens", "T", "most tokens per rank and call (128)", set_u32, AT(shape.max_tokens), false},
+    {"--hidden", "H", "hidden size in elements, a multiple of 16 (7168)", set_u32, AT(shape.hidden),
+     false},
+    {"--experts", "E", "logical experts (256)", set_u32, AT(shape.num_experts), false},
+    {"--top-k", "K", "experts per token, 1 to 32 (8)", set_u32, AT(shape.top_k), false},
+    {"--slots", "L", "expert slots per rank (E divided by R, rounded up)", set_u32,
+     AT(shape.slots_per_rank), false},
+    {"--layout", "rank|expert", "output layout of dispatch (expert)", set_layout, 0, false},
+    {"--packed", NULL, "expert layout: rows packed per expert (the default)", set_packed, 0, false},
+    {"--padded", NULL, "expert layout: rows in slots per source", set_padded, 0, false},
+    {"--alignment", "N", "expert layout: first rows of experts are multiples of N (1)", set_u32,
+     AT(shape.expert_alignment), false},
+    {"--dtype", "bf16|fp16|fp32", "payload type (bf16)", set_dtype, AT(shape.dtype), false},
+    {"--wire", "bf16|fp16|fp32|fp8", "type of dispatched rows on the wire (as dtype)", set_dtype,
+     AT(shape.wire), false},
+    {"--map", "FILE", "placement map, .nepmap; gives experts, slots and layers (contiguous)",
+     set_text, AT(map), false},
+    {"--outstanding", "S", "operations between send and complete at once, 1 to 8 (1)", set_u32,
+     AT(shape.outstanding), false},
     {"--markdown", NULL, "with --config: as the page docs/configuration.md", set_flag,
      AT(is_markdown), false},
     {"--json", "FILE", "the same as one JSON object to FILE, - is standard output", set_text,
@@ -221,8 +279,8 @@ int info_options_parse(int argc, char **argv, struct info *info)
             return status;
         }
     }
-    if (!info->wants_config && !info->wants_transports && !info->wants_check &&
-        !info->wants_serve && !info->wants_topology) {
+    if (!info->wants_config && !info->wants_transports && !info->wants_region &&
+        !info->wants_check && !info->wants_serve && !info->wants_topology) {
         info->wants_topology = info->wants_transports = true;
     }
     if (info->wants_serve && !info->has_ranks) {

@@ -12,6 +12,7 @@
 #include "nearep.h"
 #include "tests/unit/cmocka_all.h"
 #include "transport/rendezvous.h"
+#include "transport/topology.h"
 
 static char program[1024];
 static char out[1 << 18];
@@ -209,6 +210,56 @@ static void test_nep_info_topology_names_the_launcher(void **state)
     assert_int_equal(run("", "--topology --ranks-per-node 3,1"), 0);
 }
 
+static uint64_t number_after(const char *key)
+{
+    char quoted[64];
+    snprintf(quoted, sizeof quoted, "\"%s\": ", key);
+    const char *at = strstr(out, quoted);
+    assert_non_null(at);
+    return strtoull(at + strlen(quoted), NULL, 10);
+}
+
+static void test_nep_info_region_parts_add_up_to_the_librarys(void **state)
+{
+    (void)state;
+    const char *const parts[] = {
+        "control_bytes", "dispatch_landing_bytes", "combine_landing_bytes", "send_bytes",
+        "home_bytes",    "staging_bytes"};
+    assert_int_equal(run("", "--region --ranks-per-node 1,2,5 --tokens 300 --hidden 1024 "
+                             "--experts 64 --top-k 4 --outstanding 2 --wire fp8 --json -"),
+                     0);
+    uint64_t sum = 0, region = number_after("region_bytes");
+    for (int i = 0; i < 6; i++) {
+        sum += number_after(parts[i]);
+    }
+    assert_true(sum == region && region > 0);
+    struct nep_ep_params params = {.size = sizeof params,
+                                   .num_experts = 64,
+                                   .top_k = 4,
+                                   .hidden = 1024,
+                                   .max_tokens = 300,
+                                   .outstanding = 2,
+                                   .wire = NEP_DTYPE_FP8_E4M3};
+    const uint32_t sizes[] = {1, 2, 5};
+    uint64_t most = 0, least = UINT64_MAX;
+    for (uint32_t r = 0; r < 8; r++) {
+        struct nep_topology_store *store;
+        struct nep_topology topology;
+        struct nep_memory memory = {.size = sizeof memory};
+        assert_int_equal(nep_topology_from_sizes(sizes, 3, r, &store, &topology), NEP_OK);
+        assert_int_equal(nep_ep_memory(&params, &topology, &memory), NEP_OK);
+        most = memory.region_bytes > most ? memory.region_bytes : most;
+        least = memory.region_bytes < least ? memory.region_bytes : least;
+        nep_topology_destroy(store);
+    }
+    assert_true(most == region);
+    assert_true(least == number_after("least_region_bytes"));
+    assert_int_equal(run("", "--region --top-k 33"), 2);
+    assert_says("top_k is 33");
+    assert_int_equal(run("", "--region --map /no/such/map"), 2);
+    assert_says("/no/such/map");
+}
+
 static void test_nep_info_check_finds_what_is_broken(void **state)
 {
     (void)state;
@@ -256,6 +307,7 @@ int main(void)
         cmocka_unit_test(test_nep_info_config_shows_where_values_come_from),
         cmocka_unit_test(test_nep_info_json_is_one_object),
         cmocka_unit_test(test_nep_info_topology_names_the_launcher),
+        cmocka_unit_test(test_nep_info_region_parts_add_up_to_the_librarys),
         cmocka_unit_test(test_nep_info_check_finds_what_is_broken),
         cmocka_unit_test(test_nep_info_serve_serves_until_a_signal),
     };
