@@ -17,6 +17,7 @@
 
 #include "base/log.h"
 #include "transport/adversary.h"
+#include "transport/bootstrap.h"
 
 extern const struct nep_transport_ops nep_adversary_ops;
 
@@ -70,6 +71,9 @@ static enum nep_status open_inner(struct nep_adversary *adversary,
     if (status == NEP_OK) {
         status = ops->probe(params->config);
     }
+    /* Creation is collective: nobody goes on into it alone. */
+    status = nep_bootstrap_common(params->bootstrap, params->topology->rank,
+                                  params->topology->num_ranks, status, params->timeout_ns);
     if (status == NEP_OK) {
         status = ops->create(&inside, &adversary->inner);
     }
