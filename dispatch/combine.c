@@ -347,7 +347,8 @@ static bool is_lending_over(struct nep_ep *ep, const struct nep_handle *handle)
 static bool needs_credits(const struct nep_ep *ep)
 {
     for (uint32_t n = 0; n < ep->plan.topology->num_nodes; n++) {
-        if (n != ep->node && nep_inflow_needs_credit(&ep->combine_in[n], ep->shape.window)) {
+        if (n != ep->node && !nep_inflow_is_settled(ep, &ep->combine_in[n],
+                                                    nep_plan_landing(&ep->plan, ep->rank, n))) {
             return true;
         }
     }

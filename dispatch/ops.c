@@ -129,11 +129,16 @@ static void begin(struct nep_ep *ep, struct nep_handle *handle, enum nep_op_kind
 static void end(struct nep_ep *ep, struct nep_handle *handle)
 {
     uint64_t op = handle->op.number;
+    /* The sink completes the 8 bits of a CREDIT from these words, so they go on without one too. */
     for (uint32_t n = 0; n < ep->plan.topology->num_nodes; n++) {
         nep_flow_complete(&ep->dispatch_flows[n], op, ep->shape.window);
+        nep_word_raise(nep_word(ep->head, ep->region->dispatch_credit, n),
+                       ep->dispatch_flows[n].implicit);
     }
     for (uint32_t l = 0; l < ep->region->num_lanes; l++) {
         nep_flow_complete(&ep->combine_flows[l], op, ep->shape.window);
+        nep_word_raise(nep_word(ep->head, ep->region->combine_credit, l),
+                       ep->combine_flows[l].implicit);
     }
     ep->in_flight[op % ep->shape.outstanding] = NULL;
     ep->completed_op = op + 1;

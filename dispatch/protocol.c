@@ -30,18 +30,11 @@ uint64_t nep_tile_bytes(const struct nep_shape *shape, enum nep_kind kind)
     return (bytes + 63) / 64 * 64;
 }
 
-/* Raises a word to value. Release: pairs with the acquire in nep_word_get of whoever waits for it.
- */
 static void raise(struct nep_region_head *head, _Atomic uint64_t *word, uint64_t value)
 {
-    uint64_t old = atomic_load_explicit(word, memory_order_relaxed);
-    while (old < value) {
-        if (atomic_compare_exchange_weak_explicit(word, &old, value, memory_order_acq_rel,
-                                                  memory_order_relaxed)) {
-            return;
-        }
+    if (!nep_word_raise(word, value)) {
+        atomic_fetch_add_explicit(&head->duplicates, 1, memory_order_relaxed);
     }
-    atomic_fetch_add_explicit(&head->duplicates, 1, memory_order_relaxed);
 }
 
 static void drop_stale(struct nep_region_head *head)

@@ -191,7 +191,7 @@ static bool is_done(struct nep_ep *ep, const struct nep_handle *handle)
             return false;
         }
         if (ep->counts_at[s].rank == ep->rank && s != ep->rank &&
-            nep_inflow_needs_credit(&ep->dispatch_in[s], ep->shape.window)) {
+            !nep_inflow_is_settled(ep, &ep->dispatch_in[s], s)) {
             return false;
         }
     }

@@ -154,4 +154,18 @@ static inline void nep_word_set(void *base, uint64_t offset, uint64_t idx, uint6
     atomic_store_explicit(nep_word(base, offset, idx), value, memory_order_release);
 }
 
+/* Raises a word, which others may raise too, to value; false: it was there already. Release: pairs
+ * with nep_word_get. */
+static inline bool nep_word_raise(_Atomic uint64_t *word, uint64_t value)
+{
+    uint64_t old = atomic_load_explicit(word, memory_order_relaxed);
+    while (old < value) {
+        if (atomic_compare_exchange_weak_explicit(word, &old, value, memory_order_acq_rel,
+                                                  memory_order_relaxed)) {
+            return true;
+        }
+    }
+    return false;
+}
+
 #endif
