@@ -190,6 +190,7 @@ static uint32_t draw_rank(const struct nep_multi_world *world, uint64_t number, 
     const struct nep_multi_shape *shape = &world->shape;
     struct nep_ref_rng rng = {nep_ref_mix(nep_ref_mix(shape->seed, number), rank)};
     uint32_t tokens = shape->max_tokens;
+    tokens = number < shape->num_calm && tokens > 20 ? 20 : tokens;
     if (!shape->is_fixed_tokens) {
         tokens = nep_ref_rng_below(&rng, 4) == 0 ? 0 : nep_ref_rng_below(&rng, tokens + 1);
     }

@@ -26,6 +26,7 @@ struct nep_multi_shape {
     uint32_t outstanding; /* 0: 1 */
     bool is_private;      /* tensors of the caller's own memory */
     bool is_fixed_tokens; /* every rank M tokens; else 0 to M, often 0 */
+    uint32_t num_calm;    /* the first so many dispatches have one tile: at most 20 tokens a rank */
     bool is_wild;         /* values of all magnitudes, subnormals too */
     bool has_replicas;    /* a map with random copies */
     const char *intra;    /* NULL: loop in threads, shm in processes */
