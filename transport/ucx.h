@@ -21,6 +21,7 @@
     X(ucp_get_version_string)                                                                      \
     X(ucp_config_read)                                                                             \
     X(ucp_config_release)                                                                          \
+    X(ucp_config_modify)                                                                           \
     X(ucp_init_version)                                                                            \
     X(ucp_cleanup)                                                                                 \
     X(ucp_worker_create)                                                                           \

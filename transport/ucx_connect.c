@@ -44,6 +44,25 @@ static enum nep_status fail_ucs(const struct nep_ucx *ux, const char *what, ucs_
                     ux->rank, what, ux->lib.ucs_status_string(status));
 }
 
+/*
+ * Over TCP every piece is sent "short": written to the socket, what does not fit is copied. The
+ * default leaves all above 8 KiB to zero-copy sends, which UCX 1.13 may complete twice when the
+ * connection is reset meanwhile, and then ends the process by an assertion (found by killing ranks,
+ * tests/multi/test_ucx.c).
+ */
+static void config_adapt(struct nep_ucx *ux, ucp_config_t *config)
+{
+    /* The name without the transport is UCX 1.13's, the other one that of UCX 1.22. */
+    ucs_status_t status = ux->lib.ucp_config_modify(config, "TX_SEG_SIZE", "64k");
+    if (status != UCS_OK) {
+        status = ux->lib.ucp_config_modify(config, "TCP_TX_SEG_SIZE", "64k");
+    }
+    if (status != UCS_OK) {
+        nep_info("transport ucx: UCX %s did not take UCX_TCP_TX_SEG_SIZE=64k: %s",
+                 ux->lib.ucp_get_version_string(), ux->lib.ucs_status_string(status));
+    }
+}
+
 static enum nep_status context_open(struct nep_ucx *ux)
 {
     ucp_config_t *config;
@@ -51,6 +70,7 @@ static enum nep_status context_open(struct nep_ucx *ux)
     if (status != UCS_OK) {
         return fail_ucs(ux, "reading UCX's configuration", status);
     }
+    config_adapt(ux, config);
     ucp_params_t params = {
         .field_mask =
             UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_ESTIMATED_NUM_EPS | UCP_PARAM_FIELD_NAME,

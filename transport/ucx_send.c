@@ -203,8 +203,7 @@ enum nep_status nep_ucx_send_push(struct nep_ucx *ux, const struct nep_put *put,
     *(ux->queue_first == NULL ? &ux->queue_first : &ux->queue_last->next) = send;
     ux->queue_last = send;
     *number_p = number;
-    /* Before the look at `held` in try_pump, whose fence pairs with the one after its release. */
-    atomic_fetch_add_explicit(&ux->num_queued, 1, memory_order_relaxed);
+    atomic_fetch_add(&ux->num_queued, 1); /* ucx_thread.c says why in this order */
     pthread_mutex_unlock(&ux->queue_lock);
     return NEP_OK;
 }

@@ -47,9 +47,15 @@ uint32_t nep_ucx_pump(struct nep_ucx *ux)
     return moved;
 }
 
+/*
+ * `held` and `num_queued` are used with sequential consistency: who finds `held` set after it has
+ * queued something is before the holder's release in their one order, so the holder, who looks at
+ * the queue after it (nep_ucx_try_pump, thread_sleep), sees what was queued.
+ */
 void nep_ucx_release(struct nep_ucx *ux)
 {
-    atomic_store_explicit(&ux->held, false, memory_order_release);
+    /* Pairs with the exchanges below, by which the worker changes hands. */
+    atomic_store(&ux->held, false);
 }
 
 bool nep_ucx_try_pump(struct nep_ucx *ux, uint32_t *moved_p)
@@ -57,26 +63,20 @@ bool nep_ucx_try_pump(struct nep_ucx *ux, uint32_t *moved_p)
     uint32_t moved = 0;
     bool got = false;
     do {
-        /* A put enqueued before; the fence orders that before the look at `held`. */
-        atomic_thread_fence(memory_order_seq_cst);
-        /* Acquire: pairs with the release in nep_ucx_release, by which the worker changes hands. */
-        if (atomic_exchange_explicit(&ux->held, true, memory_order_acquire)) {
+        if (atomic_exchange(&ux->held, true)) {
             break;
         }
         got = true;
         moved += nep_ucx_pump(ux);
         nep_ucx_release(ux);
-        /* Pairs with the fence above in a thread that found `held` set: either it sees the flag
-         * free, or this sees what it queued. */
-        atomic_thread_fence(memory_order_seq_cst);
-    } while (atomic_load_explicit(&ux->num_queued, memory_order_relaxed) != 0);
+    } while (atomic_load(&ux->num_queued) != 0);
     *moved_p = moved;
     return got;
 }
 
 void nep_ucx_hold(struct nep_ucx *ux)
 {
-    while (atomic_exchange_explicit(&ux->held, true, memory_order_acquire)) {
+    while (atomic_exchange(&ux->held, true)) {
         sched_yield();
     }
 }
@@ -113,10 +113,9 @@ static void thread_sleep(struct nep_ucx *ux)
     /* Set before arming: a put from here on either is seen below or wakes this thread. */
     atomic_store(&ux->asleep, true);
     bool armed = false;
-    if (!atomic_exchange_explicit(&ux->held, true, memory_order_acquire)) {
+    if (!atomic_exchange(&ux->held, true)) {
         armed = ux->lib.ucp_worker_arm(ux->worker) == UCS_OK;
         nep_ucx_release(ux);
-        atomic_thread_fence(memory_order_seq_cst); /* as in nep_ucx_try_pump */
         if (!armed || atomic_load(&ux->num_queued) != 0) {
             atomic_store(&ux->asleep, false);
             return;

@@ -15,6 +15,13 @@
 
 #include "nearep.h"
 
+/* ThreadSanitizer sees what one process does; what orders two processes would be races to it. */
+#ifdef __SANITIZE_THREAD__
+#define RANKS_ONLY_THREADS true
+#else
+#define RANKS_ONLY_THREADS false
+#endif
+
 enum { RANKS_MAX = 64, RANKS_SCRATCH = 1 << 16 };
 
 struct ranks_params {

@@ -55,7 +55,7 @@ static void run(const char *name, bool threads, const uint32_t *ranks_per_node, 
     };
     struct ranks_params params = {.ranks_per_node = ranks_per_node,
                                   .num_nodes = num_nodes,
-                                  .threads = threads,
+                                  .threads = threads || RANKS_ONLY_THREADS,
                                   .seconds = 240};
     if (is_here(name)) {
         assert_int_equal(ranks_run(&params, conformance_body, &test), 0);
