@@ -29,7 +29,7 @@ static int put_bytes(struct rank *rank, struct nep_transport *transport,
                           .offset = window_landing(window, rank->rank),
                           .src = window_source(window, dst),
                           .len = len,
-                          .imm = imm};
+                          .imm = window_imm(window->number, imm)};
     enum nep_status status = transport->ops->put(transport, &put, number_p);
     RANK_CHECK(rank, status == NEP_OK, "%s", nep_last_message());
     return 0;
@@ -61,7 +61,8 @@ static int survive(struct rank *rank, struct nep_transport *transport, const str
                           .window = window->number,
                           .offset = window_landing(window, rank->rank),
                           .src = window_source(window, VICTIM),
-                          .len = SLOT};
+                          .len = SLOT,
+                          .imm = window_imm(window->number, 0)};
     uint64_t deadline_ns = nep_deadline_ns(20 * NEP_S);
     while (transport->ops->put(transport, &put, &number) == NEP_OK) {
         last = number;
