@@ -8,7 +8,7 @@ usage() {
     cat <<'TEXT'
 usage: scripts/test.sh [--quick] [-L LABEL] [--preset PRESET] [-- CTEST_ARGUMENTS]
 
-  --quick          small sizes (NEAREP_TEST_QUICK=1), without the layers vm, hosts and fuzz
+  --quick          small sizes (NEP_TEST_SCALE=10), without the layers vm, hosts and fuzz
   -L LABEL         only one layer: unit, model, multi, hosts, vm, adversary, fuzz, gpu
   --preset PRESET  release (default, in build/), dev, clang, asan, tsan (in build-PRESET/)
   --list           names the layers and the packages that each of them needs
@@ -78,7 +78,7 @@ cmake --build "$tree" -j "$jobs"
 
 arguments=(--test-dir "$tree" --output-on-failure --no-tests=error)
 if [ -n "$quick" ]; then
-    export NEAREP_TEST_QUICK=1
+    export NEP_TEST_SCALE=10
     [ -n "$label" ] || arguments+=(-LE '^(vm|hosts|fuzz|chaos)$')
 fi
 if [ -n "$label" ]; then

@@ -94,7 +94,7 @@ static void test_config_unknown_name_is_warned_about_once(void **state)
 {
     (void)state;
     struct nep_config config;
-    const char *const known[] = {"NEP_TIMEOUT=1s", "NEPTUNE=8", NULL};
+    const char *const known[] = {"NEP_TIMEOUT=1s", "NEPTUNE=8", "NEP_TEST_SEED=1", NULL};
     const char *const unknown[] = {"NEP_TIMOUT=1s", "NEP_FROBNICATE=1", NULL};
     const char *const other[] = {"NEP_TIMOUT=1s", NULL};
     uint64_t before = nep_log_num_warnings();
