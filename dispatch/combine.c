@@ -12,6 +12,7 @@
 #include "dispatch/counts.h"
 #include "dispatch/pack.h"
 #include "dispatch/positions.h"
+#include "dispatch/wait.h"
 
 /* Sums rows into `to` and, where they come, their weights into `weights` (fp32, the same order). */
 static void sum_into(const struct nep_ep *ep, const struct nep_terms *terms, void *to,
@@ -185,8 +186,7 @@ static enum nep_status find_sums(struct nep_ep *ep, const struct nep_handle *han
                  "rank %u)",
                  (unsigned long long)number, far, (unsigned long long)msg->op,
                  (unsigned long long)msg->number, msg->source);
-        ep->is_broken = true;
-        return nep_comm_fail(ep->comm, &fault);
+        return nep_break(ep, &fault);
     }
     *row_p = tile + nep_tile_payload_offset(&ep->shape, NEP_KIND_COMBINE, 0) +
              (uint64_t)row * ep->shape.row_bytes;

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "dispatch/counts.h"
+#include "dispatch/wait.h"
 
 static uint32_t node_slots(const struct nep_ep *ep)
 {
@@ -157,8 +158,7 @@ static enum nep_status contradiction(struct nep_ep *ep, const struct nep_handle 
     snprintf(fault.message, sizeof fault.message,
              "operation %llu: the rows of rank %u contradict its COUNTS: %s",
              (unsigned long long)handle->op.number, source, what);
-    ep->is_broken = true;
-    return nep_comm_fail(ep->comm, &fault);
+    return nep_break(ep, &fault);
 }
 
 /* A token's rows on this node: (position, local rank, weight), k ascending. */

@@ -10,6 +10,7 @@
 #include "dispatch/counts.h"
 #include "dispatch/pack.h"
 #include "dispatch/positions.h"
+#include "dispatch/wait.h"
 
 void nep_recv_bind(struct nep_ep *ep, struct nep_handle *handle)
 {
@@ -59,8 +60,7 @@ static enum nep_status bad_tile(struct nep_ep *ep, const struct nep_handle *hand
              "%u rows): its slot was written by another message",
              (unsigned long long)number, source, (unsigned long long)msg->op,
              (unsigned long long)msg->number, msg->source, msg->num_rows);
-    ep->is_broken = true;
-    return nep_comm_fail(ep->comm, &fault);
+    return nep_break(ep, &fault);
 }
 
 /* Reads the tiles of a source on another node from the rank of this node where they land. */

@@ -37,6 +37,15 @@ static void tell(struct nep_ep *ep, uint32_t culprit)
     }
 }
 
+enum nep_status nep_break(struct nep_ep *ep, const struct nep_fault *fault)
+{
+    ep->is_broken = true;
+    if (fault->rank != UINT32_MAX) {
+        tell(ep, fault->rank);
+    }
+    return nep_comm_fail(ep->comm, fault);
+}
+
 static enum nep_status give_up(struct nep_ep *ep, struct nep_handle *handle, enum nep_status status,
                                uint32_t culprit, uint64_t idle_ns, const char *cause)
 {
@@ -59,11 +68,7 @@ static enum nep_status give_up(struct nep_ep *ep, struct nep_handle *handle, enu
              missing->phase ? missing->phase : "nothing in particular", missing->rank,
              (unsigned long long)missing->arrived, (unsigned long long)missing->expected,
              (double)idle_ns / 1e9);
-    ep->is_broken = true;
-    if (culprit != UINT32_MAX) {
-        tell(ep, culprit);
-    }
-    return nep_comm_fail(ep->comm, &fault);
+    return nep_break(ep, &fault);
 }
 
 /* The culprit that some rank of this node, or this rank by a LEAVE, has named; UINT32_MAX if none.

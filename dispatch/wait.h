@@ -14,6 +14,9 @@ typedef enum nep_status (*nep_step_fn)(struct nep_ep *ep, struct nep_handle *han
  * fault that names who is missing with what, and tells the other ranks.
  */
 enum nep_status nep_wait(struct nep_ep *ep, struct nep_handle *handle, nep_step_fn step);
+/* The end of this ep: tells the other ranks whom this one blames, keeps the fault, returns its
+ * status. */
+enum nep_status nep_break(struct nep_ep *ep, const struct nep_fault *fault);
 /* Runs step as long as it moves anything: the send halves. */
 enum nep_status nep_try(struct nep_ep *ep, struct nep_handle *handle, nep_step_fn step);
 
