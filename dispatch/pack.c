@@ -57,6 +57,7 @@ void nep_pack_rows(const struct nep_ep *ep, const struct nep_handle *handle, uin
         nep_wire_pack(&ep->shape.format, ep->kernels, &row,
                       (uint8_t *)rows + (uint64_t)i * ep->shape.wire_row_bytes);
     }
+    ep->kernels->fence();
 }
 
 /* Packs the next tile for `node` into its send slot and posts it. */

@@ -92,7 +92,7 @@ void nep_wire_pack(const struct nep_wire *wire, const struct nep_kernels *kernel
     if (is_cast(wire, row)) {
         kernels->cast_fp8(to, scales, row->x, wire->dtype, wire->hidden, wire->scale);
     } else {
-        memcpy(to, row->x, wire->payload_bytes);
+        kernels->copy(to, row->x, wire->payload_bytes);
         if (wire->scale_bytes != 0) {
             memcpy(scales, row->scales, wire->scale_bytes);
         }
