@@ -176,7 +176,7 @@ static void loop_close(struct nep_transport *transport)
 
 const struct nep_transport_ops nep_loop_ops = {
     .name = "loop",
-    .caps = NEP_CAP_MAPPED | NEP_CAP_FABRIC | NEP_CAP_ORDERED,
+    .caps = NEP_CAP_MAPPED | NEP_CAP_FABRIC | NEP_CAP_ORDERED | NEP_CAP_SILENT,
     .probe = loop_probe,
     .create = loop_create,
     .close = loop_close,

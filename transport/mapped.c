@@ -78,7 +78,9 @@ enum nep_status nep_mapped_put(struct nep_transport *transport, const struct nep
         atomic_fetch_add_explicit(&mapped->put_bytes, put->len, memory_order_relaxed);
     }
     /* The sink's stores release the copied bytes to the receiver. */
-    mapped->params.sink(base, put->dst, mapped->params.topology->rank, put->imm);
+    if (!put->is_silent) {
+        mapped->params.sink(base, put->dst, mapped->params.topology->rank, put->imm);
+    }
     *number_p = atomic_fetch_add_explicit(&mapped->num_puts[put->dst], 1, memory_order_relaxed) + 1;
     return NEP_OK;
 }

@@ -285,7 +285,7 @@ static enum nep_status shm_peer_status(struct nep_transport *transport, uint32_t
 
 const struct nep_transport_ops nep_shm_ops = {
     .name = "shm",
-    .caps = NEP_CAP_MAPPED | NEP_CAP_FABRIC | NEP_CAP_ORDERED,
+    .caps = NEP_CAP_MAPPED | NEP_CAP_FABRIC | NEP_CAP_ORDERED | NEP_CAP_SILENT,
     .probe = shm_probe,
     .create = shm_create,
     .close = shm_close,

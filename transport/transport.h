@@ -44,7 +44,8 @@ enum nep_transport_cap {
     NEP_CAP_FABRIC = 1u << 1,  /* put works */
     NEP_CAP_THREAD = 1u << 2,  /* has its own progress thread; progress need not be called */
     NEP_CAP_ORDERED = 1u << 3, /* puts arrive in order (nobody may rely on it; tests print it) */
-    NEP_CAP_WRAPPER = 1u << 4  /* stands around what args names, and maps what that maps */
+    NEP_CAP_WRAPPER = 1u << 4, /* stands around what args names, and maps what that maps */
+    NEP_CAP_SILENT = 1u << 5   /* nep_put.is_silent works */
 };
 
 struct nep_transport;
@@ -72,6 +73,7 @@ struct nep_put {
     const void *src; /* inside this rank's own window of the same number */
     uint32_t len;    /* 0: only the announcement */
     uint32_t imm;
+    bool is_silent; /* no announcement; only with NEP_CAP_SILENT: to compare with plain writes */
 };
 
 struct nep_transport_stats {
