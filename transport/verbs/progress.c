@@ -4,10 +4,11 @@
  * completion channels, looks once more, and sleeps on them, on the devices' events and on a wake-up
  * file.
  *
- * Threads that wait for arrivals poll as well (nep_verbs_progress). While one does, the progress
- * thread only naps, unarmed: woken for each completion it would take the core from the thread that
- * has already handled it. Rejected: no thread. A rank that computes would then not take the
- * messages for its node's other ranks, nor answer with credits.
+ * Threads that wait poll as well (nep_verbs_progress, nep_verbs_completed). While one does, the
+ * progress thread only naps, unarmed: woken for each completion it would take the core from the
+ * thread that has already handled it. For the same reason arrivals alone wake it (they are sent
+ * solicited), unless puts wait for room. Rejected: no thread. A rank that computes would then not
+ * take the messages for its node's other ranks, nor answer with credits.
  */
 #include <errno.h>
 #include <poll.h>
@@ -20,7 +21,7 @@
 #include "transport/topology.h"
 #include "transport/verbs/verbs.h"
 
-enum { NAP_MS = 1, SLEEP_MS = 200 };
+enum { NAP_NS = 200000, SEND_NS = 5000000, SLEEP_NS = 200000000 };
 
 void nep_verbs_progress(struct nep_transport *transport)
 {
@@ -40,10 +41,25 @@ static bool poll_locked(struct nep_verbs *verbs)
     return any;
 }
 
-static void arm(struct nep_verbs *verbs)
+/* Whether puts wait for room, which a completion gives, and whether any are under way. */
+static void look_at_sends(struct nep_verbs *verbs, bool *waiting_p, bool *under_way_p)
+{
+    *waiting_p = *under_way_p = false;
+    for (uint32_t r = 0; r < verbs->num_ranks; r++) {
+        struct nep_verbs_peer *peer = &verbs->peers[r];
+        pthread_mutex_lock(&peer->lock);
+        *waiting_p = *waiting_p || peer->posted < peer->next || peer->num_resend > 0;
+        for (uint32_t q = 0; peer->qps != NULL && q < verbs->num_qps; q++) {
+            *under_way_p = *under_way_p || peer->qps[q].posted != peer->qps[q].done;
+        }
+        pthread_mutex_unlock(&peer->lock);
+    }
+}
+
+static void arm(struct nep_verbs *verbs, bool only_arrivals)
 {
     for (uint32_t p = 0; p < verbs->num_paths; p++) {
-        verbs->api.req_notify_cq(verbs->paths[p].cq, 0);
+        verbs->api.req_notify_cq(verbs->paths[p].cq, only_arrivals);
     }
 }
 
@@ -91,9 +107,11 @@ static void *run(void *arg)
     uint64_t caller_polls = 0;
     while (!atomic_load_explicit(&verbs->stop, memory_order_acquire)) {
         uint64_t polls = atomic_load_explicit(&verbs->num_caller_polls, memory_order_relaxed);
+        struct timespec pause = {.tv_nsec = NAP_NS};
         bool callers_poll = polls != caller_polls;
         caller_polls = polls;
         if (!callers_poll) {
+            bool waiting, under_way;
             if (poll_locked(verbs)) {
                 num_idle = 0;
                 continue;
@@ -101,14 +119,16 @@ static void *run(void *arg)
             if (num_idle++ < spin) {
                 continue;
             }
-            arm(verbs);
+            look_at_sends(verbs, &waiting, &under_way);
+            arm(verbs, !waiting);
             if (poll_locked(verbs)) { /* came between the last look and arming */
                 num_idle = 0;
                 continue;
             }
+            /* What was sent wakes nobody: its end is looked for here, and by who waits for it. */
+            pause.tv_nsec = under_way ? SEND_NS : SLEEP_NS;
         }
-        int ready = poll(files, num_files, callers_poll ? NAP_MS : SLEEP_MS);
-        if (ready > 0) {
+        if (ppoll(files, num_files, &pause, NULL) > 0) {
             drain(verbs, files);
         }
         num_idle = 0;

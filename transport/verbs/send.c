@@ -109,6 +109,7 @@ static void append_control(struct lists *lists, uint32_t qp_idx, enum nep_verbs_
 {
     struct ibv_send_wr *wr = append(lists, qp_idx, 0);
     wr->opcode = IBV_WR_RDMA_WRITE_WITH_IMM;
+    wr->send_flags = IBV_SEND_SOLICITED;
     wr->imm_data = htobe32(argument << 8 | (uint32_t)code << 4 | 15);
 }
 
@@ -186,8 +187,10 @@ static void append_part(struct lists *lists, uint32_t qp_idx, uint64_t number,
         if (qp->is_dead) { /* by the flush in append: qp_failed took care of the record */
             return;
         }
-        wr->opcode = is_last ? IBV_WR_RDMA_WRITE_WITH_IMM : IBV_WR_RDMA_WRITE;
+        wr->opcode =
+            is_last && !record->put.is_silent ? IBV_WR_RDMA_WRITE_WITH_IMM : IBV_WR_RDMA_WRITE;
         wr->imm_data = htobe32(part->imm);
+        wr->send_flags = is_last ? IBV_SEND_SOLICITED : 0; /* wakes the other side */
         append_piece(lists, qp_idx, &record->put, part->offset + done, bytes, wr);
         done += bytes;
     } while (done < part->len);
@@ -381,7 +384,7 @@ static void post_single(struct nep_verbs *verbs, struct nep_verbs_peer *peer, ui
     qp->put_of[qp->posted % verbs->depth] = 0;
     struct ibv_send_wr wr = {.wr_id = NEP_VERBS_WR_SEND | qp->posted,
                              .opcode = opcode,
-                             .send_flags = IBV_SEND_SIGNALED,
+                             .send_flags = IBV_SEND_SIGNALED | IBV_SEND_SOLICITED,
                              .imm_data = htobe32(imm)};
     struct ibv_send_wr *bad = NULL;
     int error = verbs->api.post_send(qp->qp, &wr, &bad);
@@ -478,6 +481,9 @@ static void put_to_self(struct nep_verbs *verbs, const struct nep_put *put)
     if (put->len > 0) {
         memmove(base + put->offset, put->src, put->len);
     }
+    if (put->is_silent) {
+        return;
+    }
     verbs->params.sink(base, verbs->rank, verbs->rank, put->imm);
     atomic_fetch_add_explicit(&verbs->arrivals, 1, memory_order_relaxed);
 }
@@ -508,6 +514,7 @@ enum nep_status nep_verbs_put(struct nep_transport *transport, const struct nep_
         nep_verbs_peer_pump(verbs, peer);
     }
     uint64_t number = peer->next;
+    atomic_store_explicit(&peer->last, number, memory_order_relaxed);
     pthread_mutex_unlock(&peer->lock);
     if (status != NEP_OK) {
         return status;
@@ -524,8 +531,14 @@ enum nep_status nep_verbs_put(struct nep_transport *transport, const struct nep_
 uint64_t nep_verbs_completed(struct nep_transport *transport, uint32_t dst)
 {
     struct nep_verbs *verbs = (struct nep_verbs *)transport;
+    if (dst >= verbs->num_ranks) {
+        return 0;
+    }
+    struct nep_verbs_peer *peer = &verbs->peers[dst];
     /* acquire: pairs with the release in nep_verbs_peer_advance */
-    return dst < verbs->num_ranks
-               ? atomic_load_explicit(&verbs->peers[dst].completed, memory_order_acquire)
-               : 0;
+    uint64_t completed = atomic_load_explicit(&peer->completed, memory_order_acquire);
+    if (completed < atomic_load_explicit(&peer->last, memory_order_relaxed)) {
+        nep_verbs_progress(transport); /* for the next look: completions of sends wake nobody */
+    }
+    return completed;
 }

@@ -311,7 +311,7 @@ static void verbs_stats(struct nep_transport *transport, struct nep_transport_st
 
 const struct nep_transport_ops nep_verbs_ops = {
     .name = "verbs",
-    .caps = NEP_CAP_FABRIC | NEP_CAP_THREAD,
+    .caps = NEP_CAP_FABRIC | NEP_CAP_THREAD | NEP_CAP_SILENT,
     .probe = verbs_probe,
     .create = verbs_create,
     .close = verbs_close,

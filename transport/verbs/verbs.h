@@ -161,8 +161,9 @@ struct nep_verbs_peer {
     /* Ring of puts base + 1 to next; record of put n at n & mask. */
     struct nep_verbs_record *ring;
     uint64_t mask;
-    uint64_t posted; /* puts up to here were posted once */
-    uint64_t next;   /* the last number given out */
+    uint64_t posted;           /* puts up to here were posted once */
+    uint64_t next;             /* the last number given out */
+    atomic_uint_fast64_t last; /* the same, for a look without the lock */
     uint32_t num_resend;
     atomic_uint_fast64_t completed; /* all numbers up to here */
     atomic_int status;              /* NEP_OK, or why it is lost */
