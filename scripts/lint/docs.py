@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """Documents: links between files lead somewhere; the README's C example is examples/first.c, which
-the tests compile and run; files named in backquotes exist."""
+the tests compile and run; files named in backquotes, and documents named in code, exist."""
 import os
 import re
 import subprocess
@@ -38,6 +38,11 @@ def main():
         with open("examples/first.c", encoding="utf-8") as file:
             if "```c\n" + file.read() + "```" not in readme:
                 faults.append("README.md: its C example is not the text of examples/first.c")
+    code = subprocess.run(["git", "grep", "-noE", r"docs/[a-z_-]+\.md", "--", ":!docs", ":!*.md"],
+                          capture_output=True, text=True, check=False).stdout.split("\n")
+    for line in filter(None, code):
+        if not os.path.exists(line.rsplit(":", 1)[1]):
+            faults.append(f"{line}, which is not there")
     for fault in faults:
         print(fault)
     print(f"docs: {len(texts)} documents looked at")
