@@ -11,7 +11,7 @@ usage() {
     cat <<'TEXT'
 usage: scripts/bench.sh [--rounds N] [--list] [NAME...]
 
-  --rounds N   repeat each benchmark N times and take medians (7)
+  --rounds N   repeat each benchmark N times; each has 7 alternating pairs of its own (1)
   --list       names of the benchmarks, one line each
 
 Results: a table here, and every round as JSON in build/bench/NAME.ROUND.json.
@@ -30,7 +30,7 @@ benches=(
     "mpi-4x1024-rank-private|the same with the caller's own memory|ep --ranks 4 --ranks-per-node 4 --tokens 1024 --layout rank --memory private --baseline mpi"
 )
 
-rounds=7 names=()
+rounds=1 names=()
 while [ $# -gt 0 ]; do
     case $1 in
     --rounds) rounds=${2:?--rounds needs a number}; shift ;;
