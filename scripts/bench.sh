@@ -66,7 +66,7 @@ for ((round = 1; round <= rounds; round++)); do
         fi
         file=build/bench/$name.$round.json
         # shellcheck disable=SC2086 # arguments are words
-        build/bin/nep-perf $arguments --json "$file" > build/bench/last.log 2>&1 || {
+        build/bin/nep-perf $arguments --verify --iters 10 --warmup 3 --json "$file" > build/bench/last.log 2>&1 || {
             cat build/bench/last.log >&2
             echo "bench.sh: $name failed: nep-perf $arguments" >&2
             exit 1
