@@ -16,6 +16,8 @@
 
 #include "dispatch/host/kernels_impl.h"
 
+#ifdef LANES /* nothing without the definitions that this text needs */
+
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
@@ -368,115 +370,7 @@ static void fence(void)
     _mm_sfence();
 }
 
-/* ---- fp8 ---------------------------------------------------------------------------------- */
-
-/* As nep_to_e4m3: the code in the low byte of each lane. */
-INLINE vi v_to_e4m3(vf value)
-{
-    vi sign = vi_and(vi_shr(vf_as_vi(value), 24), vi_set1(0x80));
-    vf abs = vf_min(vf_abs(value), vf_set1(NEP_E4M3_MAX));
-    vi bits = vf_as_vi(abs);
-    vi odd = vi_and(vi_shr(bits, 20), vi_set1(1));
-    vi normal = vi_add(vi_add(bits, vi_set1(0x7ffff - ((127 - 7) << 23))), odd);
-    normal = vi_shr(normal, 20);
-    vi small = vi_sub(vf_as_vi(vf_add(abs, vf_set1(0x1p14f))), vf_as_vi(vf_set1(0x1p14f)));
-    vi code = vi_or(sign, vi_where_less(abs, vf_set1(0x1p-6f), small, normal));
-    return vi_where_nan(value, vi_set1(NEP_NAN_E4M3), code);
-}
-
-INLINE vf v_from_e4m3(vi q)
-{
-    vi sign = vi_shl(vi_and(q, vi_set1(0x80)), 24);
-    vi rest = vi_and(q, vi_set1(0x7f));
-    vi normal = vi_add(vi_shl(rest, 20), vi_set1((127 - 7) << 23));
-    vf small = vf_mul(vi_to_vf(rest), vf_set1(0x1p-9f));
-    vi bits = vi_where_equal(vi_and(rest, vi_set1(0x78)), vi_set1(0), vf_as_vi(small), normal);
-    bits = vi_where_equal(rest, vi_set1(NEP_NAN_E4M3), vi_set1(NEP_NAN_BITS), vi_or(bits, sign));
-    return vi_as_vf(bits);
-}
-
-INLINE void cast_blocks(uint8_t *q, void *scales, const struct nep_cast *cast, size_t elements,
-                        enum nep_dtype dtype)
-{
-    for (size_t begin = 0; begin < elements; begin += NEP_FP8_BLOCK) {
-        if (elements - begin < NEP_FP8_BLOCK) {
-            nep_cast_c_range(q, scales, cast, begin, elements);
-            return;
-        }
-        vf amax = vf_zero();
-        for (size_t i = begin; i < begin + NEP_FP8_BLOCK; i += LANES) {
-            amax = vf_max_or_second(vf_abs(v_load(cast->x, i, dtype)), amax);
-        }
-        float scale = nep_fp8_scale(vf_reduce_max(amax), cast->kind);
-        nep_fp8_scale_store(scales, begin / NEP_FP8_BLOCK, scale, cast->kind);
-        for (size_t i = begin; i < begin + NEP_FP8_BLOCK; i += LANES) {
-            vf quotient = vf_div(v_load(cast->x, i, dtype), vf_set1(scale));
-            vi_store_u8(q + i, v_to_e4m3(quotient));
-        }
-    }
-}
-
-INLINE void uncast_blocks(void *x, const void *scales, const struct nep_cast *cast, size_t elements,
-                          enum nep_dtype dtype)
-{
-    const uint8_t *q = cast->q;
-    size_t whole = elements - elements % LANES;
-    for (size_t i = 0; i < whole; i += LANES) {
-        vf scale = vf_set1(nep_fp8_scale_load(scales, i / NEP_FP8_BLOCK, cast->kind));
-        v_store(x, i, vf_mul(v_from_e4m3(vi_load_u8(q + i)), scale), dtype);
-    }
-    nep_uncast_c_range(x, scales, cast, whole, elements);
-}
-
-static __attribute__((noinline)) void cast_row(void *q, void *scales, const struct nep_cast *cast,
-                                               size_t elements)
-{
-    switch (cast->dtype) {
-    case NEP_DTYPE_BF16:
-        cast_blocks(q, scales, cast, elements, NEP_DTYPE_BF16);
-        break;
-    case NEP_DTYPE_FP16:
-        cast_blocks(q, scales, cast, elements, NEP_DTYPE_FP16);
-        break;
-    default:
-        cast_blocks(q, scales, cast, elements, NEP_DTYPE_FP32);
-        break;
-    }
-}
-
-static __attribute__((noinline)) void uncast_row(void *x, const void *scales,
-                                                 const struct nep_cast *cast, size_t elements)
-{
-    switch (cast->dtype) {
-    case NEP_DTYPE_BF16:
-        uncast_blocks(x, scales, cast, elements, NEP_DTYPE_BF16);
-        break;
-    case NEP_DTYPE_FP16:
-        uncast_blocks(x, scales, cast, elements, NEP_DTYPE_FP16);
-        break;
-    default:
-        uncast_blocks(x, scales, cast, elements, NEP_DTYPE_FP32);
-        break;
-    }
-}
-
-static void cast_fp8(void *q, void *scales, const void *x, enum nep_dtype dtype, size_t elements,
-                     enum nep_scale kind)
-{
-    struct nep_cast cast = {.x = x, .dtype = dtype, .kind = kind};
-    nep_fpenv env = nep_fpenv_enter();
-    cast_row(q, scales, &cast, elements);
-    nep_fpenv_leave(env);
-}
-
-static void uncast_fp8(void *x, enum nep_dtype dtype, const void *q, const void *scales,
-                       size_t elements, enum nep_scale kind)
-{
-    struct nep_cast cast = {.q = q, .dtype = dtype, .kind = kind};
-    nep_fpenv env = nep_fpenv_enter();
-    uncast_row(x, scales, &cast, elements);
-    nep_fpenv_leave(env);
-}
+#include "dispatch/host/kernels_simd_fp8.h"
 
 #define KERNELS_TABLE(isa)                                                                         \
     {                                                                                              \
@@ -485,4 +379,5 @@ static void uncast_fp8(void *x, enum nep_dtype dtype, const void *q, const void 
         .uncast_fp8 = uncast_fp8, .fence = fence,                                                  \
     }
 
+#endif
 #endif

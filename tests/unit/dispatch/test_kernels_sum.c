@@ -2,7 +2,7 @@
 /*
  * The sum tree: rounding of every 16-bit value and of random floats against the formats'
  * definition, random trees against an oracle of its own bit for bit and between all tables, stored
- * partials against the whole tree, and fp64 with a bound per element.
+ * partials against the whole tree, sums onto a term, and fp64 with a bound per element.
  */
 #include "tests/unit/dispatch/kernels_ref.h"
 
@@ -43,6 +43,9 @@ static float random_weight(uint64_t *state, enum bits_kind kind)
 {
     if (kind == BITS_MODEST) {
         return (float)ref_below(state, 1u << 20) / (1 << 20);
+    }
+    if (ref_below(state, 200) == 0) {
+        return ref_float(0x7fffffff); /* a GPU's NaN: adding to its bits overflows */
     }
     switch (ref_below(state, 8)) {
     case 0:
@@ -281,6 +284,38 @@ static void test_kernels_sum_stored_partials_equal_whole(void **state)
     free(tree.rows);
 }
 
+/* A term may lie where the result goes. */
+static void test_kernels_sum_onto_a_term_is_exact(void **state)
+{
+    (void)state;
+    uint64_t seed = ref_seed("in place");
+    const struct nep_kernels *tables[3];
+    int num_tables = ref_tables(tables);
+    struct tree tree = {.rows = aligned_alloc(64, MAX_TERMS * ROW_BYTES)};
+    unsigned char *want = malloc(ROW_BYTES);
+    assert_non_null(tree.rows);
+    assert_non_null(want);
+    for (int round = 0; round < 180; round++) {
+        tree_random(&tree, &seed, round % 3, (enum bits_kind)(round / 3 % 3));
+        if (tree.num_terms == 0) {
+            continue;
+        }
+        const struct nep_kernels *table = tables[round % num_tables];
+        nep_sum_fn sum = round & 1 ? table->sum_final[tree.dtype] : table->sum[tree.dtype];
+        size_t bytes = tree.elements * ref_bytes(tree.dtype);
+        struct nep_term *term = &tree.terms[ref_below(&seed, tree.num_terms)];
+        unsigned char *out = tree.rows + (size_t)(term - tree.terms) * ROW_BYTES;
+        memmove(out, term->row, bytes); /* aligned, so that sum_final streams */
+        term->row = out;
+        tables[0]->sum[tree.dtype](want, tree.terms, tree.num_terms, tree.elements);
+        sum(out, tree.terms, tree.num_terms, tree.elements);
+        table->fence();
+        assert_memory_equal(out, want, bytes);
+    }
+    free(want);
+    free(tree.rows);
+}
+
 static void test_kernels_sum_is_within_bound_of_fp64(void **state)
 {
     (void)state;
@@ -330,6 +365,7 @@ int main(void)
         cmocka_unit_test(test_kernels_sum_rounds_floats_to_nearest_even),
         cmocka_unit_test(test_kernels_sum_no_terms_is_zeros),
         cmocka_unit_test(test_kernels_sum_stored_partials_equal_whole),
+        cmocka_unit_test(test_kernels_sum_onto_a_term_is_exact),
         cmocka_unit_test(test_kernels_sum_is_within_bound_of_fp64),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
