@@ -14,25 +14,6 @@
 #include "dispatch/positions.h"
 #include "dispatch/wait.h"
 
-/* Sums rows into `to` and, where they come, their weights into `weights` (fp32, the same order). */
-static void sum_into(const struct nep_ep *ep, const struct nep_terms *terms, void *to,
-                     float *weights)
-{
-    ep->kernels->sum[ep->shape.dtype - NEP_DTYPE_BF16](to, terms->rows, terms->num,
-                                                       ep->shape.hidden);
-    for (uint32_t k = 0; weights != NULL && k < ep->shape.top_k; k++) {
-        float home = 0.0f, node = 0.0f;
-        for (uint32_t i = 0; i < terms->num; i++) {
-            node += terms->weights[i] != NULL ? terms->weights[i][k] : 0.0f;
-            if ((terms->rows[i].ends & NEP_ENDS_NODE) != 0 || i + 1 == terms->num) {
-                home += node;
-                node = 0.0f;
-            }
-        }
-        weights[k] = home;
-    }
-}
-
 /* Where the weights of row `row` of a tile of sums lie. */
 static float *tile_weights(const struct nep_ep *ep, const void *tile, uint32_t num_rows,
                            uint32_t row)
@@ -101,35 +82,54 @@ static bool open_tile(struct nep_ep *ep, uint32_t source, uint32_t total, uint32
     return true;
 }
 
+/* Collects rows for the open tile as far as they are there, and sums them. */
+static void fill_tile(struct nep_ep *ep, struct nep_handle *handle, uint32_t source,
+                      uint32_t in_tile, uint8_t *slot)
+{
+    uint32_t lane = (uint32_t)lane_of(ep, source);
+    struct nep_flow *flow = &ep->combine_flows[lane];
+    struct nep_sum_batch *batch = ep->batch;
+    uint8_t *rows = slot + nep_tile_payload_offset(&ep->shape, NEP_KIND_COMBINE, 0);
+    while (batch->num < NEP_SUM_BATCH && flow->open_rows < in_tile) {
+        struct nep_sum_job *job = &batch->jobs[batch->num];
+        job->terms.num = 0;
+        if (!nep_stage_terms(ep, handle, 1 + lane, source, handle->rows_sent[lane], &job->terms)) {
+            break;
+        }
+        job->to = rows + (uint64_t)flow->open_rows * ep->shape.row_bytes;
+        job->weights = handle->op.rows.topk_weights != NULL
+                           ? tile_weights(ep, slot, in_tile, flow->open_rows)
+                           : NULL;
+        batch->num++;
+        flow->open_rows++;
+        handle->rows_sent[lane]++;
+    }
+    nep_sum_batch_run(batch);
+    nep_stage_release(ep, 1 + lane);
+}
+
 static enum nep_status sum_for(struct nep_ep *ep, struct nep_handle *handle, uint32_t source,
                                bool *progress_p)
 {
-    uint32_t idx = 1 + (uint32_t)lane_of(ep, source);
     struct nep_flow *flow = &ep->combine_flows[lane_of(ep, source)];
-    uint32_t *sent = &handle->rows_sent[lane_of(ep, source)];
-    uint32_t total = handle->consumers[idx].num_rows;
+    const uint32_t *sent = &handle->rows_sent[lane_of(ep, source)];
+    uint32_t total = handle->consumers[1 + lane_of(ep, source)].num_rows;
     enum nep_status status = NEP_OK;
     while (status == NEP_OK && *sent < total) {
-        struct nep_terms terms;
-        terms.num = 0;
-        if ((!flow->is_open && !open_tile(ep, source, total, *sent)) ||
-            !nep_stage_terms(ep, handle, idx, source, *sent, &terms)) {
+        uint32_t before = *sent;
+        if (!flow->is_open && !open_tile(ep, source, total, *sent)) {
             handle->op.is_sent = false;
             return NEP_OK;
         }
         uint8_t *slot = nep_send_slot(ep, flow->ring);
         uint32_t left = total - (*sent - flow->open_rows);
         uint32_t in_tile = left < ep->shape.tile_rows ? left : ep->shape.tile_rows;
-        sum_into(ep, &terms,
-                 slot + nep_tile_payload_offset(&ep->shape, NEP_KIND_COMBINE, 0) +
-                     (uint64_t)flow->open_rows * ep->shape.row_bytes,
-                 handle->op.rows.topk_weights != NULL
-                     ? tile_weights(ep, slot, in_tile, flow->open_rows)
-                     : NULL);
-        nep_stage_taken(ep, handle, idx, *sent);
-        (*sent)++;
-        flow->open_rows++;
-        if (flow->open_rows == ep->shape.tile_rows || *sent == total) {
+        fill_tile(ep, handle, source, in_tile, slot);
+        if (*sent == before) {
+            handle->op.is_sent = false;
+            return NEP_OK;
+        }
+        if (flow->open_rows == in_tile) {
             status = post_sums(ep, handle, source, slot);
         }
         *progress_p = true;
@@ -195,15 +195,24 @@ static enum nep_status find_sums(struct nep_ep *ep, const struct nep_handle *han
     return NEP_OK;
 }
 
-/* A row of sums has been used: frees its tile after the last one. */
-static void used_sums(struct nep_ep *ep, struct nep_handle *handle, uint32_t node,
+/* A row of sums is in the batch: on to the next one. Its tile is freed when the batch has been
+ * summed. */
+static void next_sums(struct nep_ep *ep, struct nep_handle *handle, uint32_t node,
                       const struct nep_tile_msg *msg)
 {
     handle->rows_read[node]++;
     if (handle->rows_read[node] == msg->first_row + msg->num_rows) {
         ep->combine_in[node].next++;
-        /* Release: the tile has been read; the sink's window moves on. */
-        nep_word_set(ep->head, ep->region->combine_read, node, ep->combine_in[node].next);
+    }
+}
+
+/* All rows of the batch have been read: frees what they came from. */
+static void release_sums(struct nep_ep *ep)
+{
+    nep_stage_release(ep, 0);
+    for (uint32_t n = 0; n < ep->plan.topology->num_nodes; n++) {
+        /* Release: these tiles have been read; the sink's window moves on. */
+        nep_word_set(ep->head, ep->region->combine_read, n, ep->combine_in[n].next);
     }
 }
 
@@ -214,85 +223,100 @@ static bool goes_to(const struct nep_handle *handle, uint32_t node, uint32_t row
     return at < handle->node_begin[node + 1] && handle->node_tokens[at] == token;
 }
 
-/* What follows once a token's terms have been summed. */
+/* The parts of one token that other nodes sent. */
 struct far_rows {
     uint32_t num;
     uint32_t nodes[NEP_MAX_TOP_K];
+    const uint8_t *rows[NEP_MAX_TOP_K];
+    const float *weights[NEP_MAX_TOP_K];
     struct nep_tile_msg msgs[NEP_MAX_TOP_K];
 };
 
-/* The terms of one own token: bias, then nodes ascending; *ready_p false while a part is missing.
- */
-static enum nep_status token_terms(struct nep_ep *ep, struct nep_handle *handle, uint32_t token,
-                                   struct nep_terms *terms, struct far_rows *far, bool *ready_p)
+/* *ready_p false while one is missing. */
+static enum nep_status find_far(struct nep_ep *ep, struct nep_handle *handle, uint32_t token,
+                                struct far_rows *far, bool *ready_p)
+{
+    far->num = 0;
+    *ready_p = false;
+    for (uint32_t n = 0; n < ep->plan.topology->num_nodes; n++) {
+        if (n == ep->node || !goes_to(handle, n, handle->rows_read[n], token)) {
+            continue;
+        }
+        uint32_t i = far->num++;
+        far->nodes[i] = n;
+        far->weights[i] = NULL;
+        enum nep_status status =
+            find_sums(ep, handle, n, &far->rows[i], &far->weights[i], &far->msgs[i]);
+        if (status != NEP_OK || far->rows[i] == NULL) {
+            return status;
+        }
+    }
+    *ready_p = true;
+    return NEP_OK;
+}
+
+/* Adds one own token to the batch: bias, then nodes ascending. *ready_p false while a part is
+ * missing. */
+static enum nep_status collect_token(struct nep_ep *ep, struct nep_handle *handle, uint32_t token,
+                                     struct nep_sum_job *job, bool *ready_p)
 {
     uint32_t both = NEP_ENDS_RANK | NEP_ENDS_NODE;
-    *ready_p = false;
+    struct nep_terms *terms = &job->terms;
+    struct far_rows far;
+    enum nep_status status = find_far(ep, handle, token, &far, ready_p);
+    if (status != NEP_OK || !*ready_p) {
+        return status;
+    }
+    terms->num = 0;
     for (uint32_t i = 0; i < 2; i++) {
         const uint8_t *bias = handle->op.sum.bias[i];
         if (bias != NULL) {
             nep_terms_add(terms, bias + (uint64_t)token * ep->shape.row_bytes, 1.0f, both, NULL);
         }
     }
-    for (uint32_t n = 0; n < ep->plan.topology->num_nodes; n++) {
-        if (!goes_to(handle, n, handle->rows_read[n], token)) {
-            continue;
-        }
-        if (n == ep->node) {
-            if (!nep_stage_terms(ep, handle, 0, ep->rank, handle->rows_read[n], terms)) {
-                return NEP_OK;
-            }
-            terms->rows[terms->num - 1].ends = both;
-            continue;
-        }
-        const uint8_t *row;
-        const float *weights = NULL;
-        enum nep_status status = find_sums(ep, handle, n, &row, &weights, &far->msgs[far->num]);
-        if (status != NEP_OK || row == NULL) {
-            return status;
-        }
-        far->nodes[far->num++] = n;
-        nep_terms_add(terms, row, 1.0f, both, weights);
+    bool has_home = goes_to(handle, ep->node, handle->rows_read[ep->node], token);
+    uint32_t i = 0;
+    for (; i < far.num && far.nodes[i] < ep->node; i++) {
+        nep_terms_add(terms, far.rows[i], 1.0f, both, far.weights[i]);
     }
-    *ready_p = true;
-    return NEP_OK;
-}
-
-/* One own token; *ready_p false while a part is missing. */
-static enum nep_status sum_token(struct nep_ep *ep, struct nep_handle *handle, uint32_t token,
-                                 bool *ready_p)
-{
-    struct nep_terms terms;
-    terms.num = 0;
-    struct far_rows far;
-    far.num = 0;
-    enum nep_status status = token_terms(ep, handle, token, &terms, &far, ready_p);
-    if (status != NEP_OK || !*ready_p) {
-        return status;
-    }
-    float *weights = handle->op.sum.topk_weights;
-    sum_into(ep, &terms, (uint8_t *)handle->op.sum.y + (uint64_t)token * ep->shape.row_bytes,
-             weights != NULL ? weights + (uint64_t)token * ep->shape.top_k : NULL);
-    for (uint32_t i = 0; i < far.num; i++) {
-        used_sums(ep, handle, far.nodes[i], &far.msgs[i]);
-    }
-    if (goes_to(handle, ep->node, handle->rows_read[ep->node], token)) {
-        nep_stage_taken(ep, handle, 0, handle->rows_read[ep->node]);
+    if (has_home) {
+        if (!nep_stage_terms(ep, handle, 0, ep->rank, handle->rows_read[ep->node], terms)) {
+            *ready_p = false;
+            return NEP_OK;
+        }
+        terms->rows[terms->num - 1].ends = both;
         handle->rows_read[ep->node]++;
     }
+    for (; i < far.num; i++) {
+        nep_terms_add(terms, far.rows[i], 1.0f, both, far.weights[i]);
+    }
+    for (i = 0; i < far.num; i++) {
+        next_sums(ep, handle, far.nodes[i], &far.msgs[i]);
+    }
+    float *weights = handle->op.sum.topk_weights;
+    job->to = (uint8_t *)handle->op.sum.y + (uint64_t)token * ep->shape.row_bytes;
+    job->weights = weights != NULL ? weights + (uint64_t)token * ep->shape.top_k : NULL;
     return NEP_OK;
 }
 
 static enum nep_status sum_own(struct nep_ep *ep, struct nep_handle *handle, bool *progress_p)
 {
-    bool is_ready = true;
+    struct nep_sum_batch *batch = ep->batch;
     enum nep_status status = NEP_OK;
+    bool is_ready = true;
     while (status == NEP_OK && is_ready && handle->op.home_row < handle->num_tokens) {
-        status = sum_token(ep, handle, handle->op.home_row, &is_ready);
-        if (status == NEP_OK && is_ready) {
-            handle->op.home_row++;
-            *progress_p = true;
+        while (status == NEP_OK && is_ready && batch->num < NEP_SUM_BATCH &&
+               handle->op.home_row < handle->num_tokens) {
+            status =
+                collect_token(ep, handle, handle->op.home_row, &batch->jobs[batch->num], &is_ready);
+            if (status == NEP_OK && is_ready) {
+                batch->num++;
+                handle->op.home_row++;
+            }
         }
+        *progress_p |= batch->num != 0;
+        nep_sum_batch_run(batch);
+        release_sums(ep);
     }
     return status;
 }

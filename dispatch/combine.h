@@ -20,27 +20,13 @@ enum nep_status nep_combine_step(struct nep_ep *ep, struct nep_handle *handle, b
 bool nep_stage_find_lent(struct nep_ep *ep, const struct nep_handle *handle);
 /* Copies or sums this rank's rows into staging for the ranks that cannot read them in place. */
 void nep_stage_fill(struct nep_ep *ep, struct nep_handle *handle, bool *progress_p);
-/* The addends of one sum: rows, and the weights that come back with them. */
-struct nep_terms {
-    uint32_t num;
-    struct nep_term rows[2 * NEP_MAX_TOP_K + 2];
-    const float *weights[2 * NEP_MAX_TOP_K + 2]; /* NULL: none */
-};
-
-static inline void nep_terms_add(struct nep_terms *terms, const void *row, float weight,
-                                 uint32_t ends, const float *weights)
-{
-    terms->rows[terms->num] = (struct nep_term){row, weight, ends};
-    terms->weights[terms->num++] = weights;
-}
-
 /*
- * Adds the terms of row `row` of consumer `idx` (source `source`), ranks ascending. False while a
- * staged row is missing (said in missing). nep_stage_taken afterwards, when they have been summed.
+ * Adds the terms of row `row` of consumer `idx` (source `source`), ranks ascending, and counts its
+ * staged rows as taken. False, and nothing added, while a staged row is missing (said in missing).
  */
 bool nep_stage_terms(struct nep_ep *ep, const struct nep_handle *handle, uint32_t idx,
                      uint32_t source, uint32_t row, struct nep_terms *terms);
-void nep_stage_taken(struct nep_ep *ep, const struct nep_handle *handle, uint32_t idx,
-                     uint32_t row);
+/* The rows counted as taken have been summed: their holders may stage over them. */
+void nep_stage_release(struct nep_ep *ep, uint32_t idx);
 
 #endif

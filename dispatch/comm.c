@@ -12,6 +12,7 @@
 
 #include "base/clock.h"
 #include "base/log.h"
+#include "dispatch/host/workers.h"
 #include "dispatch/protocol.h"
 #include "transport/bootstrap.h"
 #include "transport/topology.h"
@@ -317,7 +318,9 @@ static enum nep_status fill(struct nep_comm *comm, const struct nep_comm_params 
                               : comm->topology.node_ranks[comm->topology.node];
     bool is_crowded = ranks_here > nep_topology_num_cores();
     comm->spin_limit = comm->config.spin != UINT32_MAX ? comm->config.spin : is_crowded ? 0 : 2000;
-    return open_transports(comm);
+    status = nep_workers_create(comm->config.threads, comm->spin_limit, &comm->workers);
+    status = nep_bootstrap_common(&comm->bootstrap, rank, num_ranks, status, comm->timeout_ns);
+    return status == NEP_OK ? open_transports(comm) : status;
 }
 
 enum nep_status nep_comm_create(const struct nep_comm_params *params, struct nep_comm **comm_p)
@@ -368,6 +371,7 @@ void nep_comm_destroy(struct nep_comm *comm)
             nep_bootstrap_close(comm->client);
         }
     }
+    nep_workers_destroy(comm->workers);
     nep_topology_destroy(comm->store);
     pthread_mutex_destroy(&comm->lock);
     free(comm);

@@ -12,6 +12,7 @@
 
 struct nep_topology_store;
 struct nep_rendezvous_client;
+struct nep_workers;
 
 struct nep_comm {
     struct nep_config config;
@@ -21,6 +22,7 @@ struct nep_comm {
     struct nep_topology_store *store;
     struct nep_transport *intra; /* maps the ranks of this node */
     struct nep_transport *inter; /* the fabric; NULL with one node, may be intra itself */
+    struct nep_workers *workers; /* shared by its ep objects; NULL: callers alone */
     uint64_t timeout_ns;
     uint32_t spin_limit;
     pid_t pid;            /* a forked child has another one */

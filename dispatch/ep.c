@@ -104,8 +104,9 @@ static enum nep_status allocate(struct nep_ep *ep)
         {&ep->staged, num_ranks, sizeof *ep->staged},
         {&ep->taken, (lanes + 1) * ep->node_size, sizeof *ep->taken},
         {&ep->push_at, ep->node_size, sizeof *ep->push_at},
-        {&ep->cast_row, 1, ep->shape.wire_row_bytes},
+        {&ep->cast_rows, NEP_PUSH_CHUNKS, ep->shape.wire_row_bytes},
         {&ep->lent, ep->node_size, sizeof *ep->lent},
+        {&ep->batch, 1, sizeof *ep->batch},
     };
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
         void *table = calloc(rows[i].num, rows[i].bytes);
@@ -121,6 +122,9 @@ static enum nep_status allocate(struct nep_ep *ep)
 
 static void fill_tables(struct nep_ep *ep)
 {
+    ep->batch->shape = &ep->shape;
+    ep->batch->kernels = ep->kernels;
+    ep->batch->workers = ep->comm->workers;
     const struct nep_topology *topology = ep->plan.topology;
     uint32_t slots = ep->shape.slots_per_rank;
     for (uint32_t r = 0; r < topology->num_ranks; r++) {
@@ -292,7 +296,8 @@ void nep_ep_destroy(struct nep_ep *ep)
     void *tables[] = {ep->window,       ep->slot_at,        ep->slot_local,    ep->counts_at,
                       ep->control_rank, ep->dispatch_flows, ep->combine_flows, ep->rings,
                       ep->dispatch_in,  ep->combine_in,     ep->counts_put,    ep->staged,
-                      ep->taken,        ep->push_at,        ep->cast_row,      ep->lent};
+                      ep->taken,        ep->push_at,        ep->cast_rows,     ep->lent,
+                      ep->batch};
     for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
         free(tables[i]);
     }

@@ -12,7 +12,11 @@
 #include "dispatch/pool.h"
 #include "dispatch/protocol.h"
 #include "dispatch/region.h"
+#include "dispatch/sums.h"
 #include "placement/placement.h"
+
+/* Parts in which a tile is pushed: one thread each, at most. */
+enum { NEP_PUSH_CHUNKS = 8 };
 
 /* What a step of an operation found missing: the first such thing, kept for the sentence. */
 struct nep_missing {
@@ -20,6 +24,30 @@ struct nep_missing {
     uint32_t rank;     /* who should have delivered it */
     uint64_t expected;
     uint64_t arrived;
+};
+
+/* Where a physical slot is. */
+struct nep_slot_at {
+    uint32_t rank;
+    uint32_t node;
+};
+
+/* Who publishes a source's COUNTS on this node, under which index. */
+struct nep_word_at {
+    uint32_t rank;
+    uint32_t control;
+};
+
+/* Where the rows of a local rank go. */
+struct nep_push_at {
+    uint8_t *x; /* NULL: that rank pulls */
+    uint8_t *scales;
+};
+
+/* Where the outputs of a local rank lie. */
+struct nep_lent {
+    const uint8_t *base;  /* row p at base + p * row_bytes; NULL: rows come through staging */
+    const float *weights; /* beside base: [rows][K], NULL where none come back */
 };
 
 struct nep_ep {
@@ -36,18 +64,12 @@ struct nep_ep {
     uint8_t **window;                /* [R] windows of this node's ranks; NULL elsewhere */
     const struct nep_kernels *kernels;
     struct nep_maps maps;
-    struct nep_slot_at {
-        uint32_t rank;
-        uint32_t node;
-    } * slot_at; /* [R * L] where each physical slot is */
+    struct nep_slot_at *slot_at; /* [R * L] where each physical slot is */
     struct nep_pool pool;
     /* who publishes source s's COUNTS on this node */
-    struct nep_word_at {
-        uint32_t rank;
-        uint32_t control;
-    } * counts_at;          /* [R] */
-    uint32_t *control_rank; /* [controls] the rank behind each own control */
-    uint16_t *slot_local;   /* [G * L] local rank of each slot of this node */
+    struct nep_word_at *counts_at; /* [R] */
+    uint32_t *control_rank;        /* [controls] the rank behind each own control */
+    uint16_t *slot_local;          /* [G * L] local rank of each slot of this node */
 
     uint64_t next_op;                                  /* number of the next send */
     uint64_t completed_op;                             /* operations completed */
@@ -60,17 +82,12 @@ struct nep_ep {
     uint64_t *counts_put;            /* [controls][W] put number of each COUNTS sent */
     uint64_t *staged;                /* [R] rows staged for each source, ever */
     uint64_t *taken;                 /* [1 + lanes][G] */
-    struct nep_push_at {
-        uint8_t *x; /* NULL: that rank pulls */
-        uint8_t *scales;
-    } * push_at;                     /* [G] scratch: outputs of the node that are mapped */
-    uint8_t *cast_row;               /* scratch: a row cast once for several places */
+    struct nep_push_at *push_at;     /* [G] scratch: outputs of the node that are mapped */
+    uint8_t *cast_rows; /* [NEP_PUSH_CHUNKS] scratch: rows cast before they are pushed */
     struct nep_layout_tables layout; /* scratch of nep_dispatch_send and nep_ep_layout */
 
-    struct nep_lent {
-        const uint8_t *base;  /* row p at base + p * row_bytes; NULL: rows come through staging */
-        const float *weights; /* beside base: [rows][K], NULL where none come back */
-    } * lent;                 /* [G] scratch of combine: where the outputs of each local rank lie */
+    struct nep_lent *lent; /* [G] scratch of combine: where the outputs of each local rank lie */
+    struct nep_sum_batch *batch; /* scratch of combine */
     struct nep_missing missing;
     bool has_number;       /* claimed */
     bool has_inter_window; /* registered with the fabric */

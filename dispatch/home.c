@@ -10,6 +10,7 @@
 
 #include <string.h>
 
+#include "dispatch/host/workers.h"
 #include "dispatch/pack.h"
 #include "dispatch/positions.h"
 
@@ -67,29 +68,63 @@ static void finish_tile(struct nep_ep *ep, uint32_t source)
     nep_word_set(ep->head, ep->region->dispatch_read, source, inflow->next);
 }
 
-/* Stores rows [from, consumer end) of this rank's own stream at their final places. */
+/* Rows that one thread pushes at a time. */
+enum { PUSH_CHUNK = NEP_TILE_ROWS / NEP_PUSH_CHUNKS };
+
+struct push_run {
+    const struct nep_ep *ep;
+    const struct nep_handle *handle;
+    uint32_t from; /* rows of the own stream: [from, to) */
+    uint32_t to;
+};
+
+/* Stores one row at its final places; `scratch` where it is cast. */
+static void push_row(const struct push_run *run, uint32_t row, uint8_t *scratch)
+{
+    const struct nep_ep *ep = run->ep;
+    const struct nep_handle *handle = run->handle;
+    const struct nep_consumer *consumer = &handle->consumers[0];
+    const struct nep_wire *format = &ep->shape.format;
+    struct nep_wire_places places;
+    uint32_t num = 0;
+    for (uint32_t a = consumer->begin[row]; a < consumer->begin[row + 1]; a++) {
+        const struct nep_addend *addend = &consumer->addends[a];
+        const struct nep_push_at *at = &ep->push_at[addend->local];
+        if (at->x != NULL) {
+            places.x[num] = at->x + (uint64_t)addend->pos * format->payload_bytes;
+            places.scales[num++] = at->scales + (uint64_t)addend->pos * format->scale_bytes;
+        }
+    }
+    if (num != 0) {
+        uint32_t token = handle->node_tokens[handle->node_begin[ep->node] + row];
+        struct nep_wire_row from = nep_pack_input(ep, handle, token);
+        places.num = num;
+        nep_wire_push(format, ep->kernels, &from, &places, scratch);
+    }
+}
+
+static void push_chunk(void *ctx, uint32_t idx)
+{
+    const struct push_run *run = ctx;
+    uint8_t *scratch = run->ep->cast_rows + (uint64_t)idx * run->ep->shape.wire_row_bytes;
+    uint32_t first = run->from + idx * PUSH_CHUNK;
+    uint32_t end = run->to - first < PUSH_CHUNK ? run->to : first + PUSH_CHUNK;
+    for (uint32_t row = first; row < end; row++) {
+        push_row(run, row, scratch);
+    }
+    run->ep->kernels->fence(); /* of this thread's stores, before the pool says that it is done */
+}
+
+/* Stores the last tile's rows, at most NEP_TILE_ROWS, at their final places. */
 static void push_rows(struct nep_ep *ep, struct nep_handle *handle, uint32_t from)
 {
     const struct nep_consumer *consumer = &handle->consumers[0];
-    const uint32_t *tokens = handle->node_tokens + handle->node_begin[ep->node];
-    const struct nep_wire *format = &ep->shape.format;
-    for (uint32_t i = from; i < consumer->num_rows; i++) {
-        struct nep_wire_places places;
-        uint32_t num = 0;
-        for (uint32_t a = consumer->begin[i]; a < consumer->begin[i + 1]; a++) {
-            const struct nep_addend *addend = &consumer->addends[a];
-            const struct nep_push_at *at = &ep->push_at[addend->local];
-            if (at->x != NULL) {
-                places.x[num] = at->x + (uint64_t)addend->pos * format->payload_bytes;
-                places.scales[num++] = at->scales + (uint64_t)addend->pos * format->scale_bytes;
-            }
-        }
-        if (num != 0) {
-            struct nep_wire_row row = nep_pack_input(ep, handle, tokens[i]);
-            places.num = num;
-            nep_wire_push(format, ep->kernels, &row, &places, ep->cast_row);
-            ep->stats.intra_bytes += (uint64_t)num * format->row_bytes;
-        }
+    struct push_run run = {ep, handle, from, consumer->num_rows};
+    nep_workers_run(ep->comm->workers, push_chunk, &run,
+                    (run.to - run.from + PUSH_CHUNK - 1) / PUSH_CHUNK);
+    for (uint32_t a = consumer->begin[run.from]; a < consumer->begin[run.to]; a++) {
+        ep->stats.intra_bytes +=
+            ep->push_at[consumer->addends[a].local].x != NULL ? ep->shape.wire_row_bytes : 0;
     }
 }
 

@@ -150,11 +150,35 @@ void nep_stage_fill(struct nep_ep *ep, struct nep_handle *handle, bool *progress
     }
 }
 
+/* Whether all staged rows that a token needs are there. */
+static bool is_staged(struct nep_ep *ep, const struct nep_handle *handle, uint32_t idx,
+                      uint32_t source, uint32_t row)
+{
+    const struct nep_consumer *consumer = &handle->consumers[idx];
+    for (uint32_t a = consumer->begin[row]; a < consumer->begin[row + 1]; a++) {
+        const struct nep_addend *addend = &consumer->addends[a];
+        if (ep->lent[addend->local].base != NULL || !addend->is_last) {
+            continue;
+        }
+        uint32_t rank = nep_ep_rank_at(ep, addend->local);
+        /* Acquire: pairs with the release in stage_source. */
+        uint64_t there = nep_word_get(ep->window[rank], ep->plan.regions[rank].staged, source);
+        if (there <= ep->taken[(uint64_t)idx * ep->node_size + addend->local]) {
+            nep_ep_miss(ep, "staged rows", rank, consumer->num_rows, row);
+            return false;
+        }
+    }
+    return true;
+}
+
 bool nep_stage_terms(struct nep_ep *ep, const struct nep_handle *handle, uint32_t idx,
                      uint32_t source, uint32_t row, struct nep_terms *terms)
 {
     const struct nep_consumer *consumer = &handle->consumers[idx];
     bool has_weights = handle->op.rows.topk_weights != NULL;
+    if (!is_staged(ep, handle, idx, source, row)) {
+        return false;
+    }
     for (uint32_t a = consumer->begin[row]; a < consumer->begin[row + 1]; a++) {
         const struct nep_addend *addend = &consumer->addends[a];
         const struct nep_lent *lent = &ep->lent[addend->local];
@@ -165,13 +189,7 @@ bool nep_stage_terms(struct nep_ep *ep, const struct nep_handle *handle, uint32_
                                       : NULL);
         } else if (addend->is_last) {
             uint32_t rank = nep_ep_rank_at(ep, addend->local);
-            uint64_t taken = ep->taken[(uint64_t)idx * ep->node_size + addend->local];
-            /* Acquire: pairs with the release in stage_source. */
-            uint64_t there = nep_word_get(ep->window[rank], ep->plan.regions[rank].staged, source);
-            if (there <= taken) {
-                nep_ep_miss(ep, "staged rows", rank, consumer->num_rows, row);
-                return false;
-            }
+            uint64_t taken = ep->taken[(uint64_t)idx * ep->node_size + addend->local]++;
             nep_terms_add(terms, staged_row(ep, rank, source, taken), 1.0f, NEP_ENDS_RANK,
                           has_weights ? staged_weights(ep, rank, source, taken) : NULL);
         }
@@ -179,15 +197,12 @@ bool nep_stage_terms(struct nep_ep *ep, const struct nep_handle *handle, uint32_
     return true;
 }
 
-void nep_stage_taken(struct nep_ep *ep, const struct nep_handle *handle, uint32_t idx, uint32_t row)
+void nep_stage_release(struct nep_ep *ep, uint32_t idx)
 {
-    const struct nep_consumer *consumer = &handle->consumers[idx];
-    for (uint32_t a = consumer->begin[row]; a < consumer->begin[row + 1]; a++) {
-        uint32_t local = consumer->addends[a].local;
-        if (consumer->addends[a].is_last && ep->lent[local].base == NULL) {
-            uint64_t at = (uint64_t)idx * ep->node_size + local;
-            ep->taken[at]++;
-            /* Release: the row has been read; pairs with the acquire in stage_source. */
+    for (uint32_t g = 0; g < ep->node_size; g++) {
+        uint64_t at = (uint64_t)idx * ep->node_size + g;
+        if (ep->lent[g].base == NULL) {
+            /* Release: the rows have been read; pairs with the acquire in stage_source. */
             nep_word_set(ep->head, ep->region->taken, at, ep->taken[at]);
         }
     }
