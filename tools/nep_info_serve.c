@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "tools/nep_info.h"
@@ -28,6 +29,16 @@ static enum nep_status start(struct info *info, struct nep_rendezvous_params *pa
     return status;
 }
 
+/* A connection for each rank; the soft limit is often 1024. */
+static void raise_file_limit(void)
+{
+    struct rlimit files;
+    if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
+        files.rlim_cur = files.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &files);
+    }
+}
+
 int info_serve(struct info *info)
 {
     char secret[NEP_RENDEZVOUS_SECRET_BYTES], host[256], shown[256];
@@ -35,6 +46,7 @@ int info_serve(struct info *info)
     struct nep_rendezvous_params params = {.num_ranks = info->num_ranks, .secret = secret};
     sigset_t signals;
     int signal_number;
+    raise_file_limit();
     /* Before the server's thread starts: it inherits the mask, and sigwait below gets them. */
     sigemptyset(&signals);
     sigaddset(&signals, SIGINT);

@@ -56,7 +56,11 @@ static void conn_destroy(struct nep_rdv_conn *conn)
     }
     *(conn->previous == NULL ? &pool->oldest : &conn->previous->next) = conn->next;
     *(conn->next == NULL ? &pool->newest : &conn->next->previous) = conn->previous;
-    close(conn->fd); /* leaves the epoll set with it */
+    /* A process forked meanwhile may hold the socket too: closing alone would neither take it out
+     * of the epoll set nor end it for the other side. */
+    epoll_ctl(pool->epoll_fd, EPOLL_CTL_DEL, conn->fd, NULL);
+    shutdown(conn->fd, SHUT_RDWR);
+    close(conn->fd);
     nep_rdv_session_fini(&conn->session);
     free(conn->in);
     free(conn->out);

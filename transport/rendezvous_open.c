@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -168,6 +169,7 @@ static enum nep_status connect_and_join(struct nep_rendezvous_client *client,
 void nep_rdv_client_destroy(struct nep_rendezvous_client *client)
 {
     if (client->fd >= 0) {
+        shutdown(client->fd, SHUT_RDWR); /* also where a forked process holds it too */
         close(client->fd);
     }
     nep_rdv_session_fini(&client->session);

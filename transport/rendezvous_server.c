@@ -37,6 +37,7 @@ struct nep_rendezvous_server {
     int listen_fd, wake_fd;
     uint32_t num_ranks;
     bool is_listening;
+    bool has_said_full;
     uint64_t listen_again_ns;
     pthread_mutex_t mutex; /* guards what follows */
     pthread_cond_t answered;
@@ -54,6 +55,21 @@ static void listen_pause(struct nep_rendezvous_server *server, bool is_pause)
     server->listen_again_ns = is_pause ? nep_deadline_ns(ACCEPT_AGAIN_MS * NEP_MS) : UINT64_MAX;
 }
 
+/* Ranks that cannot connect time out elsewhere; the cause is known only here. */
+static void say_full(struct nep_rendezvous_server *server, int error)
+{
+    char sentence[200];
+    snprintf(sentence, sizeof sentence,
+             "the rendezvous could not take a connection besides %u ranks (%s): raise ulimit -n "
+             "where it runs",
+             server->pool.num_members, strerror(error));
+    if (!server->has_said_full) {
+        nep_warn("%s", sentence);
+        server->has_said_full = true;
+    }
+    nep_rdv_hub_note(server->pool.hub, nep_now_ns(), sentence);
+}
+
 static void accept_some(struct nep_rendezvous_server *server)
 {
     for (int turn = 0; turn < 64; turn++) {
@@ -65,6 +81,7 @@ static void accept_some(struct nep_rendezvous_server *server)
             nep_rdv_set_options(fd);
             nep_rdv_conn_create(&server->pool, fd);
         } else if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS) {
+            say_full(server, errno);
             nep_rdv_pool_drop_stranger(&server->pool);
             listen_pause(server, true);
             return;
@@ -106,6 +123,8 @@ static void server_destroy(struct nep_rendezvous_server *server)
 {
     nep_rdv_pool_fini(&server->pool);
     nep_rdv_hub_destroy(server->pool.hub);
+    /* Else a process forked meanwhile goes on listening, and never answers. */
+    shutdown(server->listen_fd, SHUT_RDWR);
     close(server->listen_fd);
     close(server->pool.epoll_fd);
     close(server->wake_fd);

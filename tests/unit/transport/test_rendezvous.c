@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The rendezvous over real sockets: what works, and what a rank is told when it does not. */
+#include <signal.h>
+#include <sys/wait.h>
+
 #include "tests/unit/transport/group.h"
 
 static uint32_t pattern(uint32_t rank, uint32_t round, uint32_t i)
@@ -391,6 +394,40 @@ static void test_rendezvous_end_of_server_is_named(void **state)
     nep_rendezvous_client_close(client);
 }
 
+/* A process forked from the one that serves, as data loaders are, holds all its sockets. */
+static void test_rendezvous_forked_process_disturbs_nothing(void **state)
+{
+    (void)state;
+    struct nep_rendezvous_server *server = NULL;
+    struct nep_rendezvous_client *first = NULL;
+    struct nep_rendezvous_params params = {
+        .host = "127.0.0.1", .num_ranks = 1, .timeout_ns = 10 * NEP_S};
+    assert_int_equal(nep_rendezvous_server_start(&params, &server, &params.port), NEP_OK);
+    assert_int_equal(nep_rendezvous_client_open(&params, &first), NEP_OK);
+    pid_t pid = fork();
+    if (pid == 0) {
+        pause();
+        _exit(0);
+    }
+    nep_rendezvous_client_close(first);
+    for (int i = 0; i < 20; i++) {
+        struct nep_rendezvous_client *client = NULL;
+        struct nep_bootstrap b;
+        uint32_t mine = 7, all = 0;
+        assert_int_equal(nep_rendezvous_client_open(&params, &client), NEP_OK);
+        nep_rendezvous_client_bootstrap(client, &b);
+        assert_int_equal(b.allgather(b.ctx, &mine, &all, 4, 10 * NEP_S), NEP_OK);
+        assert_int_equal(all, 7);
+        nep_rendezvous_client_close(client);
+    }
+    nep_rendezvous_server_stop(server);
+    /* Its address is free, though the forked process has it too. */
+    assert_int_equal(nep_rendezvous_server_start(&params, &server, &params.port), NEP_OK);
+    nep_rendezvous_server_stop(server);
+    kill(pid, SIGKILL);
+    waitpid(pid, NULL, 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -405,6 +442,7 @@ int main(void)
         cmocka_unit_test(test_rendezvous_rank_that_leaves_is_named_at_once),
         cmocka_unit_test(test_rendezvous_unix_socket_and_taken_address),
         cmocka_unit_test(test_rendezvous_released_server_serves_until_last_client),
+        cmocka_unit_test(test_rendezvous_forked_process_disturbs_nothing),
         cmocka_unit_test(test_rendezvous_end_of_server_is_named),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

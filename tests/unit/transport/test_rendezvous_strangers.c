@@ -5,10 +5,12 @@
  */
 #include <poll.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <time.h>
 
+#include "base/log.h"
 #include "tests/unit/transport/group.h"
 #include "transport/rendezvous_socket.h"
 #include "transport/rendezvous_wire.h"
@@ -408,6 +410,52 @@ static void test_members_wrong_size_version_and_rank_are_named_on_both_sides(voi
     }
 }
 
+/* ---- a server without descriptors ------------------------------------------------------------ */
+
+static void test_members_beyond_the_file_limit_wait_and_the_cause_is_named(void **state)
+{
+    (void)state;
+    enum { NUM = 4 };
+    uint16_t port;
+    uint64_t warnings = nep_log_num_warnings();
+    struct nep_rendezvous_server *server = serve(NUM, &port);
+    struct nep_rendezvous_client *client = NULL;
+    struct rlimit before, few;
+    struct raw raw[2];
+    /* This process holds both ends: after these, one more descriptor is free, and no second. */
+    raw_connect(&raw[0], port);
+    raw_prove(&raw[0], NULL);
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &before), 0);
+    int next = dup(0);
+    close(next);
+    few = before;
+    few.rlim_cur = (rlim_t)next + 1;
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &few), 0);
+    raw_connect(&raw[1], port); /* takes the last one: the server cannot accept it */
+    uint64_t deadline = nep_deadline_ns(10 * NEP_S);
+    while (nep_log_num_warnings() == warnings && nep_left_ns(deadline) != 0) {
+        usleep(1000);
+    }
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &before), 0);
+    assert_true(nep_log_num_warnings() > warnings);
+    raw_prove(&raw[1], NULL); /* it was not lost, only late */
+    close(raw[0].fd);
+    close(raw[1].fd);
+    struct nep_rendezvous_params params = {.host = "127.0.0.1",
+                                           .port = port,
+                                           .num_ranks = NUM,
+                                           .secret = secret_text,
+                                           .timeout_ns = 10 * NEP_S};
+    struct nep_bootstrap b;
+    uint32_t all[NUM];
+    assert_int_equal(nep_rendezvous_client_open(&params, &client), NEP_OK);
+    nep_rendezvous_client_bootstrap(client, &b);
+    assert_int_equal(b.allgather(b.ctx, &params.rank, all, 4, 200 * NEP_MS), NEP_ERR_TIMEOUT);
+    assert_says(nep_last_message(), "ulimit -n");
+    nep_rendezvous_client_close(client);
+    nep_rendezvous_server_stop(server);
+}
+
 /* ---- processes that are killed --------------------------------------------------------------- */
 
 static pid_t fork_rank(uint16_t port, uint32_t rank, uint32_t num_ranks, int result_fd, bool hangs)
@@ -506,6 +554,7 @@ int main(void)
         cmocka_unit_test(test_strangers_recorded_proof_does_not_open_again),
         cmocka_unit_test(test_strangers_false_server_is_not_believed),
         cmocka_unit_test(test_members_bad_frames_end_their_connection_only),
+        cmocka_unit_test(test_members_beyond_the_file_limit_wait_and_the_cause_is_named),
         cmocka_unit_test(test_members_wrong_size_version_and_rank_are_named_on_both_sides),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
