@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "base/clock.h"
 #include "transport/rendezvous_client.h"
@@ -134,6 +135,10 @@ static enum nep_status do_call(struct nep_rendezvous_client *client, struct call
 {
     uint64_t deadline_ns = nep_deadline_ns(timeout_ns);
     request->timeout_ns = timeout_ns;
+    if (client->pid != getpid()) {
+        return nep_fail(NEP_ERR_BROKEN, "%s belongs to process %ld, from which this one was forked",
+                        client->name, (long)client->pid);
+    }
     pthread_mutex_lock(&client->mutex);
     start_call(client, call, request, deadline_ns);
     while (!call->is_done && nep_left_ns(deadline_ns) != 0) {
@@ -270,6 +275,10 @@ void nep_rendezvous_client_close(struct nep_rendezvous_client *client)
      */
     struct nep_rdv_message goodbye = {.op = NEP_RDV_LEAVE};
     struct call call = {.cap = 0};
+    if (client->pid != getpid()) {
+        nep_rdv_client_destroy(client); /* the server's thread was not forked either */
+        return;
+    }
     if (client->broken == NEP_OK) {
         do_call(client, &call, &goodbye, client->leave_ns);
     }

@@ -5,6 +5,7 @@
 #define NEP_TRANSPORT_RENDEZVOUS_CLIENT_H
 
 #include <pthread.h>
+#include <sys/types.h>
 
 #include "transport/rendezvous.h"
 #include "transport/rendezvous_wire.h"
@@ -15,6 +16,7 @@ struct call;
 
 struct nep_rendezvous_client {
     int fd;
+    pid_t pid; /* the process that opened it */
     struct nep_rdv_secret secret;
     struct nep_rdv_session session;
     char name[384]; /* "the rendezvous at node0:29600" */

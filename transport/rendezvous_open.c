@@ -168,13 +168,18 @@ static enum nep_status connect_and_join(struct nep_rendezvous_client *client,
 
 void nep_rdv_client_destroy(struct nep_rendezvous_client *client)
 {
+    bool is_own = client->pid == getpid();
     if (client->fd >= 0) {
-        shutdown(client->fd, SHUT_RDWR); /* also where a forked process holds it too */
+        if (is_own) {
+            shutdown(client->fd, SHUT_RDWR); /* also where a forked process holds it too */
+        }
         close(client->fd);
     }
     nep_rdv_session_fini(&client->session);
-    pthread_cond_destroy(&client->changed);
-    pthread_mutex_destroy(&client->mutex);
+    if (is_own) { /* in a forked process another thread may have left them locked */
+        pthread_cond_destroy(&client->changed);
+        pthread_mutex_destroy(&client->mutex);
+    }
     free(client->in);
     free(client);
 }
@@ -188,6 +193,7 @@ enum nep_status nep_rendezvous_client_open(const struct nep_rendezvous_params *p
         return nep_fail(NEP_ERR_NO_MEMORY, "no memory for the connection to the rendezvous");
     }
     client->fd = -1;
+    client->pid = getpid();
     client->rank = params->rank;
     client->num_ranks = params->num_ranks;
     client->leave_ns = params->timeout_ns > NEP_S ? NEP_S : params->timeout_ns;

@@ -400,20 +400,35 @@ static void test_rendezvous_forked_process_disturbs_nothing(void **state)
     (void)state;
     struct nep_rendezvous_server *server = NULL;
     struct nep_rendezvous_client *first = NULL;
+    struct nep_bootstrap b;
+    int fds[2];
+    assert_int_equal(pipe(fds), 0);
     struct nep_rendezvous_params params = {
         .host = "127.0.0.1", .num_ranks = 1, .timeout_ns = 10 * NEP_S};
     assert_int_equal(nep_rendezvous_server_start(&params, &server, &params.port), NEP_OK);
     assert_int_equal(nep_rendezvous_client_open(&params, &first), NEP_OK);
     pid_t pid = fork();
     if (pid == 0) {
+        /* In the child the connection is of no use, and closing it does not end the parent's. */
+        uint32_t one = 1, two;
+        nep_rendezvous_client_bootstrap(first, &b);
+        bool is_refused = b.allgather(b.ctx, &one, &two, 4, NEP_S) == NEP_ERR_BROKEN;
+        nep_rendezvous_client_close(first);
+        ssize_t written = write(fds[1], &is_refused, sizeof is_refused);
+        (void)written;
         pause();
         _exit(0);
     }
+    bool is_refused = false;
+    uint32_t mine = 7, all = 0;
+    assert_int_equal(read(fds[0], &is_refused, sizeof is_refused), sizeof is_refused);
+    assert_true(is_refused);
+    nep_rendezvous_client_bootstrap(first, &b);
+    assert_int_equal(b.allgather(b.ctx, &mine, &all, 4, 10 * NEP_S), NEP_OK);
     nep_rendezvous_client_close(first);
     for (int i = 0; i < 20; i++) {
         struct nep_rendezvous_client *client = NULL;
-        struct nep_bootstrap b;
-        uint32_t mine = 7, all = 0;
+        all = 0;
         assert_int_equal(nep_rendezvous_client_open(&params, &client), NEP_OK);
         nep_rendezvous_client_bootstrap(client, &b);
         assert_int_equal(b.allgather(b.ctx, &mine, &all, 4, 10 * NEP_S), NEP_OK);
@@ -426,6 +441,8 @@ static void test_rendezvous_forked_process_disturbs_nothing(void **state)
     nep_rendezvous_server_stop(server);
     kill(pid, SIGKILL);
     waitpid(pid, NULL, 0);
+    close(fds[0]);
+    close(fds[1]);
 }
 
 int main(void)
