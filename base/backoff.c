@@ -24,6 +24,7 @@ static inline void cpu_relax(void)
 
 void nep_backoff_init(struct nep_backoff *backoff, uint64_t timeout_ns, uint32_t spin_limit)
 {
+    backoff->timeout_ns = timeout_ns;
     backoff->deadline_ns = nep_deadline_ns(timeout_ns);
     backoff->last_progress_ns = nep_now_ns();
     backoff->num_idle = 0;
@@ -59,6 +60,7 @@ void nep_backoff_reset(struct nep_backoff *backoff)
     if (backoff->num_idle != 0) {
         backoff->num_idle = 0;
         backoff->last_progress_ns = nep_now_ns();
+        backoff->deadline_ns = nep_deadline_ns(backoff->timeout_ns);
         backoff->next_slow_ns = backoff->last_progress_ns + 10 * NEP_MS;
     }
 }

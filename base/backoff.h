@@ -12,7 +12,8 @@
 #include <stdint.h>
 
 struct nep_backoff {
-    uint64_t deadline_ns;
+    uint64_t timeout_ns;
+    uint64_t deadline_ns; /* the timeout after the last progress */
     uint64_t last_progress_ns;
     uint32_t num_idle;   /* looks without progress */
     uint32_t spin_limit; /* spins before the first yield; 0 when ranks outnumber cores */
@@ -21,7 +22,7 @@ struct nep_backoff {
 };
 
 void nep_backoff_init(struct nep_backoff *backoff, uint64_t timeout_ns, uint32_t spin_limit);
-/* Pauses; false once the deadline has passed. */
+/* Pauses; false once nothing has moved for the timeout. */
 bool nep_backoff_pause(struct nep_backoff *backoff);
 void nep_backoff_reset(struct nep_backoff *backoff);
 /* Nanoseconds since the last progress. */
