@@ -104,6 +104,7 @@ static void fill_tile(struct nep_ep *ep, struct nep_handle *handle, uint32_t sou
         flow->open_rows++;
         handle->rows_sent[lane]++;
     }
+    batch->is_final = false; /* the fabric reads the tile next */
     nep_sum_batch_run(batch);
     nep_stage_release(ep, 1 + lane);
 }
@@ -315,6 +316,7 @@ static enum nep_status sum_own(struct nep_ep *ep, struct nep_handle *handle, boo
             }
         }
         *progress_p |= batch->num != 0;
+        batch->is_final = true;
         nep_sum_batch_run(batch);
         release_sums(ep);
     }

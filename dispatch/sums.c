@@ -24,8 +24,12 @@ static void sum_one(void *ctx, uint32_t idx)
 {
     const struct nep_sum_batch *batch = ctx;
     const struct nep_sum_job *job = &batch->jobs[idx];
-    batch->kernels->sum[batch->shape->dtype - NEP_DTYPE_BF16](job->to, job->terms.rows,
-                                                              job->terms.num, batch->shape->hidden);
+    const nep_sum_fn *sums = batch->is_final ? batch->kernels->sum_final : batch->kernels->sum;
+    sums[batch->shape->dtype - NEP_DTYPE_BF16](job->to, job->terms.rows, job->terms.num,
+                                               batch->shape->hidden);
+    if (batch->is_final) {
+        batch->kernels->fence(); /* this thread's stores, before the batch is said to be done */
+    }
     if (job->weights != NULL) {
         sum_weights(job, batch->shape->top_k);
     }

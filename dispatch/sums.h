@@ -34,11 +34,13 @@ struct nep_sum_batch {
     const struct nep_shape *shape;
     const struct nep_kernels *kernels;
     struct nep_workers *workers; /* NULL: the caller alone */
+    bool is_final;               /* results that no core reads soon: past the caches */
     uint32_t num;
     struct nep_sum_job jobs[NEP_SUM_BATCH];
 };
 
-/* Sums all jobs of the batch and empties it. The result does not depend on the number of threads.
+/* Sums all jobs of the batch and empties it; what it wrote is ordered before later stores. The
+ * result does not depend on the number of threads.
  */
 void nep_sum_batch_run(struct nep_sum_batch *batch);
 
