@@ -393,12 +393,14 @@ static void combine(struct nep_perf_mpi *mpi, uint32_t tokens)
 static void check(struct nep_perf_mpi *mpi)
 {
     uint32_t me = mpi->rank->seat->rank;
+    struct nep_ref_group group = *mpi->group;
+    group.wire = group.dtype; /* the baseline casts nothing */
     struct nep_ref_scratch *scratch = nep_ref_scratch_create(mpi->hidden);
     double *exact = small_alloc(mpi->hidden, sizeof(double));
     double *magnitude = small_alloc(mpi->hidden, sizeof(double));
     float *got = small_alloc(mpi->hidden, sizeof(float));
-    for (uint32_t t = 0; t < mpi->group->num_tokens[me] && scratch != NULL; t++) {
-        nep_ref_sum_exact(mpi->group, me, t, scratch, exact, magnitude);
+    for (uint32_t t = 0; t < group.num_tokens[me] && scratch != NULL; t++) {
+        nep_ref_sum_exact(&group, me, t, scratch, exact, magnitude);
         nep_ref_row_load(NEP_DTYPE_BF16, mpi->y + t * mpi->payload, mpi->hidden, got);
         for (uint32_t i = 0; i < mpi->hidden; i++) {
             double error = fabs((double)got[i] - exact[i]);

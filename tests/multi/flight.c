@@ -107,30 +107,32 @@ bool nep_multi_flight_create(struct nep_multi_world *world, struct nep_multi_fli
     flight->y = tensor(world, sizes.y);
     flight->expert = tensor(world, sizes.expert);
     flight->ids = calloc(pairs, sizeof(int32_t));
+    flight->ids64 = calloc(pairs, sizeof(int64_t));
     flight->weights = calloc(pairs, sizeof(float));
     if (!create_rows(world, flight) || !create_group(world, flight) || flight->x == NULL ||
         flight->y == NULL || flight->expert == NULL || flight->ids == NULL ||
-        flight->weights == NULL) {
+        flight->ids64 == NULL || flight->weights == NULL) {
         return nep_multi_fail(world->rank, "out of memory, or nep_buffer_alloc: %s",
                               nep_last_message());
     }
-    flight->group = (struct nep_ref_group){.num_ranks = world->rank->num_ranks,
-                                           .num_nodes = world->topology.num_nodes,
-                                           .node_of_rank = world->topology.node_of_rank,
-                                           .slots_per_rank = world->slots_per_rank,
-                                           .top_k = shape->top_k,
-                                           .hidden = shape->hidden,
-                                           .max_tokens = shape->max_tokens,
-                                           .expert_alignment = shape->alignment,
-                                           .dtype = shape->dtype,
-                                           .wire = shape->wire,
-                                           .layout = shape->layout,
-                                           .num_tokens = flight->group_tokens,
-                                           .slots = (const uint32_t *const *)flight->slots,
-                                           .weights = (const float *const *)flight->group_weights,
-                                           .x_row = group_row,
-                                           .x_ctx = flight,
-                                           .factor = world->factor};
+    flight->group = (struct nep_ref_group){
+        .num_ranks = world->rank->num_ranks,
+        .num_nodes = world->topology.num_nodes,
+        .node_of_rank = world->topology.node_of_rank,
+        .slots_per_rank = world->slots_per_rank,
+        .top_k = shape->top_k,
+        .hidden = shape->hidden,
+        .max_tokens = shape->max_tokens,
+        .expert_alignment = shape->alignment,
+        .dtype = shape->dtype,
+        .wire = shape->wire,
+        .layout = shape->layout,
+        .num_tokens = flight->group_tokens,
+        .slots = (const uint32_t *const *)flight->slots,
+        .weights = shape->is_unweighted ? NULL : (const float *const *)flight->group_weights,
+        .x_row = group_row,
+        .x_ctx = flight,
+        .factor = world->factor};
     return true;
 }
 
@@ -147,6 +149,7 @@ void nep_multi_flight_destroy(struct nep_multi_world *world, struct nep_multi_fl
     free(flight->rows.source_token);
     free(flight->rows.scales);
     free(flight->ids);
+    free(flight->ids64);
     free(flight->weights);
     for (uint32_t r = 0;
          r < world->rank->num_ranks && flight->slots != NULL && flight->group_weights != NULL;
@@ -253,11 +256,16 @@ bool nep_multi_dispatch_send(struct nep_multi_world *world, struct nep_multi_fli
     memset(flight->rows.x, 0xff, sizes.rows);
     memset(flight->rows.source_rank, 0xff, world->capacity * sizeof(uint32_t));
     memset(flight->rows.source_token, 0xff, world->capacity * sizeof(uint32_t));
+    for (size_t i = 0; i < (size_t)flight->num_tokens * world->shape.top_k; i++) {
+        flight->ids64[i] = flight->ids[i];
+    }
+    const void *ids = world->shape.is_int64 ? (const void *)flight->ids64 : flight->ids;
     struct nep_tokens in = {.size = sizeof(in),
                             .num_tokens = flight->num_tokens,
                             .x = flight->x,
-                            .topk_ids = cached ? NULL : flight->ids,
-                            .topk_weights = flight->weights};
+                            .topk_ids = cached ? NULL : ids,
+                            .id_type = world->shape.is_int64 ? NEP_IDS_INT64 : NEP_IDS_INT32,
+                            .topk_weights = world->shape.is_unweighted ? NULL : flight->weights};
     if (nep_dispatch_send(world->ep, flight->handle, &in, NULL) != NEP_OK) {
         return nep_multi_fail(world->rank, "nep_dispatch_send: %s", nep_last_message());
     }

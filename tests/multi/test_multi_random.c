@@ -23,6 +23,8 @@ static void draw_shape(uint64_t seed, struct nep_multi_shape *shape)
     struct nep_ref_rng rng = {seed};
     static const enum nep_layout layouts[] = {NEP_LAYOUT_EXPERT_PACKED, NEP_LAYOUT_RANK,
                                               NEP_LAYOUT_EXPERT_PADDED};
+    static const enum nep_dtype dtypes[] = {NEP_DTYPE_BF16, NEP_DTYPE_BF16, NEP_DTYPE_BF16,
+                                            NEP_DTYPE_FP16, NEP_DTYPE_FP32};
     *shape = (struct nep_multi_shape){.name = "random",
                                       .intra = "loop",
                                       .inter = "loop",
@@ -49,6 +51,11 @@ static void draw_shape(uint64_t seed, struct nep_multi_shape *shape)
     shape->is_fixed_tokens = nep_ref_rng_below(&rng, 4) == 0;
     shape->is_wild = nep_ref_rng_below(&rng, 3) == 0;
     shape->has_replicas = nep_ref_rng_below(&rng, 3) == 0;
+    shape->dtype = dtypes[nep_ref_rng_below(&rng, 5)];
+    bool is_fp8 = nep_ref_rng_below(&rng, 4) == 0;
+    shape->wire = is_fp8 ? NEP_DTYPE_FP8_E4M3 : shape->dtype;
+    shape->is_unweighted = nep_ref_rng_below(&rng, 8) == 0;
+    shape->is_int64 = nep_ref_rng_below(&rng, 4) == 0;
 }
 
 static bool run_rank(struct nep_multi_rank *rank)

@@ -29,6 +29,8 @@ struct nep_multi_shape {
     uint32_t num_calm;    /* the first so many dispatches have one tile: at most 20 tokens a rank */
     bool is_wild;         /* values of all magnitudes, subnormals too */
     bool has_replicas;    /* a map with random copies */
+    bool is_unweighted;   /* topk_weights NULL */
+    bool is_int64;        /* ids of 64 bits */
     const char *intra;    /* NULL: loop in threads, shm in processes */
     const char *inter;
     uint64_t seed;
@@ -50,6 +52,7 @@ struct nep_multi_flight {
     struct nep_rows rows;
     struct nep_counts counts;
     int32_t *ids;
+    int64_t *ids64;
     float *weights;
     /* what the group sent, fixed at send: other flights use the world in between */
     struct nep_ref_group group;

@@ -60,7 +60,9 @@ void nep_ref_gen_row(uint64_t key, bool wild, enum nep_dtype dtype, uint32_t hid
         uint32_t num = hidden - first < 512 ? hidden - first : 512;
         if (wild) {
             for (uint32_t i = 0; i < num; i++) {
-                values[i] = wild_value(&rng);
+                float value = wild_value(&rng);
+                bool is_large = dtype == NEP_DTYPE_FP16 && fabsf(value) > 256.0f; /* sums of it */
+                values[i] = is_large ? 256.0f : value;
             }
         } else {
             nep_ref_simd()->gen((uint32_t)nep_ref_rng_next(&rng), num, values);

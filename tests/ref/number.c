@@ -50,7 +50,7 @@ static uint16_t fp16_bits(float value)
     if (isnan(value)) {
         return sign | 0x7e00;
     }
-    double rounded = quantum_round(fabs((double)value), 10, -14);
+    double rounded = isinf(value) ? INFINITY : quantum_round(fabs((double)value), 10, -14);
     if (rounded > 65504.0) {
         return sign | 0x7c00;
     }

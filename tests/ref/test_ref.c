@@ -43,6 +43,7 @@ static void test_number_half_formats_round_to_even(void **state)
         }
         assert_true(isnan(load1(dtypes[d], store1(dtypes[d], NAN))));
         assert_true(isinf(load1(dtypes[d], store1(dtypes[d], 3.4e38f))));
+        assert_int_equal(store1(dtypes[d], -INFINITY), infinity[d] | 0x8000);
     }
 }
 
