@@ -23,10 +23,10 @@ void nep_rdv_end_wait(struct nep_rdv_member *member)
     member->part_len = 0;
 }
 
-/* A tenth of the caller's time, at most half a second, is left for the answer's way. */
+/* A quarter of the caller's time, at most half a second, is left for the answer's way. */
 static uint64_t answer_by(uint64_t timeout_ns, uint64_t now_ns)
 {
-    uint64_t early_ns = timeout_ns / 10 > NEP_S / 2 ? NEP_S / 2 : timeout_ns / 10;
+    uint64_t early_ns = timeout_ns / 4 > NEP_S / 2 ? NEP_S / 2 : timeout_ns / 4;
     uint64_t wait_ns = timeout_ns - early_ns;
     return wait_ns > UINT64_MAX - now_ns ? UINT64_MAX : now_ns + wait_ns;
 }

@@ -106,6 +106,7 @@ static void test_backoff_ends_at_deadline_and_says_slow(void **state)
         while (nep_backoff_pause(&backoff)) {
             was_slow |= backoff.slow;
         }
+        was_slow |= backoff.slow; /* a loaded machine may give it one look only */
         assert_true(nep_now_ns() - start >= 40 * NEP_MS);
         assert_true(was_slow);
         assert_true(nep_backoff_idle_ns(&backoff) >= 40 * NEP_MS);

@@ -450,7 +450,7 @@ static void test_members_beyond_the_file_limit_wait_and_the_cause_is_named(void 
     uint32_t all[NUM];
     assert_int_equal(nep_rendezvous_client_open(&params, &client), NEP_OK);
     nep_rendezvous_client_bootstrap(client, &b);
-    assert_int_equal(b.allgather(b.ctx, &params.rank, all, 4, 200 * NEP_MS), NEP_ERR_TIMEOUT);
+    assert_int_equal(b.allgather(b.ctx, &params.rank, all, 4, 2 * NEP_S), NEP_ERR_TIMEOUT);
     assert_says(nep_last_message(), "ulimit -n");
     nep_rendezvous_client_close(client);
     nep_rendezvous_server_stop(server);
