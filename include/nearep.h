@@ -531,6 +531,52 @@ NEP_API enum nep_status nep_map_solve(const struct nep_trace *trace,
 /* 1: a time limit cut the search short; it would differ on another machine. Not kept in files. */
 NEP_API int nep_map_is_truncated(const struct nep_map *map);
 
+/*
+ * Load only, by the rules of DeepSeek's EPLB: loads is [num_layers][num_experts], not negative;
+ * slots beyond the experts hold copies of the busiest. num_groups: groups of experts that stay
+ * whole on a node where they divide evenly over nodes, else 1. Nodes must be equal. Any thread.
+ */
+NEP_API enum nep_status nep_map_balance(const struct nep_map_shape *shape, uint32_t num_groups,
+                                        const double *loads, struct nep_map **map_p);
+
+/* ---- keeping a running map in balance ----------------------------------------------------- */
+
+/*
+ * The fast one of two speeds: watches what is routed, and where a layer's load leaves its balance
+ * moves a few copies, so that drift costs rows slowly and imbalance not at all. No communicator
+ * needed. One thread at a time; create one per group and feed it what all ranks route, or a sample.
+ */
+struct nep_balance;
+
+struct nep_balance_params {
+    size_t size;
+    const struct nep_map *map; /* kept by reference */
+    uint32_t top_k;            /* of what is observed; required */
+    uint32_t window_tokens;    /* tokens a layer that decide, the last ones; 0: 1024 */
+    uint32_t max_moves;        /* copies that may move per layer and update; 0: 4 */
+    double act_above; /* max/mean load of nodes in the window that calls for moves; 0: 1.10 */
+};
+
+/* What an update found. */
+struct nep_balance_result {
+    size_t size;
+    double imbalance;              /* of nodes in the window, mean over layers, before the moves */
+    double remote_nodes_per_token; /* in the window */
+    uint64_t moved_copies;
+    int is_drifting; /* remote nodes per token rise steadily (Page-Hinkley): time to solve anew */
+};
+
+NEP_API enum nep_status nep_balance_create(const struct nep_balance_params *params,
+                                           struct nep_balance **balance_p);
+NEP_API void nep_balance_destroy(struct nep_balance *balance);
+/* ids: [num_tokens][top_k] logical experts, -1 = unused, of tokens whose home is `home`. */
+NEP_API enum nep_status nep_balance_observe(struct nep_balance *balance, uint32_t layer,
+                                            uint32_t home, const int32_t *ids, uint32_t num_tokens);
+/* map_p: a new map to stage (destroy it when done), or NULL when nothing moved. result_p may be
+ * NULL. Windows that are not full yet decide nothing. */
+NEP_API enum nep_status nep_balance_update(struct nep_balance *balance, struct nep_map **map_p,
+                                           struct nep_balance_result *result_p);
+
 #ifdef __cplusplus
 }
 #endif

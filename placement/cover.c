@@ -278,7 +278,7 @@ static double over(const struct nep_cover *cover, uint32_t node, double added)
     return above > 0.0 ? above : 0.0;
 }
 
-double nep_cover_overload(const struct nep_cover *cover)
+static double overload(const struct nep_cover *cover)
 {
     double sum = 0.0;
     for (uint32_t n = 0; n < cover->params.num_nodes; n++) {
@@ -303,44 +303,51 @@ static double worth(const struct nep_cover *cover, uint32_t expert, uint32_t nod
     return value;
 }
 
-/* The best copy for a node (any node with a free slot when node is UINT32_MAX); worth <= 0: none.
- */
-static double best_copy(const struct nep_cover *cover, uint32_t node, uint32_t *expert_p,
-                        uint32_t *node_p)
+double nep_cover_best(const struct nep_cover *cover, uint32_t node, uint32_t but,
+                      uint32_t *expert_p)
 {
-    double best = 1e-6;
-    int is_found = 0;
-    uint32_t first = node == UINT32_MAX ? 0 : node;
-    uint32_t end = node == UINT32_MAX ? cover->params.num_nodes : node + 1;
+    double best = 0.0;
+    if (cover->used[node] >= cover->params.slots[node]) {
+        return 0.0;
+    }
     for (uint32_t e = 0; e < cover->params.sets->num_items; e++) {
-        for (uint32_t n = first; n < end; n++) {
-            if (cover->has[at(cover, e, n)] || cover->used[n] >= cover->params.slots[n]) {
-                continue;
-            }
-            double value = worth(cover, e, n);
-            if (value > best) {
-                best = value;
-                *expert_p = e;
-                *node_p = n;
-                is_found = 1;
-            }
+        if (e == but || cover->has[at(cover, e, node)]) {
+            continue;
+        }
+        double value = worth(cover, e, node);
+        if (value > best + 1e-6) {
+            best = value;
+            *expert_p = e;
         }
     }
-    return is_found ? best : 0.0;
+    return best;
 }
 
 void nep_cover_fill(struct nep_cover *cover)
 {
-    uint32_t expert;
-    uint32_t node;
-    while (best_copy(cover, UINT32_MAX, &expert, &node) > 0.0) {
-        nep_cover_add(cover, expert, node);
+    for (;;) {
+        double best = 0.0;
+        uint32_t best_expert = 0;
+        uint32_t best_node = 0;
+        for (uint32_t n = 0; n < cover->params.num_nodes; n++) {
+            uint32_t expert = 0;
+            double value = nep_cover_best(cover, n, UINT32_MAX, &expert);
+            if (value > best) {
+                best = value;
+                best_expert = expert;
+                best_node = n;
+            }
+        }
+        if (best <= 0.0) {
+            return;
+        }
+        nep_cover_add(cover, best_expert, best_node);
     }
 }
 
-static double total(const struct nep_cover *cover)
+double nep_cover_total(const struct nep_cover *cover)
 {
-    return (double)cover->cost + nep_cover_overload(cover);
+    return (double)cover->cost + overload(cover);
 }
 
 void nep_cover_improve(struct nep_cover *cover, uint32_t passes)
@@ -354,13 +361,12 @@ void nep_cover_improve(struct nep_cover *cover, uint32_t passes)
             if (!cover->has[i] || cover->num_copies[expert] < 2) {
                 continue;
             }
-            double before = total(cover);
+            double before = nep_cover_total(cover);
             nep_cover_remove(cover, expert, node);
             uint32_t other = expert;
-            uint32_t there = node;
-            best_copy(cover, node, &other, &there);
+            nep_cover_best(cover, node, UINT32_MAX, &other);
             nep_cover_add(cover, other, node);
-            if (total(cover) < before - 0.5) {
+            if (nep_cover_total(cover) < before - 0.5) {
                 is_better = 1;
             } else if (other != expert) {
                 nep_cover_remove(cover, other, node);

@@ -48,8 +48,12 @@ void nep_cover_fill(struct nep_cover *cover);
 void nep_cover_improve(struct nep_cover *cover, uint32_t passes);
 void nep_cover_add(struct nep_cover *cover, uint32_t expert, uint32_t node);
 void nep_cover_remove(struct nep_cover *cover, uint32_t expert, uint32_t node);
-/* The price of the loads above their limits, in rows. */
-double nep_cover_overload(const struct nep_cover *cover);
+/* Rows, with the loads above their limits at their price. */
+double nep_cover_total(const struct nep_cover *cover);
+/* The copy that is worth most on a node with a free slot, not of expert `but`; 0.0: none is worth
+ * anything. */
+double nep_cover_best(const struct nep_cover *cover, uint32_t node, uint32_t but,
+                      uint32_t *expert_p);
 /* Back to a list; copies must have room. */
 void nep_cover_get(const struct nep_cover *cover, struct nep_layer_copies *copies);
 /* Adds, for every token, the remote nodes from each possible home: cost[request][node]. */

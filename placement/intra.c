@@ -120,7 +120,7 @@ static enum nep_status search(struct node_part *part, const struct nep_solver *s
         return status;
     }
     struct nep_rng rng = nep_rng_seed(seed);
-    nep_swap_run(&swap, &rng, solver->max_proposals);
+    nep_swap_run(&swap, &rng, solver->max_proposals, solver->deadline_ns);
     memcpy(part->group, swap.group, slots * sizeof *part->group);
     nep_swap_fini(&swap);
     return NEP_OK;

@@ -84,10 +84,9 @@ static void score_layer(struct scorer *s, uint32_t layer)
     }
 }
 
-/* Most loaded over mean, each rank or node held against its share of the ranks. */
-static void add_imbalance(const struct scorer *s, struct nep_score *score)
+void nep_score_imbalance(const struct nep_map_shape *shape, const uint64_t *rank_load,
+                         double *node_p, double *rank_p)
 {
-    const struct nep_map_shape *shape = &s->map->shape;
     uint64_t total = 0;
     uint64_t most_rank = 0;
     double most_node = 0.0;
@@ -95,16 +94,25 @@ static void add_imbalance(const struct scorer *s, struct nep_score *score)
     for (uint32_t n = 0; n < shape->num_nodes; n++) {
         uint64_t node = 0;
         for (uint32_t i = 0; i < shape->ranks_per_node[n]; i++, rank++) {
-            node += s->load[rank];
-            most_rank = s->load[rank] > most_rank ? s->load[rank] : most_rank;
+            node += rank_load[rank];
+            most_rank = rank_load[rank] > most_rank ? rank_load[rank] : most_rank;
         }
         double per_rank = (double)node / shape->ranks_per_node[n];
         most_node = per_rank > most_node ? per_rank : most_node;
         total += node;
     }
     double mean = (double)total / shape->num_ranks;
-    score->imbalance_node += total == 0 ? 1.0 : most_node / mean;
-    score->imbalance_rank += total == 0 ? 1.0 : (double)most_rank / mean;
+    *node_p = total == 0 ? 1.0 : most_node / mean;
+    *rank_p = total == 0 ? 1.0 : (double)most_rank / mean;
+}
+
+static void add_imbalance(const struct scorer *s, struct nep_score *score)
+{
+    double node;
+    double rank;
+    nep_score_imbalance(&s->map->shape, s->load, &node, &rank);
+    score->imbalance_node += node;
+    score->imbalance_rank += rank;
 }
 
 static enum nep_status find_sources(struct scorer *s, uint64_t *num_tokens_p)

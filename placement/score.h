@@ -30,4 +30,9 @@ enum nep_status nep_score_random_homes(const struct nep_requests *requests,
                                        const struct nep_map *map, uint32_t draws, uint64_t seed,
                                        struct nep_score *score_p);
 
+/* Most loaded over mean of one layer, nodes and ranks each held against their share of the ranks.
+ */
+void nep_score_imbalance(const struct nep_map_shape *shape, const uint64_t *rank_load,
+                         double *node_p, double *rank_p);
+
 #endif

@@ -21,14 +21,13 @@
 #include "base/clock.h"
 #include "base/status.h"
 #include "placement/cluster.h"
+#include "placement/copy_swap.h"
 #include "placement/parallel.h"
 #include "placement/solver.h"
-#include "placement/swap.h"
 
 #define DEFAULT_IMBALANCE  1.10
 #define DEFAULT_MAX_TOKENS 32768u
 #define ROUNDS             4
-#define COPY_ROUNDS        1
 /* Rows that a pair above a node's limit is worth: in swaps it is as good as a wall, copies may buy.
  */
 #define SWAP_PRICE 8.0
@@ -37,7 +36,7 @@
 struct round {
     struct nep_solver *solver;
     uint32_t idx;
-    uint64_t deadline_ns;
+    int is_paper; /* the baseline: no search */
 };
 
 /* ---- set-up ---- */
@@ -58,7 +57,7 @@ static void share_out(uint32_t total, const struct nep_map_shape *shape, const u
     }
 }
 
-static enum nep_status alloc_solver(struct nep_solver *s)
+static enum nep_status alloc_solver(struct nep_solver *s, uint32_t max_tokens)
 {
     uint32_t nodes = s->shape.num_nodes;
     s->slots = calloc(nodes, sizeof *s->slots);
@@ -89,6 +88,7 @@ static enum nep_status alloc_solver(struct nep_solver *s)
     if (total == 0) {
         return nep_fail(NEP_ERR_INVALID, "solver: the %u requests have no tokens", s->requests.num);
     }
+    s->stride = (uint32_t)((total + max_tokens - 1) / max_tokens);
     return NEP_OK;
 }
 
@@ -134,6 +134,11 @@ static enum nep_status set_params(struct nep_solver *s, const struct nep_solve_p
         }
     }
     s->seed = p->seed;
+    s->deadline_ns = p->time_limit_ns == 0 ? UINT64_MAX : nep_deadline_ns(p->time_limit_ns);
+    s->progress = p->progress;
+    s->progress_ctx = p->progress_ctx;
+    s->warm = p->warm;
+    s->max_moves = p->max_moves;
     s->num_threads = p->num_threads == 0 ? 1 : p->num_threads;
     s->max_proposals = p->max_proposals == 0 ? UINT64_MAX : p->max_proposals;
     return NEP_OK;
@@ -169,6 +174,31 @@ static enum nep_status load_layer(void *ctx, uint32_t idx)
     return NEP_OK;
 }
 
+/* A limit that the caller asked for and that one expert alone breaks is refused; the default limit
+ * is kept as well as can be. Copies can split an expert's load, so only without them. */
+static enum nep_status check_limit(const struct nep_solver *s)
+{
+    double most_share = 0.0;
+    for (uint32_t n = 0; n < s->shape.num_nodes; n++) {
+        double share = (double)s->shape.ranks_per_node[n] / s->shape.num_ranks;
+        most_share = share > most_share ? share : most_share;
+    }
+    for (uint32_t l = 0; l < s->shape.num_layers && !s->has_replicas; l++) {
+        const struct nep_solver_layer *layer = &s->layers[l];
+        double total = layer->sets.begin[s->shape.num_experts];
+        for (uint32_t e = 0; e < s->shape.num_experts; e++) {
+            if (layer->load[e] > s->max_imbalance * total * most_share + 1.0) {
+                return nep_fail(NEP_ERR_INVALID,
+                                "solver: layer %u, expert %u has %.1f %% of the load, a node may "
+                                "have %.1f %% (max_imbalance %.3f): allow more, or replicas",
+                                l, e, 100.0 * layer->load[e] / total,
+                                100.0 * s->max_imbalance * most_share, s->max_imbalance);
+            }
+        }
+    }
+    return NEP_OK;
+}
+
 static void fini_solver(struct nep_solver *s)
 {
     for (uint32_t l = 0; s->layers != NULL && l < s->shape.num_layers; l++) {
@@ -187,6 +217,11 @@ static void fini_solver(struct nep_solver *s)
 }
 
 /* ---- one layer's steps ---- */
+
+static int is_late(const struct nep_solver *s)
+{
+    return s->deadline_ns != UINT64_MAX && nep_now_ns() >= s->deadline_ns;
+}
 
 static void set_homes(const struct nep_solver *s, struct nep_sets *sets)
 {
@@ -243,7 +278,7 @@ static enum nep_status swap_experts(const struct nep_solver *s, struct nep_solve
         &layer->sets, slots, s->shape.num_nodes, weight, layer->limit, SWAP_PRICE, NULL};
     status = nep_swap_init(&swap, &params, group);
     if (status == NEP_OK) {
-        nep_swap_run(&swap, rng, s->max_proposals);
+        nep_swap_run(&swap, rng, s->max_proposals, s->deadline_ns);
         for (uint32_t c = 0; c < layer->copies.num; c++) {
             layer->copies.node[c] = swap.group[layer->copies.expert[c]];
         }
@@ -267,62 +302,23 @@ static enum nep_status place_layer(void *ctx, uint32_t idx)
     if (round->idx == 0) {
         status = nep_start_place(s, layer);
     }
-    if (status == NEP_OK) {
+    if (status == NEP_OK && !round->is_paper) {
         status = swap_experts(s, layer, &rng);
     }
     return status == NEP_OK ? cost_homes(s, layer) : status;
 }
 
-/* Swaps of copies while every token keeps the copies that it chose. */
 static enum nep_status swap_copies(const struct nep_solver *s, struct nep_solver_layer *layer,
                                    const struct nep_cover *cover, struct nep_rng *rng)
 {
-    const struct nep_sets *experts = &layer->sets;
-    struct nep_layer_copies *copies = &layer->copies;
-    uint32_t nodes = s->shape.num_nodes;
-    struct nep_sets sets;
-    enum nep_status status = nep_sets_init(&sets, experts->num_tokens, copies->num, experts->width);
-    if (status != NEP_OK) {
-        return status;
-    }
-    uint32_t *copy_at = malloc((size_t)s->shape.num_experts * nodes * sizeof *copy_at);
-    uint32_t *label = malloc(((size_t)copies->num + 1) * sizeof *label);
-    double *weight = calloc((size_t)copies->num + 1, sizeof *weight);
-    struct nep_swap swap = {0};
-    if (copy_at == NULL || label == NULL || weight == NULL) {
-        status = nep_fail(NEP_ERR_NO_MEMORY, "solver: no memory for %u copies", copies->num);
-        goto out;
-    }
-    for (uint32_t c = 0; c < copies->num; c++) {
-        copy_at[(size_t)copies->expert[c] * nodes + copies->node[c]] = c;
-        label[c] = copies->expert[c];
-    }
-    for (uint32_t t = 0; t < experts->num_tokens; t++) {
-        sets.len[t] = experts->len[t];
-        sets.home[t] = experts->home[t];
-        for (uint32_t i = 0; i < sets.len[t]; i++) {
-            size_t at = (size_t)t * sets.width + i;
-            uint32_t c = copy_at[(size_t)experts->items[at] * nodes + cover->assigned[at]];
-            sets.items[at] = (uint16_t)c;
-            weight[c] += 1.0;
-        }
-    }
-    status = nep_sets_index(&sets);
-    const struct nep_swap_params params = {&sets,        copies->num, nodes, weight,
-                                           layer->limit, SWAP_PRICE,  label};
+    struct nep_copy_swap cs;
+    enum nep_status status =
+        nep_copy_swap_init(&cs, cover, &layer->copies, layer->limit, SWAP_PRICE);
     if (status == NEP_OK) {
-        status = nep_swap_init(&swap, &params, copies->node);
+        nep_swap_run(&cs.swap, rng, s->max_proposals, s->deadline_ns);
+        memcpy(layer->copies.node, cs.swap.group, layer->copies.num * sizeof *layer->copies.node);
+        nep_copy_swap_fini(&cs);
     }
-    if (status == NEP_OK) {
-        nep_swap_run(&swap, rng, s->max_proposals);
-        memcpy(copies->node, swap.group, copies->num * sizeof *copies->node);
-    }
-out:
-    nep_swap_fini(&swap);
-    nep_sets_fini(&sets);
-    free(copy_at);
-    free(label);
-    free(weight);
     return status;
 }
 
@@ -337,7 +333,7 @@ static enum nep_status copy_layer(void *ctx, uint32_t idx)
                                             layer->limit, LOAD_PRICE};
     struct nep_cover cover;
     enum nep_status status = NEP_OK;
-    for (int step = 0; step < 2 && status == NEP_OK; step++) {
+    for (int step = 0; step < 2 && status == NEP_OK && !is_late(s); step++) {
         status = nep_cover_init(&cover, &params, &layer->copies);
         if (status != NEP_OK) {
             return status;
@@ -387,29 +383,37 @@ static enum nep_status assign_homes(struct nep_solver *s)
     return status;
 }
 
-static enum nep_status solve(struct nep_solver *s)
+/* Runs one step over all layers and says how far the solve is. */
+static enum nep_status step(struct nep_solver *s, nep_job_fn fn, void *ctx, double done)
 {
-    uint32_t layers = s->shape.num_layers;
-    struct round round = {s, 0, 0};
-    enum nep_status status = nep_parallel_run(s->num_threads, layers, load_layer, s);
-    if (status == NEP_OK) {
-        status = nep_cluster_homes(&s->requests, &s->shape, NEP_CLUSTER_ALL, s->seed, s->homes);
+    enum nep_status status = nep_parallel_run(s->num_threads, s->shape.num_layers, fn, ctx);
+    if (status == NEP_OK && s->progress != NULL) {
+        double spent = (double)(nep_now_ns() - s->start_ns);
+        s->progress(s->progress_ctx, done, (uint64_t)(spent * (1.0 - done) / done));
     }
-    for (round.idx = 0; round.idx < ROUNDS && status == NEP_OK; round.idx++) {
-        status = nep_parallel_run(s->num_threads, layers, place_layer, &round);
+    return status;
+}
+
+static enum nep_status solve_cold(struct nep_solver *s, int is_paper)
+{
+    struct round round = {s, 0, is_paper};
+    uint32_t rounds = is_paper ? 1 : ROUNDS;
+    double share = s->has_replicas ? 0.35 : 0.8; /* of the time, by the rounds without copies */
+    enum nep_status status =
+        nep_cluster_homes(&s->requests, &s->shape, NEP_CLUSTER_ALL, s->seed, s->homes);
+    for (; round.idx < rounds && status == NEP_OK && !(round.idx > 0 && is_late(s)); round.idx++) {
+        status = step(s, place_layer, &round, 0.05 + share * (round.idx + 1) / rounds);
+        if (status == NEP_OK && !is_paper) {
+            status = assign_homes(s);
+        }
+    }
+    if (status == NEP_OK && s->has_replicas && !is_paper) {
+        status = step(s, copy_layer, &round, 0.9);
         if (status == NEP_OK) {
             status = assign_homes(s);
         }
     }
-    for (round.idx = 0; round.idx < COPY_ROUNDS && s->has_replicas && status == NEP_OK;
-         round.idx++) {
-        status = nep_parallel_run(s->num_threads, layers, copy_layer, &round);
-        if (status == NEP_OK) {
-            status = assign_homes(s);
-        }
-    }
-    return status == NEP_OK ? nep_parallel_run(s->num_threads, layers, intra_layer, &round)
-                            : status;
+    return status == NEP_OK ? step(s, intra_layer, &round, 1.0) : status;
 }
 
 static enum nep_status build(const struct nep_solver *s, struct nep_map **map_p)
@@ -432,11 +436,11 @@ static enum nep_status build(const struct nep_solver *s, struct nep_map **map_p)
     return status;
 }
 
-enum nep_status nep_map_solve(const struct nep_trace *trace, const struct nep_solve_params *params,
-                              struct nep_map **map_p)
+static enum nep_status solve(const struct nep_trace *trace, const struct nep_solve_params *params,
+                             int is_paper, struct nep_map **map_p)
 {
     struct nep_solve_params p;
-    struct nep_solver s = {.requests = {.trace = trace}};
+    struct nep_solver s = {.requests = {.trace = trace}, .start_ns = nep_now_ns()};
     enum nep_status status =
         nep_struct_copy(&p, sizeof p, params, 2 * sizeof(void *), "nep_solve_params");
     if (status != NEP_OK) {
@@ -450,20 +454,35 @@ enum nep_status nep_map_solve(const struct nep_trace *trace, const struct nep_so
         status = set_shape(&s, p.shape);
     }
     if (status == NEP_OK) {
-        status = alloc_solver(&s);
+        status = alloc_solver(&s, p.max_tokens == 0 ? DEFAULT_MAX_TOKENS : p.max_tokens);
     }
     if (status == NEP_OK) {
-        uint64_t total = 0;
-        for (uint32_t i = 0; i < s.requests.num; i++) {
-            total += s.tokens[i];
-        }
-        uint32_t most = p.max_tokens == 0 ? DEFAULT_MAX_TOKENS : p.max_tokens;
-        s.stride = (uint32_t)((total + most - 1) / most);
-        status = solve(&s);
+        status = nep_parallel_run(s.num_threads, s.shape.num_layers, load_layer, &s);
+    }
+    if (status == NEP_OK && p.max_imbalance != 0.0) {
+        status = check_limit(&s);
+    }
+    if (status == NEP_OK) {
+        status = solve_cold(&s, is_paper);
     }
     if (status == NEP_OK) {
         status = build(&s, map_p);
     }
+    if (status == NEP_OK) {
+        (*map_p)->is_truncated = is_late(&s);
+    }
     fini_solver(&s);
     return status;
+}
+
+enum nep_status nep_map_solve(const struct nep_trace *trace, const struct nep_solve_params *params,
+                              struct nep_map **map_p)
+{
+    return solve(trace, params, 0, map_p);
+}
+
+enum nep_status nep_solve_paper(const struct nep_trace *trace,
+                                const struct nep_solve_params *params, struct nep_map **map_p)
+{
+    return solve(trace, params, 1, map_p);
 }

@@ -32,9 +32,19 @@ struct nep_solver {
     uint32_t num_threads;
     uint32_t stride;
     uint64_t max_proposals; /* a layer and round */
+    uint64_t deadline_ns;   /* UINT64_MAX: none */
+    uint64_t start_ns;
+    uint64_t max_moves; /* with warm */
+    const struct nep_map *warm;
+    void (*progress)(void *ctx, double done, uint64_t eta_ns);
+    void *progress_ctx;
     int has_replicas;
 };
 
+/* The method of arXiv 2604.23150 as far as it is known: clusters of requests and the first
+ * placement under the same limits, nothing after. A baseline. */
+enum nep_status nep_solve_paper(const struct nep_trace *trace,
+                                const struct nep_solve_params *params, struct nep_map **map_p);
 /* First placement of a layer's experts on nodes, for the homes: by who is served where, under the
  * limits on slots and load. */
 enum nep_status nep_start_place(const struct nep_solver *solver, struct nep_solver_layer *layer);

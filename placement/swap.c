@@ -21,6 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/clock.h"
 #include "base/status.h"
 
 static int32_t *pair_row(const struct nep_swap *swap, uint32_t item)
@@ -285,7 +286,8 @@ static uint32_t best_partner(const struct nep_swap *swap, uint32_t a, double *be
     return found;
 }
 
-uint64_t nep_swap_run(struct nep_swap *swap, struct nep_rng *rng, uint64_t max_proposals)
+uint64_t nep_swap_run(struct nep_swap *swap, struct nep_rng *rng, uint64_t max_proposals,
+                      uint64_t deadline_ns)
 {
     uint32_t slots = swap->params.num_slots;
     uint32_t *order = malloc(((size_t)slots + 1) * sizeof *order);
@@ -302,6 +304,10 @@ uint64_t nep_swap_run(struct nep_swap *swap, struct nep_rng *rng, uint64_t max_p
         is_better = 0;
         nep_rng_shuffle(rng, order, slots);
         for (uint32_t i = 0; i < slots && proposals < max_proposals; i++) {
+            if (deadline_ns != UINT64_MAX && nep_now_ns() >= deadline_ns) {
+                free(order);
+                return proposals;
+            }
             double best = -0.5;
             uint32_t b = best_partner(swap, order[i], &best);
             proposals += slots;

@@ -35,9 +35,10 @@ struct nep_swap {
 enum nep_status nep_swap_init(struct nep_swap *swap, const struct nep_swap_params *params,
                               const uint16_t *group);
 void nep_swap_fini(struct nep_swap *swap);
-/* Until a sweep over all items finds nothing better, or max_proposals pairs were looked at. Returns
- * the number looked at. */
-uint64_t nep_swap_run(struct nep_swap *swap, struct nep_rng *rng, uint64_t max_proposals);
+/* Until a sweep over all items finds nothing better, max_proposals pairs were looked at, or
+ * deadline_ns (of nep_now_ns) passed. Returns the number looked at. */
+uint64_t nep_swap_run(struct nep_swap *swap, struct nep_rng *rng, uint64_t max_proposals,
+                      uint64_t deadline_ns);
 /* Finds and applies the best single swap; 0: none improves. *value_p: its change of cost with the
  * overload at its price. */
 int nep_swap_best(struct nep_swap *swap, uint32_t *a_p, uint32_t *b_p, double *value_p);

@@ -2,6 +2,8 @@
 /* Rejected: a JSON library for output alone; what is read from elsewhere is another matter. */
 #include "tools/json_out.h"
 
+#include <math.h>
+
 static void put_string(FILE *file, const char *text)
 {
     fputc('"', file);
@@ -62,6 +64,15 @@ void json_u64(struct json_out *json, const char *name, uint64_t number)
 {
     if (begin(json, name)) {
         fprintf(json->file, "%llu", (unsigned long long)number);
+    }
+}
+
+void json_double(struct json_out *json, const char *name, double number)
+{
+    if (!isfinite(number)) {
+        json_null(json, name);
+    } else if (begin(json, name)) {
+        fprintf(json->file, "%.6g", number);
     }
 }
 

@@ -20,6 +20,8 @@ void json_open(struct json_out *json, const char *name, char bracket);
 void json_close(struct json_out *json, char bracket);
 void json_text(struct json_out *json, const char *name, const char *text);
 void json_u64(struct json_out *json, const char *name, uint64_t number);
+/* 6 significant digits; not finite: null. */
+void json_double(struct json_out *json, const char *name, double number);
 void json_bool(struct json_out *json, const char *name, bool value);
 void json_null(struct json_out *json, const char *name);
 
