@@ -8,6 +8,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/log.h"
 #include "transport/bootstrap.h"
@@ -107,6 +108,7 @@ static enum nep_status allocate(struct nep_ep *ep)
         {&ep->cast_rows, NEP_PUSH_CHUNKS, ep->shape.wire_row_bytes},
         {&ep->lent, ep->node_size, sizeof *ep->lent},
         {&ep->batch, 1, sizeof *ep->batch},
+        {&ep->load, (uint64_t)ep->shape.num_layers * ep->shape.num_experts, sizeof *ep->load},
     };
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
         void *table = calloc(rows[i].num, rows[i].bytes);
@@ -282,7 +284,8 @@ void nep_ep_destroy(struct nep_ep *ep)
         nep_warn("an ep is destroyed before its handles: they must not be used any more");
     }
     struct nep_comm *comm = ep->comm;
-    if (ep->has_inter_window) {
+    bool is_child = comm->pid != getpid(); /* the fabric's threads are the parent's */
+    if (ep->has_inter_window && !is_child) {
         comm->inter->ops->window_destroy(comm->inter, ep->number);
     }
     nep_pool_fini(&ep->pool);
@@ -293,11 +296,11 @@ void nep_ep_destroy(struct nep_ep *ep)
         nep_comm_release_ep(comm, ep->number);
     }
     nep_layout_fini(&ep->layout);
-    void *tables[] = {ep->window,       ep->slot_at,        ep->slot_local,    ep->counts_at,
-                      ep->control_rank, ep->dispatch_flows, ep->combine_flows, ep->rings,
-                      ep->dispatch_in,  ep->combine_in,     ep->counts_put,    ep->staged,
-                      ep->taken,        ep->push_at,        ep->cast_rows,     ep->lent,
-                      ep->batch};
+    void *tables[] = {
+        ep->window,         ep->slot_at,       ep->slot_local, ep->counts_at,   ep->control_rank,
+        ep->dispatch_flows, ep->combine_flows, ep->rings,      ep->dispatch_in, ep->combine_in,
+        ep->counts_put,     ep->staged,        ep->taken,      ep->push_at,     ep->cast_rows,
+        ep->lent,           ep->batch,         ep->load};
     for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
         free(tables[i]);
     }
@@ -350,6 +353,39 @@ enum nep_status nep_ep_stats(const struct nep_ep *ep, struct nep_stats *stats_p)
     stats.duplicates = atomic_load_explicit(&ep->head->duplicates, memory_order_relaxed);
     stats.stale = atomic_load_explicit(&ep->head->stale, memory_order_relaxed);
     *stats_p = stats;
+    return NEP_OK;
+}
+
+enum nep_status nep_ep_max_rows(const struct nep_ep *ep, uint64_t *rows_p)
+{
+    if (ep == NULL || rows_p == NULL) {
+        return nep_fail(NEP_ERR_INVALID, "nep_ep_max_rows: an argument is NULL");
+    }
+    const struct nep_shape *shape = &ep->shape;
+    uint64_t tokens = (uint64_t)ep->plan.topology->num_ranks * shape->max_tokens;
+    uint64_t padding = (uint64_t)shape->slots_per_rank * (shape->alignment - 1);
+    switch (shape->layout) {
+    case NEP_LAYOUT_RANK:
+        *rows_p = tokens;
+        break;
+    case NEP_LAYOUT_EXPERT_PADDED:
+        *rows_p = tokens * shape->slots_per_rank;
+        break;
+    default:
+        *rows_p = tokens * shape->top_k + padding;
+        break;
+    }
+    return NEP_OK;
+}
+
+enum nep_status nep_ep_load(const struct nep_ep *ep, uint32_t layer, uint64_t *pairs)
+{
+    if (ep == NULL || pairs == NULL || layer >= ep->shape.num_layers) {
+        return nep_fail(NEP_ERR_INVALID,
+                        "nep_ep_load: an argument is NULL, or there is no layer %u", layer);
+    }
+    memcpy(pairs, ep->load + (uint64_t)layer * ep->shape.num_experts,
+           ep->shape.num_experts * sizeof *pairs);
     return NEP_OK;
 }
 

@@ -92,6 +92,7 @@ struct nep_ep {
     bool has_number;       /* claimed */
     bool has_inter_window; /* registered with the fabric */
     bool is_broken;
+    uint64_t *load; /* [num_layers][E] (token, k) pairs that this rank dispatched, ever */
     uint32_t next_handle;
     struct nep_handle *handles; /* all that are alive */
     struct nep_stats stats;

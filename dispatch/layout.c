@@ -73,6 +73,18 @@ enum nep_status nep_route(const struct nep_ep *ep, const struct nep_copies *copi
     return NEP_OK;
 }
 
+void nep_route_count(const struct nep_tokens *in, uint32_t top_k, uint64_t *load)
+{
+    uint64_t pairs = (uint64_t)in->num_tokens * top_k;
+    for (uint64_t i = 0; i < pairs; i++) {
+        int64_t id = in->id_type == NEP_IDS_INT64 ? ((const int64_t *)in->topk_ids)[i]
+                                                  : ((const int32_t *)in->topk_ids)[i];
+        if (id >= 0) {
+            load[id]++;
+        }
+    }
+}
+
 void nep_layout_count(struct nep_ep *ep, const uint32_t *slots, uint32_t num_tokens,
                       uint8_t *is_token_in_rank)
 {

@@ -34,6 +34,8 @@ void nep_layout_fini(struct nep_layout_tables *layout);
  */
 enum nep_status nep_route(const struct nep_ep *ep, const struct nep_copies *copies,
                           const struct nep_tokens *in, uint32_t *slots);
+/* Adds the pairs of a call whose ids nep_route has checked to load[E]. */
+void nep_route_count(const struct nep_tokens *in, uint32_t top_k, uint64_t *load);
 
 /* Counts into ep->layout. is_token_in_rank: [T][R] or NULL. */
 void nep_layout_count(struct nep_ep *ep, const uint32_t *slots, uint32_t num_tokens,

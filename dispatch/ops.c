@@ -93,7 +93,7 @@ static enum nep_status check_tokens(const struct nep_ep *ep, const struct nep_ha
         return nep_fail(NEP_ERR_INVALID, "scales is NULL, but opaque rows have %u bytes of scales",
                         shape->format.scale_bytes);
     }
-    if (handle != NULL && in->topk_ids == NULL) {
+    if (handle != NULL && in->topk_ids == NULL && in->num_tokens != 0) {
         if (!handle->has_routing) {
             return nep_fail(NEP_ERR_INVALID, "topk_ids is NULL, but handle %u holds no routing yet",
                             handle->id);
@@ -198,6 +198,8 @@ static enum nep_status take_routing(struct nep_ep *ep, struct nep_handle *handle
         if (status != NEP_OK) {
             return status;
         }
+        nep_route_count(in, ep->shape.top_k,
+                        ep->load + (uint64_t)in->layer * ep->shape.num_experts);
         handle->num_tokens = in->num_tokens;
         handle->layer = in->layer;
         handle->map_digest = map->digest;

@@ -138,7 +138,7 @@ enum nep_status nep_wait(struct nep_ep *ep, struct nep_handle *handle, nep_step_
     nep_backoff_init(&backoff, ep->comm->timeout_ns, ep->comm->spin_limit);
     for (;;) {
         bool progress = false, done = false;
-        ep->missing.phase = NULL;
+        ep->missing = (struct nep_missing){.rank = UINT32_MAX};
         enum nep_status status = step(ep, handle, &progress, &done);
         if (status != NEP_OK || done) {
             return status;
@@ -172,7 +172,7 @@ enum nep_status nep_try(struct nep_ep *ep, struct nep_handle *handle, nep_step_f
     enum nep_status status = NEP_OK;
     while (status == NEP_OK && progress && !done) {
         progress = false;
-        ep->missing.phase = NULL;
+        ep->missing = (struct nep_missing){.rank = UINT32_MAX};
         status = step(ep, handle, &progress, &done);
         progress_transports(ep->comm);
     }

@@ -450,6 +450,15 @@ NEP_API enum nep_status nep_trace_writer_save(const struct nep_trace_writer *wri
                                               const char *path);
 NEP_API void nep_trace_writer_destroy(struct nep_trace_writer *writer);
 
+/* (token, expert) pairs per logical expert that this rank has dispatched: pairs[E], of one layer.
+ */
+NEP_API enum nep_status nep_ep_load(const struct nep_ep *ep, uint32_t layer, uint64_t *pairs);
+/*
+ * Most rows that any dispatch can bring this rank: outputs of that size can be given to
+ * nep_dispatch_recv without asking for counts first. Distinct experts of a token are not assumed.
+ */
+NEP_API enum nep_status nep_ep_max_rows(const struct nep_ep *ep, uint64_t *rows_p);
+
 /* ---- maps while running ------------------------------------------------------------------- */
 
 /*

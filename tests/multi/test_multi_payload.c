@@ -7,6 +7,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "tests/multi/harness.h"
 #include "tests/unit/cmocka_all.h"
@@ -453,10 +455,65 @@ static bool refused_calls(struct nep_multi_rank *rank)
     REFUSED(nep_combine_recv(seat->ep, seat->handle, &sum, NULL), NEP_ERR_INVALID);
     sum.num_tokens = TOKENS;
     REFUSED(nep_combine_recv(seat->ep, seat->handle, &sum, NULL), NEP_OK);
+    uint64_t most = 0, load[EXPERTS], want[EXPERTS] = {0};
+    REFUSED(nep_ep_max_rows(seat->ep, &most), NEP_OK);
+    if (most != RANKS * TOKENS * TOP_K || most < counts.num_rows) {
+        return nep_multi_fail(rank, "at most %llu rows", (unsigned long long)most);
+    }
+    REFUSED(nep_ep_load(seat->ep, 1, load), NEP_ERR_INVALID);
+    REFUSED(nep_ep_load(seat->ep, 0, load), NEP_OK);
+    for (uint32_t i = 0; i < TOKENS * TOP_K; i++) {
+        if (seat->ids[i] >= 0) {
+            want[seat->ids[i]]++;
+        }
+    }
+    if (memcmp(load, want, sizeof load) != 0) {
+        return nep_multi_fail(rank, "the load per expert is not that of the one dispatch");
+    }
 #undef REFUSED
     nep_handle_destroy(other);
     free(x);
     free(out);
+    close_seat(seat);
+    return true;
+}
+
+/* ---- a forked child ----------------------------------------------------------------------------
+ */
+
+static bool forked_child(struct nep_multi_rank *rank)
+{
+    struct seat *seat = calloc(1, sizeof *seat);
+    struct nep_ep_params params = {0};
+    if (seat == NULL || !open_seat(rank, &params, seat)) {
+        return false;
+    }
+    int status = 0;
+    if (rank->rank == 0) {
+        pid_t pid = fork();
+        if (pid == 0) {
+            struct nep_stats stats;
+            struct nep_tokens in = {.size = sizeof in};
+            bool is_refused =
+                nep_dispatch_send(seat->ep, seat->handle, &in, NULL) == NEP_ERR_BROKEN &&
+                strstr(nep_last_message(), "fork") != NULL &&
+                nep_ep_stats(seat->ep, &stats) == NEP_OK;
+            close_seat(seat);
+            _exit(is_refused ? 0 : 1);
+        }
+        if (pid < 0 || waitpid(pid, &status, 0) != pid || status != 0) {
+            return nep_multi_fail(rank, "the child ended with %d", status);
+        }
+    }
+    if (!nep_multi_barrier(rank)) {
+        return false;
+    }
+    /* The parent is unharmed: a dispatch without tokens is a dispatch. */
+    struct nep_tokens in = {.size = sizeof in};
+    struct nep_rows out = {.size = sizeof out};
+    if (nep_dispatch(seat->ep, seat->handle, &in, &out, NULL) != NEP_OK) {
+        return nep_multi_fail(rank, "after the child: %s", nep_last_message());
+    }
     close_seat(seat);
     return true;
 }
@@ -523,6 +580,16 @@ static void test_calls_refused_leave_the_ep_usable(void **state)
     run(refused_calls, &seed);
 }
 
+static void test_fork_child_is_refused_and_harmless(void **state)
+{
+    (void)state;
+    struct nep_multi_result result;
+    nep_multi_run_processes(RANKS, forked_child, NULL, 60, &result);
+    if (result.num_failed != 0) {
+        fail_msg("%u ranks failed: %s", result.num_failed, result.error);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -531,6 +598,7 @@ int main(void)
         cmocka_unit_test(test_map_staged_counts_from_its_op),
         cmocka_unit_test(test_map_staged_differently_names_the_rank),
         cmocka_unit_test(test_calls_refused_leave_the_ep_usable),
+        cmocka_unit_test(test_fork_child_is_refused_and_harmless),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
