@@ -12,6 +12,7 @@ trace=data/demo256.nept ranks=8 per_node=4
 mapfile -t packages < <(nep_list scripts/packages.txt | awk '{ print $1 }')
 nep_need "${packages[@]}"
 
+echo "building the tools in build/ (a minute or two the first time)"
 # The demo needs no tests; a tree that has them keeps them.
 [ -f build/CMakeCache.txt ] || first=-DNEP_BUILD_TESTS=OFF
 cmake --preset release ${first:+"$first"} > build-demo.log 2>&1 &&
