@@ -11,12 +11,7 @@ extern const struct nep_transport_ops nep_ucx_ops;
 extern const struct nep_transport_ops nep_verbs_ops;
 
 const struct nep_transport_ops *const nep_transport_list[] = {
-    &nep_shm_ops,
-    &nep_verbs_ops,
-    &nep_ucx_ops,
-    &nep_loop_ops,
-    &nep_adversary_ops,
-    NULL,
+    &nep_shm_ops, &nep_verbs_ops, &nep_ucx_ops, &nep_loop_ops, &nep_adversary_ops, NULL,
 };
 
 enum nep_status nep_transport_find(const char *name, const struct nep_transport_ops **ops_p,
