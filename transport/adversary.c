@@ -10,7 +10,7 @@
  * differ.
  *
  * Parts need memory that is mapped. A fabric that only puts announces each put, and an announcement
- * before the last part would be a lie: there, puts stay whole.
+ * before the last part would be a lie: there, puts stay whole, and only announcements come again.
  */
 #include <stdlib.h>
 #include <string.h>

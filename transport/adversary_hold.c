@@ -114,6 +114,10 @@ static void step(struct nep_adversary *adversary, struct nep_adversary_held *hel
             }
         }
         put.len = 0; /* the bytes are there: what is left is to announce them */
+    } else if (held->num_sent > 0) {
+        /* completed() there says that the source is free, not that a repeat has landed: bytes
+         * could be written over those of the slot's next owner. */
+        put.len = 0;
     }
     /* The sink's release covers parts that other threads copied: they passed `held` on under the
      * lock. */

@@ -77,10 +77,10 @@ static void test_adversary_plain_threads_keeps_contract(void **state)
     run("adversary", true, (uint32_t[]){1, 1}, 2);
 }
 
-static void test_adversary_ucx_processes_keeps_contract(void **state)
+static void test_adversary_ucx_threads_keeps_contract(void **state)
 {
     (void)state;
-    run("adversary:ucx", false, (uint32_t[]){2, 1}, 2);
+    run("adversary:ucx", true, (uint32_t[]){2, 1}, 2);
 }
 
 static void test_adversary_of_adversary_is_refused(void **state)
@@ -220,7 +220,7 @@ int main(void)
         cmocka_unit_test(test_adversary_loop_threads_keeps_contract),
         cmocka_unit_test(test_adversary_shm_processes_keeps_contract),
         cmocka_unit_test(test_adversary_plain_threads_keeps_contract),
-        cmocka_unit_test(test_adversary_ucx_processes_keeps_contract),
+        cmocka_unit_test(test_adversary_ucx_threads_keeps_contract),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

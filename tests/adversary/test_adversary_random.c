@@ -10,6 +10,7 @@
 
 #include "tests/multi/world.h"
 #include "tests/unit/cmocka_all.h"
+#include "transport/transport.h"
 
 enum { STEPS = 120, CONFIGURATIONS = 24, PROCESSES = 6, RUN_SECONDS = 240 };
 
@@ -91,16 +92,30 @@ static void test_adversary_threads_random_schedules_match(void **state)
            (unsigned long long)num);
 }
 
+static const char *ucx_or(const char *other)
+{
+    struct nep_config config;
+    const struct nep_transport_ops *ops;
+    const char *args;
+    assert_int_equal(nep_config_load(&config), NEP_OK);
+    assert_int_equal(nep_transport_find("ucx", &ops, &args), NEP_OK);
+    if (ops->probe(&config) == NEP_OK) {
+        return "adversary:ucx";
+    }
+    printf("ucx is not here: %s\n", nep_last_message());
+    return other;
+}
+
 static void test_adversary_processes_random_schedules_match(void **state)
 {
     uint64_t seed = *(uint64_t *)*state, num = nep_multi_scaled(PROCESSES);
-    static const char *const fabrics[] = {"adversary:shm", "adversary"};
+    const char *const fabrics[] = {"adversary:shm", ucx_or("adversary"), "adversary"};
     for (uint64_t i = 0; i < num; i++) {
         struct nep_multi_result result;
         struct run run = {.ops = 0};
         draw_shape(seed + i, &run.shape);
         seed_adversary(seed + i);
-        run.shape.inter = fabrics[i % 2];
+        run.shape.inter = fabrics[i % 3];
         nep_multi_run_processes(nep_multi_num_ranks(&run.shape), random_rank, &run, RUN_SECONDS,
                                 &result);
         check(seed + i, &result);
