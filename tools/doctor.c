@@ -11,10 +11,8 @@ struct doctor {
 };
 
 static const doctor_fn checks[] = {
-    doctor_check_machine,
-    doctor_check_memory,
-    doctor_check_rendezvous,
-    doctor_check_transports,
+    doctor_check_machine,    doctor_check_memory, doctor_check_rendezvous,
+    doctor_check_transports, doctor_check_verbs,  doctor_check_peers,
 };
 
 const struct nep_config *doctor_config(const struct doctor *doctor)

@@ -29,5 +29,7 @@ void doctor_check_machine(struct doctor *doctor);
 void doctor_check_memory(struct doctor *doctor);
 void doctor_check_rendezvous(struct doctor *doctor);
 void doctor_check_transports(struct doctor *doctor);
+void doctor_check_verbs(struct doctor *doctor);
+void doctor_check_peers(struct doctor *doctor); /* collective under a launcher */
 
 #endif
