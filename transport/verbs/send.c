@@ -265,8 +265,9 @@ static bool post_record(struct lists *lists, uint64_t number)
 {
     const struct nep_put *put = &record_of(lists->peer, number)->put;
     uint64_t split = lists->verbs->params.config->verbs_split_bytes;
-    /* A share is rounded to 64 bytes: the last of up to 14 must not come out negative. */
-    if (lists->peer->num_alive > 1 && put->len >= split && put->len >= 16384 &&
+    uint64_t num_alive = lists->peer->num_alive;
+    /* Shares are rounded to 64 bytes, and the last one must not come out negative. */
+    if (num_alive > 1 && put->len >= split && put->len >= 64 * num_alive * num_alive &&
         !any_port_down(lists->verbs)) {
         return post_split(lists, number);
     }
