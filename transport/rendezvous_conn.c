@@ -19,7 +19,8 @@
 
 enum {
     HANDSHAKE_S = 5, /* for a stranger to become a member */
-    STALL_S = 30     /* for a member to take what is sent to it */
+    STALL_S = 30,    /* for a member to take what is sent to it */
+    JOIN_MOST_BYTES = 512
 };
 
 enum conn_state { AWAIT_HELLO, AWAIT_PROOF, AWAIT_JOIN, IS_MEMBER, IS_CLOSING };
@@ -242,7 +243,8 @@ static enum nep_status on_message(struct nep_rdv_conn *conn, const struct nep_rd
 static enum nep_status on_frame(struct nep_rdv_conn *conn)
 {
     size_t sealed;
-    enum nep_status status = nep_rdv_read_length(conn->in, NEP_RDV_MAX_REQUEST, &sealed);
+    size_t most = conn->state == IS_MEMBER ? NEP_RDV_MAX_REQUEST : JOIN_MOST_BYTES;
+    enum nep_status status = nep_rdv_read_length(conn->in, most, &sealed);
     if (status != NEP_OK) {
         return status;
     }

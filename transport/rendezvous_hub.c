@@ -153,28 +153,15 @@ static enum nep_status refuse(struct nep_rdv_hub *hub, const struct nep_rdv_mess
     return nep_fail(NEP_ERR_MISMATCH, "%s", sentence);
 }
 
-static bool check_join(struct nep_rdv_hub *hub, const struct nep_rdv_message *join, const char *who,
-                       char *sentence)
+/*
+ * Another process in this rank's seat. While the group gathers that is a mistake of the job; later
+ * it is most likely the last of a job that ended, whose end is seen within half a minute: whoever
+ * comes may try again.
+ */
+static enum nep_status check_seats(const struct nep_rdv_hub *hub,
+                                   const struct nep_rdv_message *join, const char *who,
+                                   char *sentence)
 {
-    uint32_t ours = nep_version(), theirs = join->version;
-    if (theirs / 100 != ours / 100) {
-        snprintf(sentence, SENTENCE,
-                 "rank %u (%s) runs nearep %u.%u, the rendezvous %u.%u: run one version everywhere",
-                 join->rank, who, theirs / 10000, theirs / 100 % 100, ours / 10000,
-                 ours / 100 % 100);
-        return false;
-    }
-    if (join->num_ranks != hub->num_ranks) {
-        snprintf(sentence, SENTENCE,
-                 "rank %u (%s) says that there are %u ranks, the rendezvous was started for %u",
-                 join->rank, who, join->num_ranks, hub->num_ranks);
-        return false;
-    }
-    if (join->rank >= hub->num_ranks) {
-        snprintf(sentence, SENTENCE, "%s says that it is rank %u of %u: ranks count from 0", who,
-                 join->rank, hub->num_ranks);
-        return false;
-    }
     for (const struct group *group = hub->groups; group != NULL; group = group->next) {
         const struct seat *seat = &group->seats[join->rank];
         if (seat->state == IS_HERE && memcmp(seat->process, join->process, 16) != 0) {
@@ -182,10 +169,35 @@ static bool check_join(struct nep_rdv_hub *hub, const struct nep_rdv_message *jo
                      "two processes say that they are rank %u: %s, and %s, which came later and "
                      "was refused",
                      join->rank, seat->who, who);
-            return false;
+            return group->num_came < hub->num_ranks ? NEP_ERR_MISMATCH : NEP_ERR_BUSY;
         }
     }
-    return true;
+    return NEP_OK;
+}
+
+static enum nep_status check_join(const struct nep_rdv_hub *hub, const struct nep_rdv_message *join,
+                                  const char *who, char *sentence)
+{
+    uint32_t ours = nep_version(), theirs = join->version;
+    if (theirs / 100 != ours / 100) {
+        snprintf(sentence, SENTENCE,
+                 "rank %u (%s) runs nearep %u.%u, the rendezvous %u.%u: run one version everywhere",
+                 join->rank, who, theirs / 10000, theirs / 100 % 100, ours / 10000,
+                 ours / 100 % 100);
+        return NEP_ERR_MISMATCH;
+    }
+    if (join->num_ranks != hub->num_ranks) {
+        snprintf(sentence, SENTENCE,
+                 "rank %u (%s) says that there are %u ranks, the rendezvous was started for %u",
+                 join->rank, who, join->num_ranks, hub->num_ranks);
+        return NEP_ERR_MISMATCH;
+    }
+    if (join->rank >= hub->num_ranks) {
+        snprintf(sentence, SENTENCE, "%s says that it is rank %u of %u: ranks count from 0", who,
+                 join->rank, hub->num_ranks);
+        return NEP_ERR_MISMATCH;
+    }
+    return check_seats(hub, join, who, sentence);
 }
 
 static struct group *find_group(struct nep_rdv_hub *hub, uint32_t rank)
@@ -208,7 +220,12 @@ enum nep_status nep_rdv_hub_join(struct nep_rdv_hub *hub, const struct nep_rdv_m
                         join->op, NEP_RDV_JOIN);
     }
     nep_rdv_copy_text(who, sizeof who, join->text, join->text_len);
-    if (!check_join(hub, join, who, sentence)) {
+    enum nep_status status = check_join(hub, join, who, sentence);
+    if (status == NEP_ERR_BUSY) {
+        nep_rdv_reply_failure(hub, conn, join->id, status, sentence);
+        return nep_fail(status, "%s", sentence);
+    }
+    if (status != NEP_OK) {
         return refuse(hub, join, conn, now_ns, sentence);
     }
     struct nep_rdv_member *member = calloc(1, sizeof *member);

@@ -410,6 +410,40 @@ static void test_members_wrong_size_version_and_rank_are_named_on_both_sides(voi
     }
 }
 
+/* The last process of an earlier job still holds its seat in a group that was complete. */
+static void test_members_seat_of_an_ended_job_is_waited_for(void **state)
+{
+    (void)state;
+    uint16_t port;
+    struct nep_rendezvous_server *server = serve(1, &port);
+    struct raw old, late;
+    uint8_t out[1024], in[2048];
+    struct nep_rdv_message join = join_of(0, 1, 7), reply;
+    raw_connect(&old, port);
+    raw_prove(&old, NULL);
+    raw_send(&old, out, raw_message(&old, &join, out));
+    assert_true(raw_reply(&old, in, sizeof in, &reply) != 0);
+    assert_int_equal(reply.status, NEP_OK);
+    join = join_of(0, 1, 8);
+    raw_connect(&late, port);
+    raw_prove(&late, NULL);
+    raw_send(&late, out, raw_message(&late, &join, out));
+    assert_true(raw_reply(&late, in, sizeof in, &reply) != 0);
+    assert_int_equal(reply.status, NEP_ERR_BUSY);
+    assert_closed(&late);
+    struct nep_rendezvous_client *client = NULL;
+    struct nep_rendezvous_params params = {.host = "127.0.0.1",
+                                           .port = port,
+                                           .num_ranks = 1,
+                                           .secret = secret_text,
+                                           .timeout_ns = 500 * NEP_MS};
+    assert_int_equal(nep_rendezvous_client_open(&params, &client), NEP_ERR_TIMEOUT);
+    assert_says(nep_last_message(), "two processes say that they are rank 0");
+    close(old.fd);
+    assert_serves(port);
+    nep_rendezvous_server_stop(server);
+}
+
 /* ---- a server without descriptors ------------------------------------------------------------ */
 
 static void test_members_beyond_the_file_limit_wait_and_the_cause_is_named(void **state)
@@ -554,6 +588,7 @@ int main(void)
         cmocka_unit_test(test_strangers_recorded_proof_does_not_open_again),
         cmocka_unit_test(test_strangers_false_server_is_not_believed),
         cmocka_unit_test(test_members_bad_frames_end_their_connection_only),
+        cmocka_unit_test(test_members_seat_of_an_ended_job_is_waited_for),
         cmocka_unit_test(test_members_beyond_the_file_limit_wait_and_the_cause_is_named),
         cmocka_unit_test(test_members_wrong_size_version_and_rank_are_named_on_both_sides),
     };
