@@ -118,7 +118,7 @@ static void stage_source(struct nep_ep *ep, struct nep_handle *handle, uint32_t 
     uint32_t total = handle->producers[source].num_rows;
     uint32_t cap = ep->region->staging_rows;
     while (handle->rows_staged[source] < total) {
-        /* Acquire: pairs with the release in nep_stage_taken. */
+        /* Acquire: pairs with the release in nep_stage_release. */
         uint64_t taken = nep_word_get(ep->window[taker], ep->plan.regions[taker].taken,
                                       (uint64_t)idx * ep->node_size + ep->local);
         if (ep->staged[source] >= taken + cap) {

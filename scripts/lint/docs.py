@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """Documents: links between files lead somewhere; the README's C example is examples/first.c, which
-the tests compile and run; files named in backquotes, and documents named in code, exist."""
+the tests compile and run; files and identifiers named in backquotes, and documents named
+in code, exist."""
 import os
 import re
 import subprocess
@@ -10,11 +11,15 @@ import sys
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(#[^)]*)?\)")
 NAMED = re.compile(r"`((?:base|transport|placement|dispatch|perftest|tools|tests|scripts|examples|"
                    r"docs|include|cmake|data)/[A-Za-z0-9_./-]+\.[a-z]+)`")
+IDENTIFIER = re.compile(r"`([A-Za-z][A-Za-z0-9]*_[A-Za-z0-9_]+)`")
 
 
-def check(path, faults):
+def check(path, faults, words):
     with open(path, encoding="utf-8") as file:
         text = file.read()
+    for match in IDENTIFIER.finditer(text):
+        if match.group(1) not in words:
+            faults.append(f"{path}: names {match.group(1)}, which is nowhere in the sources")
     for match in LINK.finditer(text):
         target = match.group(1)
         if "://" not in target and not target.startswith("mailto:") and not os.path.exists(
@@ -31,8 +36,14 @@ def main():
                             capture_output=True, text=True).stdout.strip())
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "*.md"], check=True,
                             capture_output=True, text=True).stdout.split()
-    faults = []
-    texts = {path: check(path, faults) for path in listed if os.path.exists(path)}
+    faults, words = [], set()
+    for path in subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], check=True,
+                               capture_output=True, text=True).stdout.split("\n"):
+        words.add(os.path.basename(path).split(".")[0])
+        if re.search(r"\.(c|h|cu|cuh|cc|sh|py|txt|cmake)$|^\.ci/run$", path):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                words.update(re.findall(r"[A-Za-z_][A-Za-z0-9_]*", file.read()))
+    texts = {path: check(path, faults, words) for path in listed if os.path.exists(path)}
     readme = texts.get("README.md", "")
     if os.path.exists("examples/first.c"):
         with open("examples/first.c", encoding="utf-8") as file:
