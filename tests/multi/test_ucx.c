@@ -294,7 +294,7 @@ static void test_ucx_forged_headers_write_nothing(void **state)
     bad[3].window = 4;
     bad[4].window = 64;
     bad[5].window = UINT32_MAX;
-    bad[6].life = 4;
+    bad[6].life = 6;    /* not made yet */
     bad[7].offset = 17; /* one byte too far */
     bad[8].offset = UINT64_MAX - 7;
     bad[9].len = 47; /* not what came */
@@ -309,6 +309,12 @@ static void test_ucx_forged_headers_write_nothing(void **state)
     nep_ucx_on_put(ux, &good, sizeof good - 1, payload, 48, &param);
     nep_ucx_on_put(ux, &good, 0, payload, 48, &param);
     assert_int_equal(atomic_load(&ux->num_refused), 14);
+    /* A put for the window's former life is late, not a lie. */
+    struct nep_ucx_header late = good;
+    late.life = 4;
+    late.src = 2;
+    nep_ucx_on_put(ux, &late, sizeof late, payload, 48, &param);
+    assert_int_equal(atomic_load(&ux->num_refused), 15);
     assert_int_equal(num_heard, 0);
     assert_memory_equal(memory, untouched, sizeof memory);
     assert_true(atomic_load(&ux->peers[0].misbehaved));
