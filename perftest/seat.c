@@ -87,6 +87,13 @@ void nep_perf_seat_memory(struct nep_perf_seat *seat, struct nep_perf_control *c
         .size = sizeof(seat->bootstrap), .ctx = seat, .allgather = nep_perf_threads_allgather};
 }
 
+/* The rendezvous says which rank is missing; that of threads has no words of its own. */
+static int gather_failed(const struct nep_perf_seat *seat)
+{
+    return nep_perf_error(0, "rank %u: a gather of results failed: %s", seat->rank,
+                          nep_last_message());
+}
+
 bool nep_perf_seat_allgather(struct nep_perf_seat *seat, const void *in, void *out, size_t bytes)
 {
     /* In pieces: a rendezvous need not take messages of any size. */
@@ -94,7 +101,7 @@ bool nep_perf_seat_allgather(struct nep_perf_seat *seat, const void *in, void *o
     char stage_in[32768];
     if (bytes <= piece) {
         int rc = seat->bootstrap.allgather(seat->bootstrap.ctx, in, out, bytes, seat->timeout_ns);
-        return rc == 0 || nep_perf_error(0, "rank %u: a gather of results failed", seat->rank) != 0;
+        return rc == 0 || gather_failed(seat) != 0;
     }
     size_t num = seat->num_ranks;
     char *stage_out = malloc(num * piece);
@@ -110,7 +117,7 @@ bool nep_perf_seat_allgather(struct nep_perf_seat *seat, const void *in, void *o
     }
     free(stage_out);
     if (!is_fine) {
-        nep_perf_error(0, "rank %u: a gather of results failed", seat->rank);
+        gather_failed(seat);
     }
     return is_fine;
 }
