@@ -222,7 +222,9 @@ static enum nep_status window_create(struct nep_transport *transport, uint32_t n
                                          "sizes of a ucx window");
     }
     if (number < NEP_UCX_WINDOWS) {
+        nep_ucx_hold(ux);
         ux->windows[number].life++; /* also after a failure: the same on all ranks */
+        nep_ucx_release(ux);
     }
     if (status != NEP_OK) {
         if (made.memory != NULL) {

@@ -53,11 +53,17 @@ static struct nep_ucx_window *check_header(struct nep_ucx *ux, const void *bytes
         return NULL;
     }
     struct nep_ucx_window *window = &ux->windows[header->window % NEP_UCX_WINDOWS];
-    /* Acquire: pairs with the release in ucx.c, window_open. */
-    if (header->window >= NEP_UCX_WINDOWS ||
-        !atomic_load_explicit(&window->alive, memory_order_acquire) ||
-        window->life != header->life) {
+    if (header->window >= NEP_UCX_WINDOWS || header->life > window->life) {
         refuse(ux, header, "this rank has no such window");
+        return NULL;
+    }
+    /* Acquire: pairs with the release in ucx.c, window_open. */
+    if (!atomic_load_explicit(&window->alive, memory_order_acquire) ||
+        header->life < window->life) {
+        /* No lie: a rank that leaves says so to those that have left already. */
+        atomic_fetch_add_explicit(&ux->num_refused, 1, memory_order_relaxed);
+        nep_debug("rank %u dropped a late put of rank %u: window %u is gone", ux->rank, header->src,
+                  header->window);
         return NULL;
     }
     uint64_t bytes_here = window->bytes[ux->rank];
