@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Ranks as processes with a launcher's environment, as torchrun, mpirun and srun would start them.
  */
+#include <fcntl.h>
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
@@ -40,29 +41,38 @@ static enum nep_status meet(uint64_t timeout_ns)
     return status;
 }
 
+/* In a program of its own, started with the launcher's environment alone: a process that was only
+ * forked could not start threads under ThreadSanitizer. */
+static int rank_main(const char *timeout_text)
+{
+    uint64_t timeout_ns = 0;
+    enum nep_status status = nep_parse_time_ns(timeout_text, &timeout_ns);
+    status = status == NEP_OK ? meet(timeout_ns) : status;
+    printf("%d %s\n", status, status == NEP_OK ? "" : nep_last_message());
+    return 0;
+}
+
 static pid_t start_rank(const struct launch *launch, uint32_t rank, uint64_t timeout_ns, int fd)
 {
-    pid_t pid = fork();
-    if (pid != 0) {
-        return pid;
-    }
-    clearenv();
+    char texts[8][256], time[32];
+    char *variables[9] = {NULL};
     for (size_t i = 0; i < 8 && launch->variables[i] != NULL; i++) {
-        char text[256];
         /* The formats are this file's own; an unused argument is fine. */
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wformat-nonliteral"
-        snprintf(text, sizeof text, launch->variables[i], rank);
+        snprintf(texts[i], sizeof texts[i], launch->variables[i], rank);
 #pragma GCC diagnostic pop
-        putenv(strdup(text));
+        variables[i] = texts[i];
     }
-    char line[1200];
-    enum nep_status status = meet(timeout_ns);
-    int len =
-        snprintf(line, sizeof line, "%d %s\n", status, status == NEP_OK ? "" : nep_last_message());
-    ssize_t written = write(fd, line, (size_t)len);
-    (void)written;
-    _exit(0);
+    nep_format_time_ns(timeout_ns, time, sizeof time);
+    char *arguments[] = {"test_bootstrap_launchers", "--rank", time, NULL};
+    pid_t pid = fork();
+    if (pid == 0) {
+        dup2(fd, STDOUT_FILENO);
+        execve("/proc/self/exe", arguments, variables);
+        _exit(99);
+    }
+    return pid;
 }
 
 /* Starts them and returns their lines, "<status> <message>\n" each. */
@@ -72,7 +82,7 @@ static void launch_all(const struct launch *launch, uint64_t timeout_ns, char *l
     pid_t pids[NUM];
     size_t have = 0;
     ssize_t got;
-    assert_int_equal(pipe(fds), 0);
+    assert_int_equal(pipe2(fds, O_CLOEXEC), 0);
     for (uint32_t r = 0; r < launch->num; r++) {
         /* The last rank first: nothing may depend on rank 0 being early. */
         pids[r] = start_rank(launch, launch->num - 1 - r, timeout_ns, fds[1]);
@@ -198,8 +208,11 @@ static void test_launchers_missing_rank_and_address_are_named(void **state)
     assert_says(lines, "start with torchrun, mpirun or srun");
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
+    if (argc == 3 && strcmp(argv[1], "--rank") == 0) {
+        return rank_main(argv[2]);
+    }
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_launchers_one_machine_meets_without_a_port),
         cmocka_unit_test(test_launchers_torchrun_ports_taken_by_others),
