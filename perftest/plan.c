@@ -371,6 +371,14 @@ const char *nep_perf_plan_check_choice(const struct nep_perf_plan *plan, uint32_
     return broken;
 }
 
+bool nep_perf_plan_predicted_rows(const struct nep_perf_plan *plan, uint64_t *rows_p)
+{
+    uint64_t first = (uint64_t)plan->options->warmup * plan->options->outstanding;
+    return plan->trace != NULL &&
+           nep_perf_trace_remote_rows(plan->trace, plan->map, first, plan->num_batches - first,
+                                      rows_p) == NEP_OK;
+}
+
 /* Rows of one batch on every rank, without building them: packed rows are pairs, rounded up per
  * slot; the rank layout needs fewer. Of a long trace the most that can be. */
 uint64_t nep_perf_plan_max_rows(struct nep_perf_plan *plan)

@@ -39,6 +39,8 @@ const struct nep_ref_group *nep_perf_plan_group(struct nep_perf_plan *plan, uint
                                                 bool all, uint32_t rank);
 /* NULL, or the rule that the slots of the batch at hand break. */
 const char *nep_perf_plan_check_choice(const struct nep_perf_plan *plan, uint32_t rank);
+/* Rows to other nodes in timed iterations as nep-place eval predicts them; false: no trace. */
+bool nep_perf_plan_predicted_rows(const struct nep_perf_plan *plan, uint64_t *rows_p);
 /* Most output rows of any rank in any batch. */
 uint64_t nep_perf_plan_max_rows(struct nep_perf_plan *plan);
 

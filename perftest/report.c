@@ -223,6 +223,10 @@ void nep_perf_report_json(FILE *out, const struct nep_perf_rank *rank,
             (unsigned long long)summary->remote_rows_back, summary->remote_nodes_per_token,
             summary->remote_ranks_per_token, summary->remote_pairs_per_token,
             summary->local_token_share, summary->imbalance_rank, summary->imbalance_node);
+    if (summary->has_predicted) {
+        fprintf(out, "  \"predicted_remote_rows\": %llu,\n",
+                (unsigned long long)summary->predicted_rows);
+    }
     if (rank->options.is_verified) {
         fprintf(out, "  \"wrong_elements\": %llu,\n", (unsigned long long)summary->wrong);
     } else {

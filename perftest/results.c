@@ -177,6 +177,11 @@ static void reduce_records(const struct nep_perf_rank *rank, const struct record
                                      records[r].stats.tokens_local != records[r].tokens_local;
     }
     summary->is_traffic_wrong |= summary->remote_rows_back != summary->floor_rows;
+    bool is_once = rank->num_samples == options->iters; /* not with the blocks of a baseline */
+    summary->has_predicted =
+        is_once && nep_perf_plan_predicted_rows(rank->plan, &summary->predicted_rows);
+    summary->is_traffic_wrong |=
+        summary->has_predicted && summary->predicted_rows != summary->floor_rows;
     for (uint32_t n = 0; n < rank->topology.num_nodes; n++) {
         double bytes = 0.0;
         for (uint32_t r = 0; r < ranks; r++) {

@@ -44,6 +44,8 @@ struct nep_perf_summary {
     uint64_t remote_rows;
     uint64_t remote_rows_back;
     uint64_t floor_rows;
+    bool has_predicted;
+    uint64_t predicted_rows; /* by the schedule that nep-place shares */
     uint64_t tokens;
     uint64_t elements;
     uint64_t wrong;

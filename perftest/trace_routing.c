@@ -54,15 +54,19 @@ static enum nep_status assign_homes(const struct nep_perf_trace *trace, const st
                         : nep_homes_random(requests, shape, trace->options->seed, homes);
 }
 
-int nep_perf_trace_schedule(struct nep_perf_trace *trace, const struct nep_map *map)
+static struct nep_map_shape shape_of(const struct nep_perf_trace *trace)
 {
-    const struct nep_topology *topology = &trace->topology;
-    struct nep_map_shape shape = {.size = sizeof(shape),
+    return (struct nep_map_shape){.size = sizeof(struct nep_map_shape),
                                   .num_layers = nep_trace_num_layers(trace->trace),
                                   .num_experts = trace->options->experts,
-                                  .num_nodes = topology->num_nodes,
-                                  .num_ranks = topology->num_ranks,
-                                  .ranks_per_node = topology->node_ranks};
+                                  .num_nodes = trace->topology.num_nodes,
+                                  .num_ranks = trace->topology.num_ranks,
+                                  .ranks_per_node = trace->topology.node_ranks};
+}
+
+int nep_perf_trace_schedule(struct nep_perf_trace *trace, const struct nep_map *map)
+{
+    struct nep_map_shape shape = shape_of(trace);
     struct nep_requests requests = nep_requests_all(trace->trace);
     struct nep_map *contiguous = NULL;
     uint32_t *homes = calloc((size_t)requests.num + 1, sizeof(*homes));
@@ -111,4 +115,19 @@ uint32_t nep_perf_trace_ids(const struct nep_perf_trace *trace, uint32_t rank, u
                             uint32_t num_tokens, int32_t *ids)
 {
     return nep_schedule_ids(trace->schedule, rank, batch, num_tokens, ids);
+}
+
+enum nep_status nep_perf_trace_remote_rows(const struct nep_perf_trace *trace,
+                                           const struct nep_map *map, uint64_t first, uint64_t num,
+                                           uint64_t *rows_p)
+{
+    struct nep_map *contiguous = NULL;
+    struct nep_map_shape shape = shape_of(trace);
+    enum nep_status status = map != NULL ? NEP_OK : nep_map_contiguous(&shape, &contiguous);
+    if (status == NEP_OK) {
+        status = nep_schedule_remote_rows(trace->schedule, map != NULL ? map : contiguous,
+                                          trace->options->tokens, first, num, rows_p);
+    }
+    nep_map_destroy(contiguous);
+    return status;
 }

@@ -20,4 +20,9 @@ uint32_t nep_perf_trace_layer(const struct nep_perf_trace *trace, uint64_t batch
 uint32_t nep_perf_trace_ids(const struct nep_perf_trace *trace, uint32_t rank, uint64_t batch,
                             uint32_t num_tokens, int32_t *ids);
 
+/* What nep-place eval predicts: rows to other nodes of batches [first, first + num), all ranks. */
+enum nep_status nep_perf_trace_remote_rows(const struct nep_perf_trace *trace,
+                                           const struct nep_map *map, uint64_t first, uint64_t num,
+                                           uint64_t *rows_p);
+
 #endif

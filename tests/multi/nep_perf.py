@@ -111,6 +111,7 @@ class Results(unittest.TestCase):
         got = result("--routing", f"trace:{TRACE}", "--verify")
         self.assertEqual(got["wrong_elements"], 0)
         self.assertGreater(got["remote_rows"], 0)
+        self.assertEqual(got["remote_rows"], got["predicted_remote_rows"])
 
     def test_launcher_environment_decides(self):
         env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
