@@ -34,19 +34,22 @@ perf() { # NAME TITLE ARGUMENT...: one verified run, its results in build/demo/N
 
 perf contiguous "$ranks ranks on 2 emulated nodes, experts in order" --routing "trace:$trace"
 
-[ -x build/bin/nep-place ] || exit 0
-# A map solved on two thirds of the requests; both runs below on the rest, which it has not seen.
-printf '\n== Where experts live: solved on two thirds of the requests, run and scored on the rest\n'
-python3 scripts/lib/split_trace.py $trace build/demo/train.nept build/demo/test.nept
+# A map solved on two thirds of the requests; everything below is scored on the rest, which it has not
+# seen.
 place() {
     echo "nep-place $*"
     build/bin/nep-place "$@"
 }
-place solve --trace build/demo/train.nept --nodes 2 --gpus-per-node $per_node --replicas 12.5 \
-    -o build/demo/solved.nepmap
-perf before "the rest, experts in order, requests anywhere" --routing trace:build/demo/test.nept
-perf after "the rest, with the map, requests at their predicted homes" \
-    --routing trace:build/demo/test.nept --map build/demo/solved.nepmap
+train=build/demo/train.nept test=build/demo/test.nept map=build/demo/solved.nepmap
+printf '\n== Where experts live: solved on two thirds of the requests, scored on the rest\n'
+place slice --trace $trace --part train -o $train
+place slice --trace $trace --part test -o $test
+place solve --trace $train --nodes 2 --gpus-per-node $per_node --replicas 12.5 -o $map
+place compare --train $train --test $test --nodes 2 --gpus-per-node $per_node --replicas 12.5
+
+perf before "the rest, experts in order, requests anywhere" --routing trace:$test
+perf after "the rest, with the map, requests at their predicted homes" --routing trace:$test --map $map
+printf '\n== What the map changed, as run'
 python3 scripts/lib/demo_report.py build/demo/before.json build/demo/after.json
-place report --trace build/demo/test.nept --map build/demo/solved.nepmap -o build/demo/report.html
+place report --trace $test --map $map -o build/demo/report.html
 printf '\nReport: %s\n' "$PWD/build/demo/report.html"

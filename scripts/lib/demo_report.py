@@ -22,7 +22,8 @@ def two(before, after):
             ("most loaded rank / mean", "imbalance_rank", 1, ".3f")]
     for title, key, scale, form in rows:
         old, new = before[key] * scale, after[key] * scale
-        change = f"{100 * (new - old) / old:+.1f} %" if old else "-"
+        change = f"{new - old:+.1f} pt" if title.endswith("%") else \
+            f"{100 * (new - old) / old:+.1f} %" if old else "-"
         print(f"{title:<34}{old:>14{form}}{new:>14{form}}{change:>10}")
     old, new = before["total_us"]["p50"], after["total_us"]["p50"]
     print(f"{'dispatch + combine, us (p50)':<34}{old:>14,.0f}{new:>14,.0f}{100 * (new - old) / old:>+8.1f} %")
