@@ -118,7 +118,9 @@ run() { # RANKS COMMAND...
         pids+=($!)
     done
     for i in "${!pids[@]}"; do
-        wait "${pids[$i]}" || { [ $status -ne 0 ] || status=$?; }
+        ended=0
+        wait "${pids[$i]}" || ended=$?
+        [ $status -ne 0 ] || status=$ended # the first that failed
     done
     return "$status"
 }
