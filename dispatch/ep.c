@@ -306,6 +306,7 @@ void nep_ep_destroy(struct nep_ep *ep)
     }
     nep_plan_fini(&ep->plan);
     nep_maps_fini(&ep->maps);
+    nep_recorder_destroy(ep->recorder);
     free(ep);
 }
 
@@ -387,6 +388,43 @@ enum nep_status nep_ep_load(const struct nep_ep *ep, uint32_t layer, uint64_t *p
     memcpy(pairs, ep->load + (uint64_t)layer * ep->shape.num_experts,
            ep->shape.num_experts * sizeof *pairs);
     return NEP_OK;
+}
+
+enum nep_status nep_ep_record_start(struct nep_ep *ep, const struct nep_recorder_params *params)
+{
+    struct nep_recorder_params copy;
+    struct nep_recorder *recorder = NULL;
+    enum nep_status status = nep_ep_check(ep);
+    if (status == NEP_OK) {
+        status =
+            nep_struct_copy(&copy, sizeof copy, params, sizeof copy.size, "nep_recorder_params");
+    }
+    if (status == NEP_OK) {
+        status = nep_recorder_create(&copy, &ep->shape, &recorder);
+    }
+    if (status == NEP_OK) {
+        nep_recorder_destroy(ep->recorder);
+        ep->recorder = recorder;
+    }
+    return status;
+}
+
+enum nep_status nep_ep_record_save(struct nep_ep *ep, const char *path, uint64_t *num_tokens_p)
+{
+    if (ep == NULL || path == NULL || ep->recorder == NULL) {
+        return nep_fail(NEP_ERR_INVALID,
+                        "nep_ep_record_save: no path, or nothing is recorded: call "
+                        "nep_ep_record_start first");
+    }
+    return nep_recorder_save(ep->recorder, path, num_tokens_p);
+}
+
+void nep_ep_record_stop(struct nep_ep *ep)
+{
+    if (ep != NULL) {
+        nep_recorder_destroy(ep->recorder);
+        ep->recorder = NULL;
+    }
 }
 
 /* ---- buffers -------------------------------------------------------------------------------- */

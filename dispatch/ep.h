@@ -11,6 +11,7 @@
 #include "dispatch/maps.h"
 #include "dispatch/pool.h"
 #include "dispatch/protocol.h"
+#include "dispatch/recorder.h"
 #include "dispatch/region.h"
 #include "dispatch/sums.h"
 #include "placement/placement.h"
@@ -93,6 +94,7 @@ struct nep_ep {
     bool has_inter_window; /* registered with the fabric */
     bool is_broken;
     uint64_t *load; /* [num_layers][E] (token, k) pairs that this rank dispatched, ever */
+    struct nep_recorder *recorder; /* NULL: nothing is recorded */
     uint32_t next_handle;
     struct nep_handle *handles; /* all that are alive */
     struct nep_stats stats;

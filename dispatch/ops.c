@@ -200,6 +200,9 @@ static enum nep_status take_routing(struct nep_ep *ep, struct nep_handle *handle
         }
         nep_route_count(in, ep->shape.top_k,
                         ep->load + (uint64_t)in->layer * ep->shape.num_experts);
+        if (ep->recorder != NULL) {
+            nep_recorder_take(ep->recorder, in);
+        }
         handle->num_tokens = in->num_tokens;
         handle->layer = in->layer;
         handle->map_digest = map->digest;

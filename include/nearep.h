@@ -277,6 +277,9 @@ struct nep_tokens {
     const void *topk_ids;
     enum nep_id_type id_type;
     const float *topk_weights; /* [T][K]; NULL: all 1, or those that come with the routing held */
+    /* for the recorder: [T] the request of each token; NULL: these tokens are not recorded */
+    const uint64_t *request_keys;
+    const uint8_t *is_prefill; /* beside it: [T] 1 = of the prompt; NULL: unknown */
 };
 
 /* Outputs of dispatch on this rank. Optional arrays may be NULL. rows = nep_counts.num_rows. */
@@ -458,6 +461,27 @@ NEP_API enum nep_status nep_ep_load(const struct nep_ep *ep, uint32_t layer, uin
  * nep_dispatch_recv without asking for counts first. Distinct experts of a token are not assumed.
  */
 NEP_API enum nep_status nep_ep_max_rows(const struct nep_ep *ep, uint64_t *rows_p);
+
+/* ---- recording ---------------------------------------------------------------------------- */
+
+struct nep_recorder_params {
+    size_t size;
+    uint32_t sample_ppm;   /* of a million requests, so many are recorded; 0: 10000 */
+    uint32_t max_requests; /* 0: 4096 */
+    uint64_t max_bytes;    /* of ids; when full, nothing more is recorded; 0: 64 MiB */
+    const char *model;     /* a name for the trace, 63 bytes at most; may be NULL */
+};
+/*
+ * Records the routing of fresh dispatches of this ep from now on, for the placement solver: tokens
+ * of sampled requests, once all num_layers layers of a step have come with the same tokens in the
+ * same order. All memory is taken here. Starting again begins a new recording.
+ */
+NEP_API enum nep_status nep_ep_record_start(struct nep_ep *ep,
+                                            const struct nep_recorder_params *params);
+/* Writes what is recorded so far as a trace. *num_tokens_p (may be NULL): tokens in it. */
+NEP_API enum nep_status nep_ep_record_save(struct nep_ep *ep, const char *path,
+                                           uint64_t *num_tokens_p);
+NEP_API void nep_ep_record_stop(struct nep_ep *ep);
 
 /* ---- maps while running ------------------------------------------------------------------- */
 
