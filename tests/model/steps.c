@@ -9,23 +9,31 @@
 
 #include "model.h"
 
-/* The number that a receiver makes of the low bits of `number`, near `base`. */
-static int decode(const struct model *model, int number, int base)
+/*
+ * What a receiver makes of the low bits of `number`: the one of [base, base + room) that has them,
+ * or -1, dropped as old, when there is none.
+ */
+static int decode(const struct model *model, int number, int base, int room)
 {
     int modulus = model->modulus, ahead = ((number - base) % modulus + modulus) % modulus;
-    return base + (ahead >= (modulus + 1) / 2 ? ahead - modulus : ahead);
+    return ahead < room ? base + ahead : -1;
 }
 
 static const char *check_decode(const struct model *model, const struct state *state, uint8_t link,
-                                bool combine, uint8_t q)
+                                bool combine, uint8_t q, bool repeat)
 {
     const struct stream *stream = combine ? &state->combine[link] : &state->dispatch[link];
-    int base = combine ? model->stream_used[link][state->sums[model->links[link].src]]
-                       : dispatch_read_by_all(model, state, link);
-    if (model->p.imm_stale) {
-        base = stream->said;
+    const struct link *ends = &model->links[link];
+    /* What the landing rank itself has read; where ranks step over tiles, what all have read. */
+    int base = combine         ? model->stream_used[link][state->sums[ends->src]]
+               : model->p.skip ? dispatch_read_by_all(model, state, link)
+                               : state->read[link][model->lane[ends->far]];
+    int heard = decode(model, q, model->p.imm_stale ? stream->said : base, model->slots);
+    if (heard == q || (heard < 0 && repeat)) {
+        return NULL;
     }
-    return decode(model, q, base) == q ? NULL : "an immediate is taken for another tile";
+    return heard < 0 ? "a new tile is dropped as an old one"
+                     : "an immediate is taken for another tile";
 }
 
 static const char *post(const struct model *model, struct state *state, uint8_t link, bool combine)
@@ -38,7 +46,7 @@ static const char *post(const struct model *model, struct state *state, uint8_t 
         return "a tile is put into a slot whose tile a reader has not read";
     }
     if (!model->p.delays) {
-        return check_decode(model, state, link, combine, q);
+        return check_decode(model, state, link, combine, q, false);
     }
     stream->flight |= 1u << q;
     stream->again |= model->p.repeats ? 1u << q : 0;
@@ -194,8 +202,14 @@ static const char *arrive_counts(const struct model *model, struct state *state,
     if (repeat && state->sent[from] > op + model->slots) {
         return "repeated COUNTS are written over newer ones";
     }
-    return decode(model, op, state->done[to]) == op ? NULL
-                                                    : "COUNTS are taken for another operation's";
+    int heard = decode(model, op, state->done[to], model->slots);
+    /* A rank that only wants to know its sums may have completed without: it wants none then. */
+    bool may_drop = repeat || model->landing[from][model->node[to]] != to;
+    if (heard == op || (heard < 0 && may_drop)) {
+        return NULL;
+    }
+    return heard < 0 ? "new COUNTS are dropped as old ones"
+                     : "COUNTS are taken for another operation's";
 }
 
 static const char *arrive_tile(const struct model *model, struct state *state, struct action action)
@@ -208,7 +222,7 @@ static const char *arrive_tile(const struct model *model, struct state *state, s
     if (repeat && stream->posted > q + model->slots) {
         return "a repeated tile is written over a newer one";
     }
-    return check_decode(model, state, action.other, combine, q);
+    return check_decode(model, state, action.other, combine, q, repeat);
 }
 
 static const char *arrive_credit(const struct model *model, struct state *state,
@@ -219,13 +233,21 @@ static const char *arrive_credit(const struct model *model, struct state *state,
         combine ? &state->combine[action.other] : &state->dispatch[action.other];
     uint8_t number = action.info & INFO_NUMBER;
     *(repeat ? &stream->credit_again : &stream->credit_flight) &= ~(1u << number);
-    int base = combine ? combine_freed(model, state, action.other)
-                       : dispatch_freed(model, state, action.other);
-    int heard = decode(model, number, model->p.credit_stale ? stream->credit : base);
-    if (model->p.credit_written || heard > stream->credit) {
+    if (model->p.credit_written) {
+        stream->credit = number;
+        return NULL;
+    }
+    int known = combine ? combine_freed(model, state, action.other)
+                        : dispatch_freed(model, state, action.other);
+    known = model->p.credit_stale ? stream->credit : known;
+    int heard = decode(model, number, known, stream->posted - known + 1);
+    if (heard > known) {
         stream->credit = (uint8_t)heard;
     }
-    return heard == number ? NULL : "a CREDIT is taken for another number";
+    if (heard < 0 && number > known) {
+        return "a new CREDIT is dropped as an old one";
+    }
+    return heard < 0 || heard == number ? NULL : "a CREDIT is taken for another number";
 }
 
 const char *model_apply(const struct model *model, struct state *state, struct action action)
