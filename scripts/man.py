@@ -95,16 +95,38 @@ def tidy(declaration):
     return "\n".join(lines + [line.rstrip()])
 
 
-def summary(blocks, name):
-    text = blocks[0].lstrip("- ") if blocks else name
+OBJECTS = {"comm": "a communicator", "ep": "a MoE shape on a communicator", "handle": "a handle",
+           "map": "a placement map", "trace": "a routing trace", "trace_writer": "a writer of traces",
+           "balance": "the online balancer", "buffer": "memory that the node maps",
+           "queue": "a batch queue", "dispatch": "a dispatch", "combine": "a combine"}
+VERBS = {"create": "make", "destroy": "free", "alloc": "take", "load": "read", "save": "write",
+         "open": "open", "close": "close", "free": "give back", "send": "start", "recv": "complete"}
+
+
+def from_name(name):
+    """nep_map_destroy: "free a placement map"; nep_map_get_shape: "get shape (a placement map)"."""
+    words = name.split("_")[1:]
+    for length in (2, 1):
+        thing = OBJECTS.get("_".join(words[:length]))
+        if thing and len(words) > length:
+            verb = " ".join(words[length:])
+            return f"{VERBS[verb]} {thing}" if verb in VERBS else f"{verb} ({thing})"
+    return " ".join(words)
+
+
+def summary(function):
+    """The first sentence of the function's own comment, if it is one; else what the name says."""
+    text = function.blocks[0].lstrip("- ") if function.blocks else ""
     text = re.split(r"(?<=[a-z0-9)])[.:;] ", text)[0].rstrip(".")
+    if not function.has_comment or len(text.split()) < 4:
+        return from_name(function.name)
     return text if len(text) < 120 else text[:110].rsplit(" ", 1)[0] + " ..."
 
 
 class Function:
-    def __init__(self, name, declaration, blocks, section):
+    def __init__(self, name, declaration, blocks, section, has_comment):
         self.name, self.declaration, self.blocks = name, declaration, blocks
-        self.section = section
+        self.section, self.has_comment = section, has_comment
 
 
 def parse(text):
@@ -123,7 +145,8 @@ def parse(text):
             if function:
                 # Functions in a row under one comment share it.
                 last = comment if comment is not None else last
-                functions.append(Function(function.group(1), value, last, section))
+                functions.append(Function(function.group(1), value, last, section,
+                                          comment is not None))
             elif named:
                 structures[named.group(2)] = (value, comment or [])
                 last = comment or last
@@ -144,7 +167,7 @@ def page(function, functions, structures, version):
                   if f.section == function.section and f.name != function.name]
     kept = used(function.declaration, structures, [])
     out = [f'.TH {function.name} 3 "" "nearep {version}" "nearep"',
-           ".SH NAME", f"{function.name} \\- {escape(summary(function.blocks, function.name))}",
+           ".SH NAME", f"{function.name} \\- {escape(summary(function))}",
            ".SH SYNOPSIS", code("#include <nearep.h>\n\n" + tidy(function.declaration)),
            ".SH DESCRIPTION", prose(function.blocks)]
     for name in kept:
@@ -169,7 +192,7 @@ def overview(functions, head, version):
         if function.section != section:
             section = function.section
             out.append(f".SS {escape(section or 'version')}")
-        out.append(f".TP\n.BR {function.name} (3)\n{escape(summary(function.blocks, ''))}")
+        out.append(f".TP\n.BR {function.name} (3)\n{escape(summary(function))}")
     return "\n".join(out) + "\n"
 
 
