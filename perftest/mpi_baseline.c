@@ -61,6 +61,7 @@ struct nep_perf_mpi {
     uint32_t *slot_first;
     float *acc;
     uint64_t num_received;
+    size_t rows_bytes; /* of where dispatched rows end up: expert, or recv */
     struct nep_perf_sample *samples;
     uint64_t num_samples;
     struct nep_ref_report report;
@@ -164,6 +165,7 @@ struct nep_perf_mpi *nep_perf_mpi_create(struct nep_perf_rank *rank)
     mpi->recv = big_alloc(received * mpi->row_bytes);
     mpi->meta_send = big_alloc(pairs * mpi->meta_bytes);
     mpi->meta_recv = big_alloc(received * mpi->meta_bytes);
+    mpi->rows_bytes = mpi->is_rank_layout ? received * mpi->row_bytes : expert_rows * mpi->payload;
     mpi->expert = mpi->is_rank_layout ? NULL : big_alloc(expert_rows * mpi->payload);
     mpi->position = small_alloc(received * mpi->top_k, sizeof(uint32_t));
     mpi->acc = aligned_alloc(64, ((size_t)mpi->hidden * 4 + 63) / 64 * 64);
@@ -413,9 +415,20 @@ static void check(struct nep_perf_mpi *mpi)
     free(got);
 }
 
+/* As for the library's outputs: what nobody wrote must not pass, and both start from dirty lines.
+ */
+static void poison(struct nep_perf_mpi *mpi)
+{
+    memset(mpi->is_rank_layout ? mpi->recv : mpi->expert, 0xff, mpi->rows_bytes);
+    memset(mpi->y, 0xff, mpi->rank->options.tokens * mpi->payload);
+}
+
 static int iteration(struct nep_perf_mpi *mpi, uint64_t batch, struct nep_perf_sample *sample)
 {
     uint32_t me = mpi->rank->seat->rank;
+    if (mpi->rank->options.is_verified) {
+        poison(mpi);
+    }
     mpi->group = nep_perf_plan_group(mpi->rank->plan, batch, false, me);
     uint32_t tokens = mpi->group->num_tokens[me];
     memcpy(mpi->slots, mpi->group->slots[me], (size_t)tokens * mpi->top_k * sizeof(uint32_t));

@@ -226,18 +226,19 @@ static void fill_lane(struct nep_perf_rank *rank, struct nep_perf_lane *lane)
 {
     const struct nep_perf_options *options = &rank->options;
     size_t payload = (size_t)options->hidden * nep_ref_dtype_bytes(options->dtype);
-    lane->num_tokens =
-        nep_perf_plan_routing(rank->plan, rank->seat->rank, lane->batch, lane->ids, lane->weights);
-    for (uint32_t t = 0; t < lane->num_tokens; t++) {
-        nep_perf_plan_row(rank->plan, rank->seat->rank, lane->batch, t,
-                          (char *)lane->x + t * payload);
-    }
+    /* Outputs first: the inputs are what was written last, as after a real layer. */
     if (options->is_verified) {
         struct sizes sizes = tensor_sizes(rank);
         memset(lane->rows.x, 0xff, sizes.rows);
         memset(lane->y, 0xff, sizes.y);
         memset(lane->rows.source_rank, 0xff, rank->capacity * sizeof(uint32_t));
         memset(lane->rows.source_token, 0xff, rank->capacity * sizeof(uint32_t));
+    }
+    lane->num_tokens =
+        nep_perf_plan_routing(rank->plan, rank->seat->rank, lane->batch, lane->ids, lane->weights);
+    for (uint32_t t = 0; t < lane->num_tokens; t++) {
+        nep_perf_plan_row(rank->plan, rank->seat->rank, lane->batch, t,
+                          (char *)lane->x + t * payload);
     }
 }
 
