@@ -1,0 +1,56 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+# Inside the guest: the verbs transport alone: its contract, nep-perf put, every fault that
+# Soft-RoCE can have, nep-info. usage: guest_verbs.sh BUILD_BIN
+set -u
+here=$(cd "$(dirname "$0")" && pwd)
+# shellcheck source=tests/vm/lib.sh
+. "$here/lib.sh"
+bin=$1
+export NEP_VERBS_ACK_TIMEOUT=16 NEP_VERBS_RETRY=3 NEP_TIMEOUT=60s
+
+run() { # run NAME COMMAND...: succeeds; its output is shown where it does not
+    name=$1
+    shift
+    timeout 120 "$@" >/run/run.out 2>&1
+    status=$?
+    check "$name" 0 $status
+    [ $status = 0 ] || tail -n 20 /run/run.out
+}
+
+said() { # the sentence that the last run printed
+    sed -n 's/^\(verbs: \|Soft-RoCE\)/      &/p' /run/run.out | head -n 1
+}
+
+run "contract: 3 processes on 2 nodes" "$bin/verbs_contract" 2 1
+run "contract: two paths, pieces of 1 MiB" \
+    env NEP_VERBS_PATHS=2 NEP_VERBS_CHUNK=1M "$bin/verbs_contract" 1 1
+run "contract: six QPs on two paths, short queues" \
+    env NEP_VERBS_PATHS=2 NEP_VERBS_QPS=3 NEP_VERBS_DEPTH=8 "$bin/verbs_contract" 1 1
+for mode in "" --write-imm "--paths=2 --qps=2"; do
+    # shellcheck disable=SC2086
+    run "nep-perf put --bw $mode" "$bin/nep-perf" put --ranks 2 --transport verbs --iters 50 \
+        --depth 16 --verify $mode
+done
+run "nep-perf put --lat" "$bin/nep-perf" put --ranks 2 --transport verbs --lat --iters 200 --verify
+run "nep-perf put --lat --write-imm" \
+    "$bin/nep-perf" put --ranks 2 --transport verbs --lat --iters 200 --verify --write-imm
+
+for fault in rkey gone memlock dmabuf; do
+    run "fault: $fault" "$bin/verbs_faults" $fault
+    said
+done
+run "fault: rnr" "$bin/verbs_faults" rnr
+tail -n 1 /run/run.out | sed 's/^/      /'
+run "fault: port" env NEP_VERBS_RETRY=6 "$bin/verbs_faults" port
+run "fault: path" "$bin/verbs_faults" path
+ip link set p1 up
+grep -h 'sent again' /run/run.out | sed 's/^/      /'
+
+env NEP_VERBS_DEVICES=rxe9 timeout 30 "$bin/nep-perf" put --ranks 2 --transport verbs \
+    >/run/run.out 2>&1
+check "a device that does not exist is refused" 1 $?
+check "  and named" yes "$(grep -q 'named in rxe9' /run/run.out && echo yes)"
+run "nep-info --check" "$bin/nep-info" --check
+grep -E 'rxe0|GID' /run/run.out | head -n 3 | sed 's/^ */      /'
+finish

@@ -1,0 +1,325 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Faults over real verbs, one case per run, in the guest of nep-vm: two ranks as threads, rank 1
+ * does something wrong or has something done to it. usage: verbs_faults CASE
+ *
+ *   rkey     a put with a key that the peer did not give: that peer is lost, with the reason
+ *   rnr      the receiver does not poll while far more comes than its queue holds: all arrives
+ *   port     the link of rank 1 goes down and comes back within the budget: nothing is lost
+ *   path     one of two paths goes down for good: its puts go over the other, none is lost
+ *   gone     rank 1's process end is played by QPs in error: rank 0 learns it though it sends
+ * nothing memlock  a limit on locked memory: a sentence with the limit dmabuf   Soft-RoCE has no
+ * dma-buf: refused, with an errno that says so
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include "base/clock.h"
+#include "base/config.h"
+#include "tests/multi/conformance.h"
+#include "transport/verbs/verbs.h"
+
+enum { WINDOW = 9, SLOT_BYTES = 16 << 10, MANY = 2000 };
+
+struct fault_case {
+    const char *name;
+    int (*body)(struct rank *rank, struct nep_transport *transport, struct window *window);
+};
+
+static struct nep_verbs *inner(struct nep_transport *transport)
+{
+    return (struct nep_verbs *)transport;
+}
+
+static enum nep_status put(struct nep_transport *transport, const struct window *window,
+                           uint32_t rank, uint32_t i, uint32_t len, uint64_t *number_p)
+{
+    struct nep_put one = {.dst = 1 - rank,
+                          .window = WINDOW,
+                          .offset = window_landing(window, rank),
+                          .src = window_source(window, 1 - rank),
+                          .len = len,
+                          .imm = window_imm(WINDOW, i)};
+    return transport->ops->put(transport, &one, number_p);
+}
+
+/* Until the peer is lost, at most `seconds`; what was said then, else NULL. */
+static const char *wait_lost(struct nep_transport *transport, uint32_t peer, uint32_t seconds)
+{
+    uint64_t deadline_ns = nep_deadline_ns(seconds * NEP_S);
+    while (nep_left_ns(deadline_ns) > 0) {
+        transport->ops->progress(transport);
+        if (transport->ops->peer_status(transport, peer) == NEP_ERR_PEER_LOST) {
+            printf("%s\n", nep_last_message());
+            return nep_last_message();
+        }
+        usleep(10000);
+    }
+    return NULL;
+}
+
+static int body_rkey(struct rank *rank, struct nep_transport *transport, struct window *window)
+{
+    if (rank->rank == 0) {
+        uint64_t number;
+        inner(transport)->windows[WINDOW].remotes[1].rkeys[0] ^= 0x5a00;
+        RANK_CHECK(rank, put(transport, window, 0, 0, 64, &number) == NEP_OK, "put");
+        const char *said = wait_lost(transport, 1, 60);
+        RANK_CHECK(rank, said != NULL && strstr(said, "remote access error") != NULL, "%s",
+                   said == NULL ? "nothing was said" : said);
+        RANK_CHECK(rank, window_arrivals(window, 1, 0) == 0, "an announcement came");
+        RANK_CHECK(rank, put(transport, window, 0, 1, 64, &number) == NEP_ERR_PEER_LOST, "put");
+    }
+    return barrier(rank);
+}
+
+static int body_rnr(struct rank *rank, struct nep_transport *transport, struct window *window)
+{
+    if (rank->rank == 1) {
+        pthread_mutex_lock(&inner(transport)->poll_lock); /* neither polls nor posts receives */
+    }
+    if (barrier(rank) != 0) {
+        return 1;
+    }
+    if (rank->rank == 0) {
+        uint64_t number = 0;
+        for (uint32_t i = 0; i < MANY; i++) {
+            RANK_CHECK(rank, put(transport, window, 0, i % 256, 64, &number) == NEP_OK, "put");
+        }
+        if (barrier(rank) != 0 || wait_completed(rank, transport, 1, number) != 0) {
+            return 1;
+        }
+    } else {
+        int failed = barrier(rank);
+        usleep(300000);
+        pthread_mutex_unlock(&inner(transport)->poll_lock);
+        RANK_CHECK(rank, failed == 0, "barrier");
+        uint64_t deadline_ns = nep_deadline_ns(60 * NEP_S);
+        uint32_t sum = 0;
+        while (sum < MANY && nep_left_ns(deadline_ns) > 0) {
+            transport->ops->progress(transport);
+            sum = 0;
+            for (uint32_t i = 0; i < 256; i++) {
+                sum += window_arrivals(window, 0, i);
+            }
+        }
+        printf("%u of %u arrived, receives: %u\n", sum, MANY, inner(transport)->paths[0].srq_depth);
+        RANK_CHECK(rank, sum == MANY, "%u", sum);
+        RANK_CHECK(rank, inner(transport)->paths[0].srq_depth < MANY / 4, "queue too deep to test");
+    }
+    return barrier(rank);
+}
+
+static int link_set(const char *device, const char *state)
+{
+    char command[64]; /* rxeN sits on nN, whose cable ends at pN: pulled there, as by a switch */
+    snprintf(command, sizeof command, "ip link set p%s %s", device + 3, state);
+    return system(command);
+}
+
+static int send_one(struct rank *rank, struct nep_transport *transport, struct window *window,
+                    uint32_t i, uint64_t *number_p)
+{
+    enum nep_status status = put(transport, window, rank->rank, i, SLOT_BYTES - 1, number_p);
+    RANK_CHECK(rank, status == NEP_OK, "%s", nep_last_message());
+    return 0;
+}
+
+/*
+ * Both send 256 times the same bytes. In the middle of a burst rank 0's cable is pulled at the
+ * other end, for good or for 100 ms.
+ */
+static int send_across(struct rank *rank, struct nep_transport *transport, struct window *window,
+                       uint32_t path, bool comes_back)
+{
+    const char *device = inner(transport)->paths[path].device;
+    uint32_t peer = 1 - rank->rank;
+    uint64_t number = 0;
+    memset(window_source(window, peer), 0x5a, SLOT_BYTES);
+    for (uint32_t i = 0; i < 256; i++) {
+        bool is_puller = rank->rank == 0;
+        if (i == 100 && is_puller) {
+            /* The port's event must wait: the next puts shall still take the dead way. */
+            pthread_mutex_lock(&inner(transport)->poll_lock);
+            RANK_CHECK(rank, link_set(device, "down") == 0, "%s", device);
+        }
+        if (send_one(rank, transport, window, i, &number) != 0) {
+            return 1;
+        }
+        if (i == 120 && is_puller) {
+            pthread_mutex_unlock(&inner(transport)->poll_lock);
+            usleep(100000);
+            RANK_CHECK(rank, !comes_back || link_set(device, "up") == 0, "%s", device);
+        }
+    }
+    if (wait_completed(rank, transport, peer, number) != 0) {
+        return 1;
+    }
+    for (uint32_t i = 0; i < 256; i++) {
+        if (window_wait(rank, transport, window, peer, i) != 0) {
+            return 1;
+        }
+    }
+    const char *landed = (char *)window->base + window_landing(window, peer);
+    for (uint32_t i = 0; i < SLOT_BYTES - 1; i++) {
+        RANK_CHECK(rank, landed[i] == 0x5a, "byte %u", i);
+    }
+    RANK_CHECK(rank, transport->ops->peer_status(transport, peer) == NEP_OK, "%s",
+               nep_last_message());
+    return barrier(rank);
+}
+
+static int body_port(struct rank *rank, struct nep_transport *transport, struct window *window)
+{
+    int failed = send_across(rank, transport, window, 0, true);
+    for (uint32_t i = 0; i < 256 && failed == 0; i++) {
+        uint32_t times = window_arrivals(window, 1 - rank->rank, i);
+        RANK_CHECK(rank, times == 1, "%u: %u times", i, times);
+    }
+    return failed;
+}
+
+static int body_path(struct rank *rank, struct nep_transport *transport, struct window *window)
+{
+    int failed = send_across(rank, transport, window, 1, false);
+    struct nep_transport_stats stats;
+    transport->ops->stats(transport, &stats);
+    uint32_t alive = inner(transport)->peers[1 - rank->rank].num_alive;
+    printf("rank %u: %llu puts were sent again, %u of %u QPs live\n", rank->rank,
+           (unsigned long long)stats.retries, alive, inner(transport)->num_qps);
+    RANK_CHECK(rank, failed != 0 || alive == 1, "the path did not die");
+    return failed;
+}
+
+static int body_gone(struct rank *rank, struct nep_transport *transport, struct window *window)
+{
+    (void)window;
+    if (rank->rank == 1) {
+        struct nep_verbs *verbs = inner(transport);
+        struct ibv_qp_attr attr = {.qp_state = IBV_QPS_ERR};
+        for (uint32_t q = 0; q < verbs->num_qps; q++) {
+            verbs->api.modify_qp(verbs->peers[0].qps[q].qp, &attr, IBV_QP_STATE);
+        }
+    }
+    if (barrier(rank) != 0) {
+        return 1;
+    }
+    if (rank->rank == 0) {
+        const char *said = wait_lost(transport, 1, 60);
+        RANK_CHECK(rank, said != NULL && strstr(said, "rank 1 is lost") != NULL, "%s",
+                   said == NULL ? "nothing was said" : said);
+        RANK_CHECK(rank, strstr(said, "QP state") != NULL && strstr(said, "port ACTIVE") != NULL,
+                   "%s", said);
+    }
+    return barrier(rank);
+}
+
+static int run_two(struct rank *rank)
+{
+    static _Thread_local struct nep_config config;
+    const struct fault_case *wanted = rank->arg;
+    const struct nep_transport_ops *ops;
+    struct nep_transport_params params = {.topology = &rank->topology,
+                                          .bootstrap = &rank->bootstrap,
+                                          .config = &config,
+                                          .timeout_ns = 60 * NEP_S,
+                                          .sink = conformance_sink,
+                                          .max_puts = 300};
+    struct nep_transport *transport;
+    struct window window;
+    RANK_CHECK(rank, nep_config_load(&config) == NEP_OK, "%s", nep_last_message());
+    if (wanted->body == body_path) {
+        config.verbs_paths = 2;
+        config.verbs_split_bytes = 4 << 10;
+    }
+    RANK_CHECK(rank, nep_transport_find("verbs", &ops, &params.args) == NEP_OK, "no verbs");
+    RANK_CHECK(rank, ops->create(&params, &transport) == NEP_OK, "%s", nep_last_message());
+    if (window_open(rank, transport, WINDOW, SLOT_BYTES, &window) != 0) {
+        return 1;
+    }
+    int failed = wanted->body(rank, transport, &window);
+    window_close(transport, &window);
+    ops->close(transport);
+    return failed;
+}
+
+/* ---- cases without a peer ------------------------------------------------------------------- */
+
+static int refused_memlock(void)
+{
+    const struct rlimit limit = {65536, 65536};
+    struct nep_verbs_api api;
+    struct ibv_device **list;
+    int num;
+    if (nep_verbs_api_load(&api) != NEP_OK || nep_verbs_api_devices(&api, &list, &num) != NEP_OK) {
+        return 1;
+    }
+    struct ibv_context *context = api.open_device(list[0]);
+    struct ibv_pd *pd = context == NULL ? NULL : api.alloc_pd(context);
+    if (pd == NULL || setrlimit(RLIMIT_MEMLOCK, &limit) != 0 || setuid(65534) != 0) {
+        return 1;
+    }
+    size_t bytes = 1 << 20;
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    errno = 0;
+    if (memory == MAP_FAILED || api.reg_mr(pd, memory, bytes, IBV_ACCESS_LOCAL_WRITE) != NULL) {
+        return 1;
+    }
+    nep_verbs_register_failed("rxe0", "a window", bytes, errno);
+    printf("%s\n", nep_last_message());
+    return strstr(nep_last_message(), "may lock 65536 bytes") == NULL;
+}
+
+static int refused_dmabuf(void)
+{
+    struct nep_verbs_api api;
+    struct ibv_device **list;
+    int num;
+    if (nep_verbs_api_load(&api) != NEP_OK || nep_verbs_api_devices(&api, &list, &num) != NEP_OK) {
+        return 1;
+    }
+    struct ibv_context *context = api.open_device(list[0]);
+    struct ibv_pd *pd = context == NULL ? NULL : api.alloc_pd(context);
+    int fd = memfd_create("no dma-buf", MFD_CLOEXEC);
+    if (pd == NULL || fd < 0 || ftruncate(fd, 4096) != 0 || api.reg_dmabuf_mr == NULL) {
+        return 1;
+    }
+    errno = 0;
+    struct ibv_mr *mr = api.reg_dmabuf_mr(pd, 0, 4096, 0, fd, IBV_ACCESS_LOCAL_WRITE);
+    printf("Soft-RoCE has no dma-buf, XRC or ODP; dma-buf: %s\n",
+           mr == NULL ? strerror(errno) : "registered");
+    return mr != NULL || errno == 0;
+}
+
+int main(int argc, char **argv)
+{
+    static const struct fault_case cases[] = {{"rkey", body_rkey},
+                                              {"rnr", body_rnr},
+                                              {"port", body_port},
+                                              {"path", body_path},
+                                              {"gone", body_gone}};
+    const char *name = argc == 2 ? argv[1] : "";
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    if (strcmp(name, "memlock") == 0) {
+        return refused_memlock();
+    }
+    if (strcmp(name, "dmabuf") == 0) {
+        return refused_dmabuf();
+    }
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        if (strcmp(name, cases[i].name) == 0) {
+            uint32_t nodes[2] = {1, 1};
+            struct ranks_params params = {
+                .ranks_per_node = nodes, .num_nodes = 2, .seconds = 120, .threads = true};
+            return ranks_run(&params, run_two, (void *)(uintptr_t)&cases[i]) != 0;
+        }
+    }
+    fprintf(stderr, "usage: verbs_faults rkey|rnr|port|path|gone|memlock|dmabuf\n");
+    return 2;
+}
