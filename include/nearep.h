@@ -587,7 +587,7 @@ struct nep_balance_params {
     uint32_t top_k;            /* of what is observed; required */
     uint32_t window_tokens;    /* tokens a layer that decide, the last ones; 0: 1024 */
     uint32_t max_moves;        /* copies that may move per layer and update; 0: 4 */
-    double act_above; /* max/mean load of nodes in the window that calls for moves; 0: 1.10 */
+    double act_above; /* max/mean load of nodes in the window that calls for moves; 0: 1.13 */
 };
 
 /* What an update found. */
@@ -606,9 +606,86 @@ NEP_API void nep_balance_destroy(struct nep_balance *balance);
 NEP_API enum nep_status nep_balance_observe(struct nep_balance *balance, uint32_t layer,
                                             uint32_t home, const int32_t *ids, uint32_t num_tokens);
 /* map_p: a new map to stage (destroy it when done), or NULL when nothing moved. result_p may be
- * NULL. Windows that are not full yet decide nothing. */
+ * NULL. Windows less than a quarter full decide
+ * nothing. */
 NEP_API enum nep_status nep_balance_update(struct nep_balance *balance, struct nep_map **map_p,
                                            struct nep_balance_result *result_p);
+
+/* ---- the batch queue ---------------------------------------------------------------------- */
+
+/*
+ * Which waiting request runs where, and when: requests go to the home where their experts are,
+ * within a band of costs to the least loaded one, oldest first, tenants served evenly; a home with
+ * nothing to do takes what waits elsewhere; a request older than half of max_age goes before
+ * everything younger, at any home, so that the bound holds whatever the mix as long as it would
+ * hold first come first served. No communicator, no clock: time is an argument, in any nanoseconds
+ * that do not go back. All memory is allocated at creation. Any thread; calls are serialised.
+ */
+struct nep_queue;
+
+struct nep_queue_params {
+    size_t size;
+    uint32_t num_homes;   /* required */
+    uint32_t home_slots;  /* requests that a home runs at once; required */
+    uint32_t capacity;    /* requests known at once, waiting and running; 0: 65536 */
+    uint32_t num_tenants; /* 0: 1 */
+    uint64_t max_age_ns;  /* bound on waiting; 0: 1 s */
+    double band;          /* homes within this share above the least cost count as good; 0: 0.05 */
+};
+
+struct nep_request {
+    size_t size;
+    uint64_t id; /* the caller's, unique among those known */
+    uint32_t tenant;
+    uint32_t tokens;     /* expected length: what a tenant is charged; 0: 1 */
+    const float *scores; /* [num_homes] cost of running there (nep_map_home_scores), copied; NULL:
+                            not known yet */
+};
+
+struct nep_micro_batch {
+    size_t size;
+    uint64_t *ids;     /* [capacity], oldest first where tenants allow */
+    uint32_t capacity; /* of ids */
+    uint32_t num;      /* out */
+};
+
+struct nep_queue_stats {
+    size_t size;
+    uint64_t pushed;
+    uint64_t popped;
+    uint64_t stolen;      /* ran at another home than they waited for */
+    uint64_t urgent;      /* taken because of their age */
+    uint64_t max_wait_ns; /* of those popped */
+    uint32_t waiting;
+    uint32_t running;
+};
+
+NEP_API enum nep_status nep_queue_create(const struct nep_queue_params *params,
+                                         struct nep_queue **queue_p);
+NEP_API void nep_queue_destroy(struct nep_queue *queue);
+/* NEP_ERR_BUSY when capacity requests are known. */
+NEP_API enum nep_status nep_queue_push(struct nep_queue *queue, const struct nep_request *request,
+                                       uint64_t now_ns);
+/* What `home` should start now: at most its free slots and batch->capacity. They run from then on,
+ * until nep_queue_finish. */
+NEP_API enum nep_status nep_queue_pop(struct nep_queue *queue, uint32_t home, uint64_t now_ns,
+                                      struct nep_micro_batch *batch);
+/* Forgets a request, running or waiting. NEP_ERR_NOT_FOUND if it is not known. */
+NEP_API enum nep_status nep_queue_finish(struct nep_queue *queue, uint64_t id);
+/*
+ * New scores, from decode. A waiting request may change home. For a running one *home_p becomes
+ * where it should go on: another home only if that has a free slot and (score here - score there) *
+ * tokens_left is above move_cost; it is counted there from then on. Ask at block boundaries.
+ */
+NEP_API enum nep_status nep_queue_update(struct nep_queue *queue, uint64_t id, const float *scores,
+                                         uint32_t tokens_left, float move_cost, uint32_t *home_p);
+NEP_API enum nep_status nep_queue_get_stats(struct nep_queue *queue,
+                                            struct nep_queue_stats *stats_p);
+/* Adds to scores [num_nodes] the remote nodes that these tokens of one layer would visit from each
+ * home: the signature of a request is the sum over its prefill. ids: [num_tokens][top_k]. */
+NEP_API enum nep_status nep_map_home_scores(const struct nep_map *map, uint32_t layer,
+                                            const int32_t *ids, uint32_t num_tokens, uint32_t top_k,
+                                            float *scores);
 
 #ifdef __cplusplus
 }

@@ -280,6 +280,25 @@ struct coster {
     uint32_t now;
 };
 
+static void coster_fini(struct coster *c)
+{
+    free(c->first_rank);
+    free(c->stamp);
+}
+
+static enum nep_status coster_init(struct coster *c, const struct nep_map *map)
+{
+    uint32_t nodes = map->shape.num_nodes;
+    *c = (struct coster){map, calloc(nodes, sizeof(uint32_t)), calloc(nodes, sizeof(uint32_t)), 0};
+    if (c->first_rank == NULL || c->stamp == NULL) {
+        return nep_fail(NEP_ERR_NO_MEMORY, "homes: no memory for %u nodes", nodes);
+    }
+    for (uint32_t n = 1; n < nodes; n++) {
+        c->first_rank[n] = c->first_rank[n - 1] + map->shape.ranks_per_node[n - 1];
+    }
+    return NEP_OK;
+}
+
 /* Adds, for every possible home, the remote nodes of one token. */
 static void add_cost(struct coster *c, const struct nep_copies *copies, const int32_t *ids,
                      uint32_t k, float *cost)
@@ -347,15 +366,14 @@ static enum nep_status homes_from(const struct nep_requests *requests, const str
     if (status != NEP_OK) {
         return status;
     }
-    struct coster c = {map, calloc(shape->num_nodes, sizeof(uint32_t)),
-                       calloc(shape->num_nodes, sizeof(uint32_t)), 0};
+    struct coster c;
+    status = coster_init(&c, map);
     float *cost = calloc((size_t)requests->num * shape->num_nodes + 1, sizeof *cost);
-    if (c.first_rank == NULL || c.stamp == NULL || cost == NULL) {
+    if (status == NEP_OK && cost == NULL) {
         status = nep_fail(NEP_ERR_NO_MEMORY, "homes: no memory for %u requests", requests->num);
-        goto out;
     }
-    for (uint32_t n = 1; n < shape->num_nodes; n++) {
-        c.first_rank[n] = c.first_rank[n - 1] + shape->ranks_per_node[n - 1];
+    if (status != NEP_OK) {
+        goto out;
     }
     for (uint32_t i = 0; i < requests->num; i++) {
         uint64_t first;
@@ -372,8 +390,7 @@ static enum nep_status homes_from(const struct nep_requests *requests, const str
                                             tokens, cost};
     status = nep_homes_assign(&params, homes);
 out:
-    free(c.first_rank);
-    free(c.stamp);
+    coster_fini(&c);
     free(cost);
     free(tokens);
     return status;
@@ -389,4 +406,33 @@ enum nep_status nep_homes_oracle(const struct nep_requests *requests, const stru
                                  uint32_t *homes)
 {
     return homes_from(requests, map, 1, homes);
+}
+
+enum nep_status nep_map_home_scores(const struct nep_map *map, uint32_t layer, const int32_t *ids,
+                                    uint32_t num_tokens, uint32_t top_k, float *scores)
+{
+    struct nep_copies copies;
+    if (map == NULL || top_k == 0 || top_k > NEP_TRACE_TOP_K_LIMIT) {
+        return nep_fail(NEP_ERR_INVALID, "home scores: map %s, top_k %u (1 to %d)",
+                        map == NULL ? "is NULL" : "given", top_k, NEP_TRACE_TOP_K_LIMIT);
+    }
+    enum nep_status status = nep_map_copies(map, layer, &copies);
+    if (status != NEP_OK) {
+        return status;
+    }
+    for (size_t i = 0; i < (size_t)num_tokens * top_k; i++) {
+        if (ids[i] < -1 || ids[i] >= (int32_t)copies.num_experts) {
+            return nep_fail(NEP_ERR_INVALID, "home scores: token %zu, k %zu: id %d of %u experts",
+                            i / top_k, i % top_k, ids[i], copies.num_experts);
+        }
+    }
+    struct coster c;
+    status = coster_init(&c, map);
+    if (status == NEP_OK) {
+        for (uint32_t t = 0; t < num_tokens; t++) {
+            add_cost(&c, &copies, &ids[(size_t)t * top_k], top_k, scores);
+        }
+    }
+    coster_fini(&c);
+    return status;
 }

@@ -18,10 +18,10 @@
 
 #define DEFAULT_WINDOW 1024u
 #define DEFAULT_MOVES  4u
-#define DEFAULT_ABOVE  1.10
+#define DEFAULT_ABOVE  1.13
 /* Correct to the middle of what is allowed, so that the next windows' noise stays below it. */
-#define TARGET_SHARE 0.3
-#define PRICE        3.0
+#define TARGET_SHARE 0.4
+#define PRICE        1.0
 /* Page-Hinkley, relative to the mean. */
 #define PH_TOLERANCE 0.01
 #define PH_THRESHOLD 0.10
@@ -273,7 +273,7 @@ enum nep_status nep_balance_update(struct nep_balance *balance, struct nep_map *
     uint32_t full = 0;
     enum nep_status status = NEP_OK;
     for (uint32_t l = 0; l < layers && status == NEP_OK; l++) {
-        if (balance->windows[l].filled == balance->window_tokens) {
+        if (balance->windows[l].filled >= balance->window_tokens / 4) {
             full++;
             status = correct_layer(balance, l, &result);
         }

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Continuous batching: up to ACTIVE requests decode at once, a token each per step, in the order of
- * the list; a request that ends makes room for the next. After every WINDOW tokens the corrector
+ * the list; a request that ends makes room for the next. After every EVERY tokens the corrector
  * may move copies, and what comes after is routed by the new map. What is scored is what was
  * routed, each token once, by the map of its time.
  */
@@ -14,7 +14,8 @@
 #include "placement/map.h"
 
 #define ACTIVE 64u
-#define WINDOW 768u
+#define WINDOW 1024u
+#define EVERY  256u
 
 struct active {
     uint64_t next;
@@ -135,7 +136,7 @@ static enum nep_status run(struct stream *s)
     for (admit(s); s->num_active > 0 && status == NEP_OK; admit(s)) {
         for (uint32_t i = 0; i < s->num_active && status == NEP_OK; i++) {
             status = route_token(s, &s->active[i]);
-            if (++since >= WINDOW && status == NEP_OK) {
+            if (++since >= EVERY && status == NEP_OK) {
                 since = 0;
                 status = update(s);
             }

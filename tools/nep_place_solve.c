@@ -212,15 +212,21 @@ static enum nep_status write_slice(const struct place_args *args, const struct n
     uint32_t num = nep_trace_num_requests(trace);
     uint32_t *order = malloc(((size_t)num + 1) * sizeof *order);
     uint8_t *is_train = calloc((size_t)num + 1, 1);
-    enum nep_status status = order == NULL || is_train == NULL ? NEP_ERR_NO_MEMORY : NEP_OK;
+    struct nep_trace_shape shape;
+    nep_trace_get_shape(trace, &shape);
+    uint32_t *of_domain = calloc((size_t)shape.num_domains + 1, sizeof *of_domain);
+    enum nep_status status =
+        order == NULL || is_train == NULL || of_domain == NULL ? NEP_ERR_NO_MEMORY : NEP_OK;
     if (status == NEP_OK) {
         struct nep_rng rng = nep_rng_seed(args->seed);
         for (uint32_t i = 0; i < num; i++) {
             order[i] = i;
         }
         nep_rng_shuffle(&rng, order, num);
-        for (uint32_t i = 0; i < num * 2ull / 3; i++) {
-            is_train[order[i]] = 1;
+        /* Of every domain two in three, so that the mix stays the same. */
+        for (uint32_t i = 0; i < num; i++) {
+            uint32_t domain = nep_trace_request_at(trace, order[i])->domain;
+            is_train[order[i]] = of_domain[domain]++ % 3 != 2;
         }
     }
     for (uint32_t i = 0; i < num && status == NEP_OK; i++) {
@@ -233,6 +239,7 @@ static enum nep_status write_slice(const struct place_args *args, const struct n
     }
     free(order);
     free(is_train);
+    free(of_domain);
     return status;
 }
 
