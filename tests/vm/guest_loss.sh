@@ -1,0 +1,71 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+# Inside the guest: nep-perf ep over verbs while a rank is killed or a path dies.
+# usage: guest_loss.sh BUILD_BIN
+set -u
+here=$(cd "$(dirname "$0")" && pwd)
+# shellcheck source=tests/vm/lib.sh
+. "$here/lib.sh"
+bin=$1
+export NEP_VERBS_ACK_TIMEOUT=16 NEP_VERBS_RETRY=3 NEP_TIMEOUT=15s
+small="--tokens 4 --hidden 256 --experts 16 --top-k 4 --seed 11 --ranks 4 --ranks-per-node 2"
+
+ranks_of() { # process ids of the ranks of job $1, in order of their start
+    cat "/proc/$1/task/$1/children"
+}
+
+# A rank is killed in the middle of a job that would run for long: another rank names it, the job
+# ends with status 1, within twice the deadline.
+for delay in 0.3 0.9 1.7 2.6; do
+    # shellcheck disable=SC2086
+    "$bin/nep-perf" ep --inter verbs $small --iters 100000 >/run/out 2>/run/err &
+    job=$!
+    waited=0
+    while [ "$(ranks_of $job | wc -w)" -lt 4 ] && [ $waited -lt 100 ]; do
+        sleep 0.1
+        waited=$((waited + 1))
+    done
+    sleep $delay
+    victim=$(ranks_of $job | awk '{ print $3 }')
+    kill -9 "$victim"
+    killed=$(cut -d. -f1 /proc/uptime)
+    wait $job
+    check "rank 2 killed after $delay s" 1 $?
+    took=$(($(cut -d. -f1 /proc/uptime) - killed))
+    check "  within 30 s" yes "$([ $took -le 30 ] && echo yes || echo "$took s")"
+    check "  and named" yes "$(grep -q 'rank 2' /run/err && echo yes || head -n 3 /run/err)"
+done
+
+# One of two paths of rank 0 dies for good: the job goes on, every element right. The bits are those
+# of a run in which nothing died.
+export NEP_VERBS_PATHS=2 NEP_VERBS_SPLIT=512
+two="--tokens 4 --hidden 256 --experts 16 --top-k 4 --seed 11 --ranks 2 --ranks-per-node 1 --iters 60"
+# shellcheck disable=SC2086
+"$bin/nep-perf" ep --inter verbs $two --verify --json /run/whole.json >/run/out 2>/run/err
+check "two paths, whole" 0 $?
+# shellcheck disable=SC2086
+"$bin/nep-perf" ep --inter verbs $two --verify --json /run/path.json >/run/out 2>/run/err &
+job=$!
+waited=0
+while ! grep -q . /sys/class/infiniband/rxe1/ports/1/hw_counters/sent_pkts 2>/dev/null ||
+    [ "$(ranks_of $job | wc -w)" -lt 2 ]; do
+    sleep 0.1
+    waited=$((waited + 1))
+    [ $waited -lt 100 ] || break
+done
+before=$(cat /sys/class/infiniband/rxe1/ports/1/hw_counters/sent_pkts)
+while [ "$(cat /sys/class/infiniband/rxe1/ports/1/hw_counters/sent_pkts)" -lt $((before + 40)) ] &&
+    kill -0 $job 2>/dev/null; do
+    sleep 0.05
+done
+ip link set p1 down # where the cable of n1 ends
+wait $job
+check "two paths, one dies" 0 $?
+grep -m 2 'carry on' /run/err | cut -c 1-160
+check "  it died during the job" yes "$(grep -q 'carry on\|is down' /run/err && echo yes || echo no)"
+for what in wrong_elements output_digest; do
+    check "  $what as without the death" \
+        "$(sed -n "s/.*\"$what\": *\([^,}]*\).*/\1/p" /run/whole.json | head -n 1)" \
+        "$(sed -n "s/.*\"$what\": *\([^,}]*\).*/\1/p" /run/path.json | head -n 1)"
+done
+finish
