@@ -135,6 +135,8 @@ enum nep_status nep_verbs_api_load(struct nep_verbs_api *api)
         .req_notify_cq = req_notify_cq,
         .post_srq_recv = post_srq_recv,
         .post_send = post_send,
+        .memory_kind = nep_verbs_cuda_memory_kind,
+        .dmabuf_of = nep_verbs_cuda_dmabuf_of,
     };
     /* NODELETE: providers it loads leave handlers behind that must stay callable. */
     loaded.library = dlopen("libibverbs.so.1", RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);

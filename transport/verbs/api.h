@@ -8,6 +8,7 @@
 #define NEP_TRANSPORT_VERBS_API_H
 
 #include <infiniband/verbs.h>
+#include <stdbool.h>
 
 #include "base/status.h"
 
@@ -31,6 +32,13 @@ struct nep_verbs_api {
     struct ibv_mr *(*reg_dmabuf_mr)(struct ibv_pd *pd, uint64_t offset, size_t length,
                                     uint64_t iova, int fd, int access); /* NULL: too old */
     int (*dereg_mr)(struct ibv_mr *mr);
+    /*
+     * Whose memory an address is: 0 and *is_device_p. Not of libibverbs: the CUDA driver knows, if
+     * the process has loaded it.
+     */
+    int (*memory_kind)(const void *addr, bool *is_device_p);
+    /* A dma-buf of device memory, to be closed after registration; 0, or an errno. */
+    int (*dmabuf_of)(const void *addr, size_t length, int *fd_p);
 
     struct ibv_comp_channel *(*create_comp_channel)(struct ibv_context *context);
     int (*destroy_comp_channel)(struct ibv_comp_channel *channel);
@@ -63,6 +71,10 @@ struct nep_verbs_api {
 /* Loads libibverbs; NEP_ERR_UNSUPPORTED with what to install when it cannot. */
 enum nep_status nep_verbs_api_load(struct nep_verbs_api *api);
 void nep_verbs_api_unload(struct nep_verbs_api *api);
+
+/* memory_kind and dmabuf_of of the table, over the CUDA driver: gpu.c. */
+int nep_verbs_cuda_memory_kind(const void *addr, bool *is_device_p);
+int nep_verbs_cuda_dmabuf_of(const void *addr, size_t length, int *fd_p);
 
 /* The device list, or a sentence that tells a kernel without verbs, a machine without devices and
  * a missing provider apart. Free it with api->free_device_list. */

@@ -162,7 +162,7 @@ static void append_piece(struct lists *lists, uint32_t qp_idx, const struct nep_
     wr->sg_list->lkey = window->mrs[first_key + (size_t)(src - window->base) / chunk]->lkey;
     wr->wr.rdma.remote_addr = remote->base + put->offset + at;
     wr->wr.rdma.rkey = remote->rkeys[first_key + (put->offset + at) / chunk];
-    if (bytes <= qp->max_inline) {
+    if (bytes <= qp->max_inline && !window->is_device) { /* inline is read by the host */
         wr->send_flags |= IBV_SEND_INLINE;
     }
 }
@@ -443,6 +443,10 @@ static enum nep_status check(const struct nep_verbs *verbs, const struct nep_put
                         "verbs: the source of a put of %u bytes is outside the "
                         "own window %u",
                         put->len, put->window);
+    }
+    if (put->dst == verbs->rank && window->is_device && put->len > 0) {
+        return nep_fail(NEP_ERR_UNSUPPORTED,
+                        "verbs: a put from GPU memory to the own rank: copy it there instead");
     }
     uint64_t pieces = put->len / verbs->params.config->verbs_chunk_bytes * 2 +
                       put->len / verbs->max_message_bytes + 3;

@@ -186,6 +186,7 @@ struct nep_verbs_window {
     size_t bytes;
     size_t num_chunks; /* of the largest window of any rank */
     bool is_own_memory;
+    bool is_device;      /* GPU memory: the host must not read it */
     struct ibv_mr **mrs; /* [path * num_chunks + chunk]; NULL past the end */
     struct nep_verbs_remote *remotes;
     uint32_t *rkeys;

@@ -14,6 +14,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include "base/log.h"
 #include "transport/bootstrap.h"
@@ -43,6 +44,31 @@ enum nep_status nep_verbs_register_failed(const char *device, const char *what, 
                     strerror(error), hint);
 }
 
+/*
+ * GPU memory: by dma-buf, which needs no module beyond the driver; else as if it were the host's,
+ * which works where the driver's peer-memory module is loaded. The offset is 0 and the address the
+ * device's own, so a put's arithmetic is the same for all memory.
+ */
+static struct ibv_mr *register_device(struct nep_verbs *verbs, struct nep_verbs_path *path,
+                                      uint8_t *base, size_t bytes, unsigned access)
+{
+    const struct nep_verbs_api *api = &verbs->api;
+    int fd = -1;
+    int error = api->reg_dmabuf_mr == NULL ? ENOSYS : api->dmabuf_of(base, bytes, &fd);
+    struct ibv_mr *mr = NULL;
+    if (error == 0) {
+        mr = api->reg_dmabuf_mr(path->pd, 0, bytes, (uintptr_t)base, fd, (int)access);
+        error = errno;
+        close(fd); /* the registration keeps the memory */
+    }
+    if (mr == NULL) {
+        nep_info("verbs: %s: no dma-buf of %zu bytes of GPU memory (%s): trying peer memory",
+                 path->device, bytes, strerror(error));
+        mr = api->reg_mr(path->pd, base, bytes, access);
+    }
+    return mr;
+}
+
 static size_t chunks_of(const struct nep_verbs *verbs, size_t bytes)
 {
     size_t chunk = verbs->params.config->verbs_chunk_bytes;
@@ -61,10 +87,17 @@ static enum nep_status register_all(struct nep_verbs *verbs, struct nep_verbs_wi
         for (size_t c = 0; c * chunk < window->bytes; c++) {
             size_t left = window->bytes - c * chunk;
             size_t bytes = left < chunk ? left : chunk;
-            struct ibv_mr *mr =
-                verbs->api.reg_mr(verbs->paths[p].pd, window->base + c * chunk, bytes, access);
+            uint8_t *base = window->base + c * chunk;
+            struct ibv_mr *mr = window->is_device
+                                    ? register_device(verbs, &verbs->paths[p], base, bytes, access)
+                                    : verbs->api.reg_mr(verbs->paths[p].pd, base, bytes, access);
             if (mr == NULL) {
-                return nep_verbs_register_failed(verbs->paths[p].device, "a window", bytes, errno);
+                return nep_verbs_register_failed(verbs->paths[p].device,
+                                                 window->is_device
+                                                     ? "GPU memory (neither as dma-buf nor by "
+                                                       "nvidia_peermem)"
+                                                     : "a window",
+                                                 bytes, errno);
             }
             window->mrs[p * window->num_chunks + c] = mr;
         }
@@ -162,6 +195,9 @@ enum nep_status nep_verbs_window_create(struct nep_transport *transport, uint32_
                                  ? NEP_OK
                                  : nep_fail(NEP_ERR_NO_MEMORY, "verbs: a window of %zu bytes: %s",
                                             bytes, strerror(errno));
+    if (status == NEP_OK) {
+        verbs->api.memory_kind(made.base, &made.is_device);
+    }
     status = nep_bootstrap_common(verbs->params.bootstrap, verbs->rank, verbs->num_ranks, status,
                                   verbs->params.timeout_ns);
     if (status == NEP_OK) {

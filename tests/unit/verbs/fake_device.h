@@ -14,6 +14,7 @@
 #define NEP_TESTS_FAKE_DEVICE_H
 
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -80,6 +81,12 @@ struct fake_fabric {
     struct fake_context *contexts[64];
     uint32_t num_contexts;
     uint64_t num_posted;
+    const uint8_t *device_base;
+    size_t device_bytes;
+    bool no_dmabuf;
+    int last_dmabuf;
+    uint32_t num_dmabufs;
+    uint32_t num_inline_from_device;
 };
 
 static struct fake_fabric fake;
@@ -222,6 +229,39 @@ static struct ibv_mr *fake_reg_mr(struct ibv_pd *pd, void *addr, size_t length, 
     fake.mrs[fake.num_mrs++] = mr;
     pthread_mutex_unlock(&fake.lock);
     return mr;
+}
+
+/* Memory that plays a GPU's: [device_base, device_base + device_bytes). */
+static int fake_memory_kind(const void *addr, bool *is_device_p)
+{
+    const uint8_t *at = addr;
+    *is_device_p = fake.device_base != NULL && at >= fake.device_base &&
+                   at < fake.device_base + fake.device_bytes;
+    return 0;
+}
+
+static int fake_dmabuf_of(const void *addr, size_t length, int *fd_p)
+{
+    (void)addr;
+    (void)length;
+    if (fake.no_dmabuf) {
+        return ENOTSUP;
+    }
+    *fd_p = eventfd(0, EFD_CLOEXEC);
+    pthread_mutex_lock(&fake.lock);
+    fake.last_dmabuf = *fd_p;
+    pthread_mutex_unlock(&fake.lock);
+    return 0;
+}
+
+static struct ibv_mr *fake_reg_dmabuf_mr(struct ibv_pd *pd, uint64_t offset, size_t length,
+                                         uint64_t iova, int fd, int access)
+{
+    if (offset != 0 || fcntl(fd, F_GETFD) < 0) {
+        fake.num_bad++;
+    }
+    __atomic_fetch_add(&fake.num_dmabufs, 1, __ATOMIC_RELAXED);
+    return fake_reg_mr(pd, (void *)(uintptr_t)iova, length, (unsigned)access);
 }
 
 static int fake_dereg_mr(struct ibv_mr *mr)
@@ -500,6 +540,11 @@ static int fake_post_send(struct ibv_qp *qp, struct ibv_send_wr *wr, struct ibv_
         }
         mine->enomem_after -= mine->enomem_after >= 0;
         fake.num_posted++;
+        bool is_device = false;
+        if (is_inline && wr->num_sge > 0) {
+            fake_memory_kind((void *)(uintptr_t)wr->sg_list[0].addr, &is_device);
+        }
+        fake.num_inline_from_device += is_device;
         if (wr->num_sge > 0 && !is_inline &&
             !fake_key_allows(wr->sg_list[0].lkey, wr->sg_list[0].addr, wr->sg_list[0].length)) {
             fake.num_bad++;
@@ -588,6 +633,9 @@ static const struct nep_verbs_api fake_api = {
     .alloc_pd = fake_alloc_pd,
     .dealloc_pd = fake_dealloc_pd,
     .reg_mr = fake_reg_mr,
+    .reg_dmabuf_mr = fake_reg_dmabuf_mr,
+    .memory_kind = fake_memory_kind,
+    .dmabuf_of = fake_dmabuf_of,
     .dereg_mr = fake_dereg_mr,
     .create_comp_channel = fake_create_comp_channel,
     .destroy_comp_channel = fake_destroy_comp_channel,

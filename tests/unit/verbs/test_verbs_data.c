@@ -96,6 +96,71 @@ static void test_verbs_most_qps_deliver_all(void **state)
     run_exchange(2, 7, 16, 1u << 20);
 }
 
+/* ---- GPU memory, played by the host's ------------------------------------------------------- */
+
+/* Small puts between all ranks but to oneself, which GPU memory refuses. */
+static void exchange_small(struct seat *seat)
+{
+    uint32_t other = 1 - seat->rank;
+    struct nep_put to_self = {
+        .dst = seat->rank, .window = WINDOW, .src = seat->base, .len = 8, .imm = world_imm(0)};
+    uint64_t number;
+    bool is_device;
+    fake_memory_kind(seat->base, &is_device);
+    if (is_device) {
+        seat->num_errors +=
+            seat->transport->ops->put(seat->transport, &to_self, &number) != NEP_ERR_UNSUPPORTED;
+    }
+    for (uint32_t slot = 0; slot < SLOTS; slot++) {
+        seat_put(seat, other, slot, 0);
+    }
+    for (uint32_t slot = 0; slot < SLOTS; slot++) {
+        seat->num_errors += !seat_wait(seat, other, slot, 1);
+        seat->num_wrong += seat_wrong(seat, other, slot, 0);
+    }
+    pthread_barrier_wait(&seat->world->barrier);
+}
+
+static void run_device_memory(bool has_dmabuf)
+{
+    static struct world world;
+    fake_reset(2);
+    fake.device_base = (const uint8_t *)1; /* all of the address space */
+    fake.device_bytes = SIZE_MAX / 2;
+    fake.no_dmabuf = !has_dmabuf;
+    world_config(&world.config);
+    world.config.verbs_paths = 2;
+    world.config.verbs_chunk_bytes = 4 << 20;
+    world.seed = world_seed("device memory");
+    world_run(&world, 2, exchange_small);
+    for (uint32_t r = 0; r < 2; r++) {
+        assert_int_equal(world.seats[r].status, NEP_OK);
+        assert_int_equal(world.seats[r].num_errors, 0);
+        assert_int_equal(world.seats[r].num_wrong, 0);
+    }
+    /* two ranks, two paths, every piece of the window */
+    uint32_t pieces = (WINDOW_BYTES + (4 << 20) - 1) / (4 << 20);
+    assert_int_equal(fake.num_dmabufs, has_dmabuf ? 2 * 2 * pieces : 0);
+    assert_int_equal(fake.num_inline_from_device, 0);
+    assert_int_equal(fake.num_bad, 0);
+    if (has_dmabuf) {
+        assert_int_equal(fcntl(fake.last_dmabuf, F_GETFD), -1); /* closed after registration */
+    }
+    world_free(&world);
+}
+
+static void test_verbs_gpu_memory_goes_by_dmabuf(void **state)
+{
+    (void)state;
+    run_device_memory(true);
+}
+
+static void test_verbs_gpu_memory_without_dmabuf_goes_by_peer_memory(void **state)
+{
+    (void)state;
+    run_device_memory(false);
+}
+
 /* ---- requests ------------------------------------------------------------------------------- */
 
 static void put_tiles(struct seat *seat)
@@ -238,6 +303,8 @@ int main(void)
         cmocka_unit_test(test_verbs_three_qps_on_two_paths_deliver_all),
         cmocka_unit_test(test_verbs_short_queues_and_pieces_deliver_all),
         cmocka_unit_test(test_verbs_most_qps_deliver_all),
+        cmocka_unit_test(test_verbs_gpu_memory_goes_by_dmabuf),
+        cmocka_unit_test(test_verbs_gpu_memory_without_dmabuf_goes_by_peer_memory),
         cmocka_unit_test(test_verbs_requests_are_tiles_times_qps),
         cmocka_unit_test(test_verbs_bad_puts_are_refused),
         cmocka_unit_test(test_verbs_machine_without_devices_is_refused),
