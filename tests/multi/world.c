@@ -79,6 +79,14 @@ static bool make_comm(struct nep_multi_world *world)
                                      .intra = shape->intra,
                                      .inter = shape->inter,
                                      .timeout_ns = shape->timeout_ns};
+    /* NEP_TEST_ADVERSARY: the same test over a fabric that disorders, which serves both seats. */
+    char fabric[64];
+    if (getenv("NEP_TEST_ADVERSARY") != NULL && shape->inter != NULL && shape->num_nodes > 1 &&
+        strncmp(shape->inter, "adversary", 9) != 0) {
+        snprintf(fabric, sizeof(fabric), "adversary:%s", shape->inter);
+        params.inter = fabric;
+        params.intra = NULL;
+    }
     world->topology.size = sizeof(world->topology);
     if (nep_comm_create(&params, &world->comm) != NEP_OK ||
         nep_comm_topology(world->comm, &world->topology) != NEP_OK) {
