@@ -8,7 +8,7 @@
 
 #include "base/log.h"
 
-static _Thread_local char message[1024];
+static _Thread_local char message[NEP_MESSAGE_BYTES];
 
 const char *nep_last_message(void)
 {
@@ -40,6 +40,16 @@ enum nep_status nep_fail_prefix(enum nep_status status, const char *fmt, ...)
     snprintf(text + used, sizeof text - (size_t)used, "%s", message);
     memcpy(message, text, sizeof text);
     return status;
+}
+
+void nep_message_save(char saved[NEP_MESSAGE_BYTES])
+{
+    memcpy(saved, message, sizeof message);
+}
+
+void nep_message_restore(const char saved[NEP_MESSAGE_BYTES])
+{
+    memcpy(message, saved, sizeof message);
 }
 
 enum nep_status nep_struct_copy(void *dst, size_t known, const void *src, size_t least,

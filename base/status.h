@@ -20,6 +20,12 @@ enum nep_status nep_fail(enum nep_status status, const char *fmt, ...) NEP_PRINT
 /* Puts text before this thread's message: "ep 3: ...". Keeps the status; returns it. */
 enum nep_status nep_fail_prefix(enum nep_status status, const char *fmt, ...) NEP_PRINTF(2, 3);
 
+/* A destroy that runs on a failure's way out may fail in its turn, silently: it saves this thread's
+ * message first and restores it last. */
+enum { NEP_MESSAGE_BYTES = 1024 };
+void nep_message_save(char saved[NEP_MESSAGE_BYTES]);
+void nep_message_restore(const char saved[NEP_MESSAGE_BYTES]);
+
 /*
  * Checks `given` = the size field of a caller's structure against what this library knows: copies
  * min(given, known) bytes of src to dst, zeroes the rest, and refuses a larger structure whose tail

@@ -279,9 +279,12 @@ void nep_rendezvous_client_close(struct nep_rendezvous_client *client)
         nep_rdv_client_destroy(client); /* the server's thread was not forked either */
         return;
     }
+    char message[NEP_MESSAGE_BYTES];
+    nep_message_save(message);
     if (client->broken == NEP_OK) {
         do_call(client, &call, &goodbye, client->leave_ns);
     }
+    nep_message_restore(message);
     struct nep_rendezvous_server *server = client->server;
     nep_rdv_client_destroy(client);
     nep_rendezvous_server_release(server);

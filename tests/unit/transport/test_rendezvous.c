@@ -46,11 +46,14 @@ static enum nep_status gather_many(struct group_rank *rank)
 
 static void assert_all_fine(const struct group_run *run)
 {
+    uint32_t num_failed = 0;
     for (uint32_t r = 0; r < run->num_ranks; r++) {
         if (run->ranks[r].open_status != NEP_OK || run->ranks[r].status != NEP_OK) {
-            fail_msg("rank %u: %s", r, run->ranks[r].message);
+            print_error("rank %u: %s\n", r, run->ranks[r].message);
+            num_failed++;
         }
     }
+    assert_int_equal(num_failed, 0);
 }
 
 static void test_rendezvous_gather_brings_all_in_rank_order(void **state)
@@ -392,6 +395,13 @@ static void test_rendezvous_end_of_server_is_named(void **state)
         assert_says(nep_last_message(), "(served by rank 0) is gone");
     }
     nep_rendezvous_client_close(client);
+    /* Closing what has failed, or fails at the goodbye, keeps the sentence of the cause. */
+    assert_int_equal(nep_rendezvous_server_start(&params, &server, &params.port), NEP_OK);
+    assert_int_equal(nep_rendezvous_client_open(&params, &client), NEP_OK);
+    nep_rendezvous_server_stop(server);
+    nep_fail(NEP_ERR_MISMATCH, "the cause");
+    nep_rendezvous_client_close(client);
+    assert_string_equal(nep_last_message(), "the cause");
 }
 
 /* A process forked from the one that serves, as data loaders are, holds all its sockets. */
