@@ -110,15 +110,6 @@ void nep_comm_release_ep(struct nep_comm *comm, uint32_t number)
 
 /* ---- creation ------------------------------------------------------------------------------- */
 
-static uint64_t hash_text(const char *text)
-{
-    uint64_t hash = 14695981039346656037ull; /* FNV-1a */
-    for (; *text != '\0'; text++) {
-        hash = (hash ^ (unsigned char)*text) * 1099511628211ull;
-    }
-    return hash;
-}
-
 /* What all ranks must have in common before anything else is exchanged. */
 static enum nep_status agree(struct nep_comm *comm, const struct nep_comm_params *params)
 {
@@ -127,15 +118,16 @@ static enum nep_status agree(struct nep_comm *comm, const struct nep_comm_params
         sizes = (sizes ^ params->ranks_per_node[n]) * 1099511628211ull;
     }
     const struct nep_agree_field fields[] = {
-        {"nearep version", nep_version()},
         {"number of ranks", comm->topology.num_ranks},
         {"number of emulated nodes", params->ranks_per_node != NULL ? params->num_nodes : 0},
         {"sizes of emulated nodes (hash)", sizes},
         {"timeout in ns", comm->timeout_ns},
-        {"intra transport (hash of its name)", hash_text(comm->config.intra)},
-        {"inter transport (hash of its name)", hash_text(comm->config.inter)},
-        {"NEP_* variables that must be equal (hash)", nep_config_digest(&comm->config)},
     };
+    enum nep_status status = nep_bootstrap_agree_config(&comm->bootstrap, comm->topology.num_ranks,
+                                                        &comm->config, comm->timeout_ns);
+    if (status != NEP_OK) {
+        return status;
+    }
     return nep_bootstrap_agree(&comm->bootstrap, comm->topology.num_ranks, "communicator", fields,
                                sizeof fields / sizeof fields[0], comm->timeout_ns);
 }
@@ -253,10 +245,8 @@ static enum nep_status open_transports(struct nep_comm *comm)
                 : nep_topology_is_one_machine(comm->store) ? "shm"
                                                            : auto_fabric(&comm->config);
     }
-    const struct nep_agree_field field = {"fabric that auto found (hash of its name)",
-                                          hash_text(inter)};
-    status = nep_bootstrap_agree(&comm->bootstrap, comm->topology.num_ranks, "communicator", &field,
-                                 1, comm->timeout_ns);
+    status = nep_bootstrap_agree_text(&comm->bootstrap, comm->topology.num_ranks, "communicator",
+                                      "fabric", inter, comm->timeout_ns);
     if (status != NEP_OK) {
         return status;
     }

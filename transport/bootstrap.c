@@ -171,6 +171,15 @@ enum nep_status nep_bootstrap_agree(const struct nep_bootstrap *bootstrap, uint3
     return status;
 }
 
+enum nep_status nep_bootstrap_agree_text(const struct nep_bootstrap *bootstrap, uint32_t num_ranks,
+                                         const char *what, const char *name, const char *text,
+                                         uint64_t timeout_ns)
+{
+    struct entry entry = {.value = 0};
+    snprintf(entry.text, sizeof entry.text, "%s", text);
+    return agree(bootstrap, num_ranks, what, &name, &entry, 1, timeout_ns);
+}
+
 enum nep_status nep_bootstrap_agree_config(const struct nep_bootstrap *bootstrap,
                                            uint32_t num_ranks, const struct nep_config *config,
                                            uint64_t timeout_ns)

@@ -40,6 +40,10 @@ struct nep_agree_field {
 enum nep_status nep_bootstrap_agree(const struct nep_bootstrap *bootstrap, uint32_t num_ranks,
                                     const char *what, const struct nep_agree_field *fields,
                                     uint32_t num_fields, uint64_t timeout_ns);
+/* One text, of which the first 55 characters count: "communicator: fabric differs: ucx on ...". */
+enum nep_status nep_bootstrap_agree_text(const struct nep_bootstrap *bootstrap, uint32_t num_ranks,
+                                         const char *what, const char *name, const char *text,
+                                         uint64_t timeout_ns);
 /*
  * The version and all variables that must be equal (NEP_INTRA, NEP_INTER, ...): "configuration:
  * NEP_INTER differs: ucx on ranks 0-6, shm on rank 7". For the first exchange of a group.
