@@ -39,15 +39,18 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
     nep_log_open(NEP_LOG_NONE, "");
     char *text = fuzz_lines(data, len, lines, 32);
     clearenv();
+    /* putenv, not setenv: glibc never frees what setenv copied. */
+    char *variables[32] = {NULL};
     for (size_t i = 0; lines[i] != NULL; i++) {
-        char *equals = strchr(lines[i], '=');
-        if (equals != NULL && equals != lines[i]) {
-            *equals = '\0';
-            setenv(lines[i], equals + 1, 1);
-        } else if (lines[i][0] != '\0') {
-            size_t pick = (uint8_t)lines[i][0] % (sizeof names / sizeof names[0]);
-            setenv(names[pick], lines[i] + 1, 1);
-        }
+        size_t pick = (uint8_t)lines[i][0] % (sizeof names / sizeof names[0]);
+        const char *equals = strchr(lines[i], '=');
+        bool is_named = equals != NULL && equals != lines[i];
+        size_t cap = strlen(lines[i]) + 64;
+        variables[i] = malloc(cap);
+        PROMISE(variables[i] != NULL);
+        snprintf(variables[i], cap, "%s%s%s", is_named ? "" : names[pick], is_named ? "" : "=",
+                 is_named ? lines[i] : lines[i] + (lines[i][0] != '\0'));
+        putenv(variables[i]);
     }
     memset(&env, 0x5a, sizeof env);
     before = env;
@@ -63,6 +66,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
         PROMISE(memcmp(&env, &before, sizeof env) == 0);
     }
     clearenv();
+    for (size_t i = 0; i < 32; i++) {
+        free(variables[i]);
+    }
     free(text);
     return 0;
 }
