@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "base/log.h"
+#include "dispatch/wait.h"
 #include "transport/bootstrap.h"
 
 enum nep_status nep_ep_check(struct nep_ep *ep)
@@ -49,7 +50,8 @@ enum nep_status nep_ep_put(struct nep_ep *ep, const struct nep_put *put, uint64_
 {
     ep->stats.wire_messages++;
     ep->stats.wire_bytes += put->len;
-    return ep->comm->inter->ops->put(ep->comm->inter, put, number_p);
+    enum nep_status status = ep->comm->inter->ops->put(ep->comm->inter, put, number_p);
+    return status == NEP_OK ? NEP_OK : nep_blame_put(ep, put->dst, status);
 }
 
 /* ---- parameters ----------------------------------------------------------------------------- */

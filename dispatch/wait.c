@@ -85,6 +85,25 @@ static uint32_t named_culprit(struct nep_ep *ep)
     return UINT32_MAX;
 }
 
+enum nep_status nep_blame_put(struct nep_ep *ep, uint32_t dst, enum nep_status status)
+{
+    char cause[256];
+    snprintf(cause, sizeof cause, "%s", nep_last_message());
+    uint32_t named = named_culprit(ep);
+    uint32_t culprit = named != UINT32_MAX ? named : dst;
+    struct nep_fault fault = {
+        .size = sizeof fault,
+        .status = status,
+        .rank = culprit,
+        .node = ep->plan.topology->node_of_rank[culprit],
+        .op = ep->completed_op,
+        .phase = "put",
+    };
+    snprintf(fault.message, sizeof fault.message, "rank %u is lost: a put to rank %u failed: %s",
+             culprit, dst, cause);
+    return nep_break(ep, &fault);
+}
+
 static enum nep_status peer_status(struct nep_ep *ep, uint32_t rank)
 {
     struct nep_comm *comm = ep->comm;

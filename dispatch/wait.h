@@ -17,6 +17,9 @@ enum nep_status nep_wait(struct nep_ep *ep, struct nep_handle *handle, nep_step_
 /* The end of this ep: tells the other ranks whom this one blames, keeps the fault, returns its
  * status. */
 enum nep_status nep_break(struct nep_ep *ep, const struct nep_fault *fault);
+/* A put to `dst` failed with the status and message given: breaks with the culprit, which may be
+ * another. */
+enum nep_status nep_blame_put(struct nep_ep *ep, uint32_t dst, enum nep_status status);
 /* Runs step as long as it moves anything: the send halves. */
 enum nep_status nep_try(struct nep_ep *ep, struct nep_handle *handle, nep_step_fn step);
 
