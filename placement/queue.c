@@ -4,8 +4,8 @@
  * the list of all, oldest first. A pop takes from the front of the list of all while that is old
  * (any home serves it: that is the age bound), then from the lists of its own home, tenants in turn
  * by what they were served so far (the virtual token counters of Sheng et al. 2024), then, if its
- * home has nothing, from the home with most waiting. No home idles while something waits, so the
- * throughput is that of one common queue.
+ * home has nothing, from the home with most waiting beyond its free slots. No slot idles while
+ * something waits that its own home cannot start, so the throughput is that of one common queue.
  *
  * A request goes to the cheapest home with a free slot; when all are busy, to the least loaded of
  * those within a band above the least cost (ELDR's locality band); the band widens with the load of
@@ -62,6 +62,7 @@ struct nep_queue {
     uint32_t *running;   /* [num_homes] */
     uint64_t *served;    /* [num_tenants] tokens */
     uint32_t *of_tenant; /* [num_tenants] waiting */
+    uint64_t usual_ns;   /* moving mean of the waits that were not 0 */
     struct nep_queue_stats stats;
 };
 
@@ -356,14 +357,21 @@ static uint32_t next_of_home(struct nep_queue *q, uint32_t home)
     return best == NONE ? NONE : lists[best].head;
 }
 
-/* For a home with nothing of its own: from the home with most waiting. */
-static uint32_t next_stolen(struct nep_queue *q)
+/* What waits at another home beyond its free slots, longest; NONE: nothing. What a home can start
+ * itself is left to it: it waits there because it is cheap there. */
+static uint32_t next_elsewhere(struct nep_queue *q, uint32_t home)
 {
-    uint32_t from = 0;
-    for (uint32_t h = 1; h < q->params.num_homes; h++) {
-        from = q->waiting[h] > q->waiting[from] ? h : from;
+    uint32_t oldest = NONE;
+    for (uint32_t h = 0; h < q->params.num_homes; h++) {
+        if (h == home || q->waiting[h] <= q->params.home_slots - q->running[h]) {
+            continue;
+        }
+        uint32_t at = next_of_home(q, h);
+        if (oldest == NONE || q->entries[at].since_ns < q->entries[oldest].since_ns) {
+            oldest = at;
+        }
     }
-    return next_of_home(q, from);
+    return oldest;
 }
 
 static uint32_t next_request(struct nep_queue *q, uint32_t home, uint64_t now_ns)
@@ -377,14 +385,23 @@ static uint32_t next_request(struct nep_queue *q, uint32_t home, uint64_t now_ns
         q->stats.urgent++;
         return oldest;
     }
-    uint32_t at = next_of_home(q, home);
-    return at != NONE ? at : next_stolen(q);
+    uint32_t own = next_of_home(q, home);
+    uint32_t other = next_elsewhere(q, home);
+    if (own == NONE || other == NONE) {
+        return own == NONE ? other : own;
+    }
+    /* Own ones first, unless another has waited longer by more than twice what waiting usually
+     * takes. */
+    return q->entries[other].since_ns + 2 * q->usual_ns < q->entries[own].since_ns ? other : own;
 }
 
 static void start(struct nep_queue *q, uint32_t at, uint32_t home, uint64_t now_ns)
 {
     struct entry *e = &q->entries[at];
     uint64_t wait = now_ns > e->since_ns ? now_ns - e->since_ns : 0;
+    if (wait > 0) {
+        q->usual_ns = q->usual_ns - q->usual_ns / 64 + wait / 64;
+    }
     q->stats.max_wait_ns = wait > q->stats.max_wait_ns ? wait : q->stats.max_wait_ns;
     q->stats.stolen += e->home != home;
     q->stats.popped++;
