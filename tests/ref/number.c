@@ -154,7 +154,11 @@ void nep_ref_fp8_quantise(const float *row, uint32_t num, uint8_t *out, float *s
 
 void nep_ref_fp8_load(const uint8_t *row, const float *scales, uint32_t num, float *out)
 {
+    float values[256]; /* a row has many more elements than there are codes, and ldexp is slow */
+    for (uint32_t code = 0; code < 256; code++) {
+        values[code] = fp8_value((uint8_t)code);
+    }
     for (uint32_t i = 0; i < num; i++) {
-        out[i] = fp8_value(row[i]) * scales[i / 128];
+        out[i] = values[row[i]] * scales[i / 128];
     }
 }
