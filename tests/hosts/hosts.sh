@@ -104,7 +104,7 @@ on_host() { # I COMMAND...
     local i=$1 pid
     shift
     pid=$(cat "$state/$i") || { echo "hosts.sh: there is no host $i" >&2; return 2; }
-    HOSTS_ADDRESS=$(address "$i") exec nsenter -t "$pid" -n -u -i -m -- "$@"
+    HOSTS_ADDRESS=$(address "$i") exec nsenter --wd="$PWD" -t "$pid" -n -u -i -m -- "$@"
 }
 
 run() { # RANKS COMMAND...
