@@ -21,6 +21,7 @@
 #include "transport/bootstrap.h"
 #include "transport/ucx.h"
 
+enum { DEAD_BEATS = 4 };
 static const uint64_t DEAD_NS = 5 * NEP_S; /* docs/protocol.md, faults */
 
 static enum nep_status probe(const struct nep_config *config)
@@ -418,7 +419,8 @@ static enum nep_status peer_status(struct nep_transport *transport, uint32_t ran
     }
     uint64_t heard_ns = atomic_load_explicit(&peer->heard_ns, memory_order_relaxed);
     uint64_t now_ns = nep_now_ns();
-    if (now_ns > heard_ns && now_ns - heard_ns > DEAD_NS) {
+    if (now_ns > heard_ns && now_ns - heard_ns > DEAD_NS &&
+        atomic_load_explicit(&peer->num_silent, memory_order_relaxed) > DEAD_BEATS) {
         return nep_fail(NEP_ERR_PEER_LOST,
                         "rank %u is lost: nothing heard for %.1f s, with a heartbeat due every "
                         "second: its host, its link or its process stands still",

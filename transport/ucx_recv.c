@@ -210,6 +210,12 @@ static ucs_status_t receive(struct nep_ucx *ux, struct nep_ucx_window *window,
     return UCS_INPROGRESS; /* the descriptor is UCX's again */
 }
 
+static void hear(struct nep_ucx_peer *peer)
+{
+    atomic_store_explicit(&peer->heard_ns, nep_now_ns(), memory_order_relaxed);
+    atomic_store_explicit(&peer->num_silent, 0, memory_order_relaxed);
+}
+
 ucs_status_t nep_ucx_on_put(void *arg, const void *header, size_t header_len, void *data,
                             size_t len, const ucp_am_recv_param_t *param)
 {
@@ -219,7 +225,7 @@ ucs_status_t nep_ucx_on_put(void *arg, const void *header, size_t header_len, vo
     if (window == NULL) {
         return UCS_OK;
     }
-    atomic_store_explicit(&ux->peers[head.src].heard_ns, nep_now_ns(), memory_order_relaxed);
+    hear(&ux->peers[head.src]);
     if (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) {
         return receive(ux, window, &head, data);
     }
@@ -243,7 +249,7 @@ static struct nep_ucx_peer *on_word(struct nep_ucx *ux, const void *header, size
         return NULL;
     }
     struct nep_ucx_peer *peer = &ux->peers[head.src];
-    atomic_store_explicit(&peer->heard_ns, nep_now_ns(), memory_order_relaxed);
+    hear(peer);
     return peer;
 }
 

@@ -13,7 +13,8 @@
  *
  * Liveness. UCX reports what the system reports (a closed or reset connection). A pulled cable
  * leaves a TCP connection silent for many minutes, so each rank sends a heartbeat a second and
- * peer_status (ucx.c) looks at the age of what was heard last.
+ * peer_status (ucx.c) looks at the age of what was heard last. It counts in heartbeats of this
+ * rank's own: a machine that was suspended or starved says nothing about its peers.
  */
 #if NEP_HAVE_UCX
 
@@ -260,6 +261,7 @@ void nep_ucx_beat(struct nep_ucx *ux)
     ux->beat_ns = nep_now_ns() + BEAT_NS;
     for (uint32_t i = 0; i < ux->num_ranks; i++) {
         struct nep_ucx_peer *peer = &ux->peers[i];
+        atomic_fetch_add_explicit(&peer->num_silent, 1, memory_order_relaxed);
         if (peer->ep == NULL || peer->close_ep || peer->beat_pending) {
             continue;
         }
