@@ -204,6 +204,17 @@ static uint16_t bound_port(int fd)
                                            : 0;
 }
 
+/*
+ * Over loopback a segment has 64 KiB, two of which fill a receive buffer: the window never opens by
+ * the two segments that make the receiver say so, and a large answer advances by one segment for
+ * each probe of the sender, every 200 ms and more. Before connect or listen.
+ */
+static void limit_segments(int fd)
+{
+    int bytes = 8192;
+    setsockopt(fd, IPPROTO_TCP, TCP_MAXSEG, &bytes, sizeof bytes); /* fails on a Unix socket */
+}
+
 static enum nep_status listen_at(const struct sockaddr_storage *address, socklen_t len,
                                  const char *host, uint16_t port, int *fd_p)
 {
@@ -214,6 +225,7 @@ static enum nep_status listen_at(const struct sockaddr_storage *address, socklen
                         strerror(errno));
     }
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one);
+    limit_segments(fd);
     if (address->ss_family == AF_INET6) {
         setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &zero, sizeof zero);
     }
@@ -310,6 +322,7 @@ static enum nep_status connect_to(const struct sockaddr_storage *address, sockle
         return nep_fail(NEP_ERR_IO, "no socket to reach %s: %s", host, strerror(errno));
     }
     nep_rdv_set_options(fd);
+    limit_segments(fd);
     if (connect(fd, (const struct sockaddr *)address, len) != 0) {
         error = errno;
         if (error == EINPROGRESS) {
