@@ -292,14 +292,16 @@ static bool all_here(struct nep_ep *ep, const struct nep_handle *handle)
 {
     uint32_t num_ranks = ep->plan.topology->num_ranks;
     uint64_t op = handle->op.number;
-    uint32_t here = 0, missing = UINT32_MAX;
+    uint32_t here = 0;
     for (uint32_t s = 0; s < num_ranks; s++) {
-        bool is_here = nep_counts_find(ep, s, op) != NULL;
-        here += is_here;
-        missing = is_here || missing != UINT32_MAX ? missing : s;
+        here += nep_counts_find(ep, s, op) != NULL;
     }
-    if (missing != UINT32_MAX) {
-        nep_ep_miss(ep, "counts", missing, num_ranks, here);
+    for (uint32_t s = 0; here < num_ranks && s < num_ranks; s++) {
+        if (nep_counts_find(ep, s, op) == NULL) {
+            nep_ep_miss(ep, "counts", s, num_ranks, here);
+        }
+    }
+    if (here < num_ranks) {
         return false;
     }
     for (uint32_t n = 0; handle->op.kind == NEP_OP_COMBINE && n < ep->plan.topology->num_nodes;

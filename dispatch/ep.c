@@ -110,6 +110,7 @@ static enum nep_status allocate(struct nep_ep *ep)
         {&ep->cast_rows, NEP_PUSH_CHUNKS, ep->shape.wire_row_bytes},
         {&ep->lent, ep->node_size, sizeof *ep->lent},
         {&ep->batch, 1, sizeof *ep->batch},
+        {&ep->awaited, (num_ranks + 63) / 64, sizeof *ep->awaited},
         {&ep->load, (uint64_t)ep->shape.num_layers * ep->shape.num_experts, sizeof *ep->load},
     };
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
@@ -298,11 +299,11 @@ void nep_ep_destroy(struct nep_ep *ep)
         nep_comm_release_ep(comm, ep->number);
     }
     nep_layout_fini(&ep->layout);
-    void *tables[] = {
-        ep->window,         ep->slot_at,       ep->slot_local, ep->counts_at,   ep->control_rank,
-        ep->dispatch_flows, ep->combine_flows, ep->rings,      ep->dispatch_in, ep->combine_in,
-        ep->counts_put,     ep->staged,        ep->taken,      ep->push_at,     ep->cast_rows,
-        ep->lent,           ep->batch,         ep->load};
+    void *tables[] = {ep->window,       ep->slot_at,        ep->slot_local,    ep->counts_at,
+                      ep->control_rank, ep->dispatch_flows, ep->combine_flows, ep->rings,
+                      ep->dispatch_in,  ep->combine_in,     ep->counts_put,    ep->staged,
+                      ep->taken,        ep->push_at,        ep->cast_rows,     ep->lent,
+                      ep->batch,        ep->load,           ep->awaited};
     for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
         free(tables[i]);
     }

@@ -90,7 +90,8 @@ struct nep_ep {
     struct nep_lent *lent; /* [G] scratch of combine: where the outputs of each local rank lie */
     struct nep_sum_batch *batch; /* scratch of combine */
     struct nep_missing missing;
-    bool has_number;       /* claimed */
+    uint64_t *awaited; /* [ceil(R / 64)] bit r: the last step found something of rank r missing */
+    bool has_number;   /* claimed */
     bool has_inter_window; /* registered with the fabric */
     bool is_broken;
     uint64_t *load; /* [num_layers][E] (token, k) pairs that this rank dispatched, ever */
@@ -104,10 +105,11 @@ enum nep_status nep_ep_check(struct nep_ep *ep);
 /* A handle goes: an operation it is in can no longer complete. */
 void nep_ep_forget(struct nep_ep *ep, struct nep_handle *handle);
 
-/* Remembers what is missing unless something is already. */
+/* Remembers whom this rank waits for; the first one's reason is kept for the sentence. */
 static inline void nep_ep_miss(struct nep_ep *ep, const char *phase, uint32_t rank,
                                uint64_t expected, uint64_t arrived)
 {
+    ep->awaited[rank / 64] |= 1ull << rank % 64;
     if (ep->missing.phase == NULL) {
         ep->missing = (struct nep_missing){phase, rank, expected, arrived};
     }

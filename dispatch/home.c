@@ -44,8 +44,8 @@ static bool find_binds(struct nep_ep *ep, uint64_t op, bool *pull_p)
     return true;
 }
 
-/* Tiles of this rank that every reader of the node has read. */
-static uint64_t home_freed(struct nep_ep *ep)
+/* Tiles of this rank that every reader of the node has read, and who has read least. */
+static uint64_t home_freed(struct nep_ep *ep, uint32_t *slowest_p)
 {
     uint64_t freed = UINT64_MAX;
     for (uint32_t g = 0; g < ep->node_size; g++) {
@@ -55,6 +55,7 @@ static uint64_t home_freed(struct nep_ep *ep)
             nep_word_get(ep->window[rank], ep->plan.regions[rank].dispatch_read, ep->rank);
         if (read < freed) {
             freed = read;
+            *slowest_p = rank;
         }
     }
     return freed;
@@ -217,8 +218,9 @@ enum nep_status nep_home_step(struct nep_ep *ep, struct nep_handle *handle, bool
     uint32_t total = handle->node_begin[ep->node + 1] - handle->node_begin[ep->node];
     enum nep_status status = NEP_OK;
     while (status == NEP_OK && handle->op.home_row < total) {
-        if (ep->dispatch_flows[ep->node].next >= home_freed(ep) + ep->shape.window) {
-            nep_ep_miss(ep, "reading of home tiles", ep->rank, total, handle->op.home_row);
+        uint32_t slowest = ep->rank;
+        if (ep->dispatch_flows[ep->node].next >= home_freed(ep, &slowest) + ep->shape.window) {
+            nep_ep_miss(ep, "reading of home tiles", slowest, total, handle->op.home_row);
             return NEP_OK;
         }
         status = publish_tile(ep, handle, pull);

@@ -10,7 +10,16 @@
 #include <string.h>
 
 #include "base/backoff.h"
+#include "base/clock.h"
 #include "base/log.h"
+
+#define GRACE_NS (500 * NEP_MS)
+
+static void forget_missing(struct nep_ep *ep)
+{
+    ep->missing = (struct nep_missing){.rank = UINT32_MAX};
+    memset(ep->awaited, 0, (ep->plan.topology->num_ranks + 63) / 64 * sizeof *ep->awaited);
+}
 
 static const char *op_name(const struct nep_handle *handle)
 {
@@ -112,35 +121,44 @@ static enum nep_status peer_status(struct nep_ep *ep, uint32_t rank)
     return transport->ops->peer_status(transport, rank);
 }
 
-static enum nep_status follow(struct nep_ep *ep, struct nep_handle *handle, uint32_t culprit,
-                              uint64_t idle_ns)
+/* Who is gone, and how this rank knows. */
+struct loss {
+    uint32_t culprit; /* UINT32_MAX: nobody */
+    char cause[256];
+};
+
+static bool follow(struct loss *loss, uint32_t culprit)
 {
-    char cause[128];
-    snprintf(cause, sizeof cause, "rank %u is lost or stuck: another rank found it", culprit);
-    return give_up(ep, handle, NEP_ERR_PEER_LOST, culprit, idle_ns, cause);
+    loss->culprit = culprit;
+    snprintf(loss->cause, sizeof loss->cause, "rank %u is lost or stuck: another rank found it",
+             culprit);
+    return true;
 }
 
-/* Looks for ranks that are gone. */
-static enum nep_status look_around(struct nep_ep *ep, struct nep_handle *handle, uint64_t idle_ns)
+/*
+ * Looks for ranks that are gone. One that this rank does not wait for is no reason to fail yet: it
+ * may have done all its part, or whoever waits for it will say so; after GRACE_NS without either it
+ * is one.
+ */
+static bool find_loss(struct nep_ep *ep, uint64_t idle_ns, bool is_over, struct loss *loss)
 {
     uint32_t named = named_culprit(ep);
     if (named != UINT32_MAX) {
-        return follow(ep, handle, named, idle_ns);
+        return follow(loss, named);
     }
     for (uint32_t r = 0; r < ep->plan.topology->num_ranks; r++) {
-        if (r == ep->rank || peer_status(ep, r) == NEP_OK) {
+        bool is_awaited = (ep->awaited[r / 64] >> r % 64 & 1) != 0;
+        if (r == ep->rank || !(is_awaited || is_over || idle_ns > GRACE_NS) ||
+            peer_status(ep, r) == NEP_OK) {
             continue;
         }
-        char cause[256];
-        snprintf(cause, sizeof cause, "rank %u is lost: %s", r, nep_last_message());
+        loss->culprit = r;
+        snprintf(loss->cause, sizeof loss->cause, "rank %u is lost: %s", r, nep_last_message());
         /* It may have ended because of another: what it said before is visible by now. */
         named = named_culprit(ep);
-        if (named != UINT32_MAX && named != r) {
-            return follow(ep, handle, named, idle_ns);
-        }
-        return give_up(ep, handle, NEP_ERR_PEER_LOST, r, idle_ns, cause);
+        return named == UINT32_MAX || named == r || follow(loss, named);
     }
-    return NEP_OK;
+    return false;
 }
 
 static void progress_transports(struct nep_comm *comm)
@@ -154,10 +172,12 @@ static void progress_transports(struct nep_comm *comm)
 enum nep_status nep_wait(struct nep_ep *ep, struct nep_handle *handle, nep_step_fn step)
 {
     struct nep_backoff backoff;
+    struct loss loss = {.culprit = UINT32_MAX};
+    bool is_lost = false; /* find_loss has found one: one more step, then it is told */
     nep_backoff_init(&backoff, ep->comm->timeout_ns, ep->comm->spin_limit);
     for (;;) {
         bool progress = false, done = false;
-        ep->missing = (struct nep_missing){.rank = UINT32_MAX};
+        forget_missing(ep);
         enum nep_status status = step(ep, handle, &progress, &done);
         if (status != NEP_OK || done) {
             return status;
@@ -166,21 +186,24 @@ enum nep_status nep_wait(struct nep_ep *ep, struct nep_handle *handle, nep_step_
         if (progress) {
             ep->stats.wait_ns += backoff.num_idle != 0 ? nep_backoff_idle_ns(&backoff) : 0;
             nep_backoff_reset(&backoff);
+            is_lost = false;
             continue;
         }
+        uint64_t idle_ns = nep_backoff_idle_ns(&backoff);
+        if (is_lost) {
+            /* The step above found nothing more of what it may have left behind. */
+            return give_up(ep, handle, NEP_ERR_PEER_LOST, loss.culprit, idle_ns, loss.cause);
+        }
         bool in_time = nep_backoff_pause(&backoff);
-        if (backoff.slow || !in_time) {
-            status = look_around(ep, handle, nep_backoff_idle_ns(&backoff));
-            if (status != NEP_OK) {
-                return status;
-            }
+        if ((backoff.slow || !in_time) && find_loss(ep, idle_ns, !in_time, &loss)) {
+            is_lost = true;
+            continue;
         }
         if (!in_time) {
             char cause[128];
             snprintf(cause, sizeof cause, "rank %u is slow or stuck: the timeout of %.3f s passed",
                      ep->missing.rank, (double)ep->comm->timeout_ns / 1e9);
-            return give_up(ep, handle, NEP_ERR_TIMEOUT, ep->missing.rank,
-                           nep_backoff_idle_ns(&backoff), cause);
+            return give_up(ep, handle, NEP_ERR_TIMEOUT, ep->missing.rank, idle_ns, cause);
         }
     }
 }
@@ -191,7 +214,7 @@ enum nep_status nep_try(struct nep_ep *ep, struct nep_handle *handle, nep_step_f
     enum nep_status status = NEP_OK;
     while (status == NEP_OK && progress && !done) {
         progress = false;
-        ep->missing = (struct nep_missing){.rank = UINT32_MAX};
+        forget_missing(ep);
         status = step(ep, handle, &progress, &done);
         progress_transports(ep->comm);
     }
