@@ -572,6 +572,34 @@ NEP_API int nep_map_is_truncated(const struct nep_map *map);
 NEP_API enum nep_status nep_map_balance(const struct nep_map_shape *shape, uint32_t num_groups,
                                         const double *loads, struct nep_map **map_p);
 
+/* ---- from one map to another -------------------------------------------------------------- */
+
+/* One expert to copy. Slots are physical; in the order given, no move reads a slot that an earlier
+ * one has overwritten, unless is_staged. */
+struct nep_map_move {
+    uint32_t layer;
+    uint32_t expert;
+    uint32_t from_slot; /* a copy in the old map: on the same rank, else the same node, else any */
+    uint32_t to_slot;
+    uint32_t is_staged; /* part of a ring of moves: read it aside before its layer's moves start */
+};
+
+/*
+ * The moves that turn `from` into `to`, of the same shape, layer by layer; experts that stay in
+ * their slots do not appear. moves: [capacity]; *num_p is how many there are. NEP_ERR_OVERFLOW when
+ * they do not fit (then *num_p is written too, so that a call with capacity 0 counts them).
+ */
+NEP_API enum nep_status nep_map_diff(const struct nep_map *from, const struct nep_map *to,
+                                     struct nep_map_move *moves, uint64_t capacity,
+                                     uint64_t *num_p);
+/*
+ * 1 when a new map pays for its moves: rows saved per token and layer x bytes of a row (both ways)
+ * x token-layers expected before it is replaced exceed the bytes that move, by a margin of a
+ * quarter for what is not known.
+ */
+NEP_API int nep_map_pays(double rows_saved_per_token, double row_bytes, double token_layers,
+                         uint64_t num_moves, double expert_bytes);
+
 /* ---- keeping a running map in balance ----------------------------------------------------- */
 
 /*

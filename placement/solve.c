@@ -20,6 +20,7 @@
 
 #include "base/clock.h"
 #include "base/status.h"
+#include "placement/adjust.h"
 #include "placement/cluster.h"
 #include "placement/copy_swap.h"
 #include "placement/parallel.h"
@@ -32,6 +33,8 @@
  */
 #define SWAP_PRICE 8.0
 #define LOAD_PRICE 2.0
+/* Rows per token of the sample that a moved copy must save: the term that keeps experts put. */
+#define WARM_GAIN 2e-4
 
 struct round {
     struct nep_solver *solver;
@@ -416,6 +419,64 @@ static enum nep_status solve_cold(struct nep_solver *s, int is_paper)
     return status == NEP_OK ? step(s, intra_layer, &round, 1.0) : status;
 }
 
+/* ---- from a running map ---- */
+
+/* Homes by what the sample would cost now; then each layer's share of the moves, the best first. */
+static enum nep_status warm_layer(void *ctx, uint32_t idx)
+{
+    const struct round *round = ctx;
+    const struct nep_solver *s = round->solver;
+    struct nep_solver_layer *layer = &s->layers[idx];
+    uint32_t slots = s->shape.num_ranks * s->shape.slots_per_rank;
+    uint32_t *table = malloc((size_t)slots * sizeof *table);
+    uint32_t moved = 0;
+    if (table == NULL) {
+        return nep_fail(NEP_ERR_NO_MEMORY, "solver: no memory for %u slots", slots);
+    }
+    uint64_t most = UINT32_MAX;
+    if (s->max_moves != 0) {
+        uint64_t layers = s->shape.num_layers;
+        most = s->max_moves / layers + (idx < s->max_moves % layers);
+    }
+    set_homes(s, &layer->sets);
+    nep_adjust_table(s->warm, idx, table);
+    const struct nep_adjust_params params = {
+        .shape = &s->shape,
+        .sets = &layer->sets,
+        .max_imbalance = s->max_imbalance,
+        .price = LOAD_PRICE,
+        .least_gain = WARM_GAIN * layer->sets.num_tokens,
+        .max_moves = most > UINT32_MAX ? UINT32_MAX : (uint32_t)most,
+    };
+    enum nep_status status = nep_adjust_layer(&params, table, &moved);
+    layer->num_entries = 0;
+    for (uint32_t i = 0; i < slots && status == NEP_OK; i++) {
+        if (table[i] != NEP_SLOT_EMPTY) {
+            layer->entries[layer->num_entries++] = (struct nep_map_entry){idx, table[i], i, 1, 0};
+        }
+    }
+    free(table);
+    return status;
+}
+
+static enum nep_status solve_warm(struct nep_solver *s)
+{
+    struct round round = {s, 0, 0};
+    const struct nep_map_shape *shape = &s->warm->shape;
+    if (shape->num_layers != s->shape.num_layers || shape->num_experts != s->shape.num_experts ||
+        shape->num_nodes != s->shape.num_nodes || shape->num_ranks != s->shape.num_ranks ||
+        shape->slots_per_rank != s->shape.slots_per_rank) {
+        return nep_fail(NEP_ERR_MISMATCH,
+                        "solver: the running map has %u layers, %u experts, %u nodes, %u ranks, %u "
+                        "slots per rank; asked for are %u, %u, %u, %u, %u",
+                        shape->num_layers, shape->num_experts, shape->num_nodes, shape->num_ranks,
+                        shape->slots_per_rank, s->shape.num_layers, s->shape.num_experts,
+                        s->shape.num_nodes, s->shape.num_ranks, s->shape.slots_per_rank);
+    }
+    enum nep_status status = nep_homes_predict(&s->requests, s->warm, s->homes);
+    return status == NEP_OK ? step(s, warm_layer, &round, 1.0) : status;
+}
+
 static enum nep_status build(const struct nep_solver *s, struct nep_map **map_p)
 {
     size_t num = 0;
@@ -463,7 +524,7 @@ static enum nep_status solve(const struct nep_trace *trace, const struct nep_sol
         status = check_limit(&s);
     }
     if (status == NEP_OK) {
-        status = solve_cold(&s, is_paper);
+        status = s.warm != NULL ? solve_warm(&s) : solve_cold(&s, is_paper);
     }
     if (status == NEP_OK) {
         status = build(&s, map_p);

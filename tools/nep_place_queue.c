@@ -331,7 +331,7 @@ static enum nep_status replay(struct replay *r, double load)
     json_u64(json, "age_bound", r->bound);
     json_open(json, "rules", '{');
     for (int rule = 0; rule < NUM_RULES && status == NEP_OK; rule++) {
-        struct outcome o;
+        struct outcome o = {0};
         status = run_rule(r, rule, &o);
         if (status != NEP_OK) {
             break;
