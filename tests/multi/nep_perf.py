@@ -95,6 +95,17 @@ class Results(unittest.TestCase):
         self.assertGreaterEqual(got["wire_bytes_per_rank"], got["wire_floor_bytes_per_rank"])
         self.assertIsNone(result()["wrong_elements"])
 
+    def test_wire_bytes_are_rows_and_headers(self):
+        # What is not rows must not depend on the size of a row: the same headers, byte for byte.
+        def headers(*args):
+            got = result(*args)
+            return got["wire_bytes_per_rank"] - got["wire_floor_bytes_per_rank"]
+        for layout in ("expert", "rank"):
+            want = headers("--layout", layout)
+            self.assertGreater(want, 0)
+            for hidden in ("16", "1024", "7168"):
+                self.assertAlmostEqual(headers("--layout", layout, "--hidden", hidden), want, 2)
+
     def test_digest_same_whatever_carries(self):
         want = result()["output_digest"]
         for args in (["--threads"], ["--layout", "rank"], ["--padded"], ["--memory", "private"],
