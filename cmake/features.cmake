@@ -1,5 +1,5 @@
-# What the library can be built with here. Only headers are needed: libucp, libibverbs and librdmacm
-# are opened with dlopen when a transport is asked for, so that one binary serves machines with and
+# What the library can be built with here. Only headers are needed: libucp and libibverbs are
+# opened with dlopen when a transport is asked for, so that one binary serves machines with and
 # without them.
 #
 # nep_feature(UCX MODULES ucx) sets NEP_HAVE_UCX to 1 or 0, says so, and refuses NEP_UCX=ON without it.
@@ -21,7 +21,7 @@ function(nep_feature name)
 endfunction()
 
 nep_feature(UCX MODULES ucx>=1.13)
-nep_feature(VERBS MODULES libibverbs librdmacm)
+nep_feature(VERBS MODULES libibverbs)
 
 set(NEP_HAVE_CUDA 0)
 if(NOT NEP_CUDA STREQUAL "OFF")

@@ -13,7 +13,7 @@
 
 #include "tools/doctor.h"
 
-#if __has_include(<infiniband/verbs.h>)
+#if NEP_HAVE_VERBS
 #include "transport/verbs/verbs.h"
 
 static double lane_gbits(uint8_t speed)

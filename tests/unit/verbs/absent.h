@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The body of every verbs test where infiniband/verbs.h is missing: the refusal is the test. */
+/* The body of every verbs test where nearep is built without verbs: the refusal is the test. */
 #include "transport/transport.h"
 
 static void test_verbs_without_header_is_refused(void **state)

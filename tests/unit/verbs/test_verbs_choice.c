@@ -4,7 +4,7 @@
 
 #include "tests/unit/cmocka_all.h"
 
-#if __has_include(<infiniband/verbs.h>)
+#if NEP_HAVE_VERBS
 #include "transport/verbs/verbs.h"
 
 static struct ibv_gid_entry entry(uint32_t type, const uint8_t raw[16])

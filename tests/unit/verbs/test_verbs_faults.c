@@ -8,7 +8,7 @@
 
 #include "tests/unit/cmocka_all.h"
 
-#if __has_include(<infiniband/verbs.h>)
+#if NEP_HAVE_VERBS
 #include "tests/unit/verbs/world.h"
 
 enum { ROUNDS = 40, KILL_ROUND = 10 };
