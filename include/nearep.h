@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * nearep: tokens near their experts. Dispatch and combine for expert-parallel mixture-of-experts.
+ * (long because it is the whole interface in one header)
  *
  * Words. rank: one participant (a process or a thread). node: ranks that reach each other by load
  * and store. lane: the local index of a rank on its node. T: tokens of a call, M: most tokens of
