@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "perftest/perf.h"
+#include "transport/transport.h"
 
 typedef bool (*parse_fn)(struct nep_perf_options *options, const char *value, size_t offset);
 
@@ -262,6 +263,16 @@ static void print_help(void)
     printf("  %-26s %s\n  %-26s %s\n", "--help", "this text", "--version", "the version");
 }
 
+static int check_transport(const char *option, const char *name)
+{
+    const struct nep_transport_ops *ops;
+    const char *args;
+    if (strcmp(name, "auto") == 0 || nep_transport_find(name, &ops, &args) == NEP_OK) {
+        return -1;
+    }
+    return nep_perf_error(NEP_PERF_USAGE, "%s %s: %s", option, name, nep_last_message());
+}
+
 /* What single options cannot know. -1: fine. */
 static int check(const struct nep_perf_options *options)
 {
@@ -292,7 +303,8 @@ static int check(const struct nep_perf_options *options)
     if (options->is_padded && options->layout == NEP_LAYOUT_RANK) {
         return nep_perf_error(NEP_PERF_USAGE, "--padded belongs to --layout expert");
     }
-    return -1;
+    int rc = check_transport("--intra", options->intra);
+    return rc == -1 ? check_transport("--inter", options->inter) : rc;
 }
 
 static const struct option *find(const char *name, size_t len)

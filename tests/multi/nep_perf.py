@@ -64,7 +64,8 @@ class Arguments(unittest.TestCase):
         for args in (["--foo"], ["--tokens", "x"], ["--ranks", "0"], ["--hidden", "17"],
                      ["--top-k", "33"], ["--executor", "tpu"], ["--layout", "foo"],
                      ["--ranks", "3", "--ranks-per-node", "2,2"], ["--routing", "trace:/no/file"],
-                     ["--map", "/no/file"], ["--tokens"], ["--threads=1"], ["--outstanding", "9"]):
+                     ["--map", "/no/file"], ["--tokens"], ["--threads=1"], ["--outstanding", "9"],
+                     ["--intra", "nothing"], ["--inter", "nothing"]):
             with self.subTest(args=args):
                 done = run(*args)
                 self.assertEqual(done.returncode, 2, done.stderr)
