@@ -28,6 +28,8 @@ benches=(
     "mpi-4x1024-expert-private|the same with the caller's own memory|ep --ranks 4 --ranks-per-node 4 --tokens 1024 --layout expert --memory private --baseline mpi"
     "mpi-8x128-rank-private|the same with the caller's own memory|ep --ranks 8 --ranks-per-node 8 --tokens 128 --layout rank --memory private --baseline mpi"
     "mpi-4x1024-rank-private|the same with the caller's own memory|ep --ranks 4 --ranks-per-node 4 --tokens 1024 --layout rank --memory private --baseline mpi"
+    "hosts-4x2-1024|4 hosts of 2 ranks at 1 Gbit/s x 1024 tokens, against MPI_Alltoallv|hosts 4 1gbit 2 ep --inter ucx --tokens 1024 --layout expert --baseline mpi"
+    "hosts-4x2-1024-fp8|the same with fp8 on the wire of dispatch|hosts 4 1gbit 2 ep --inter ucx --tokens 1024 --layout expert --wire fp8 --baseline mpi"
 )
 
 rounds=1 names=()
@@ -57,6 +59,25 @@ mkdir -p build/bench
 printf '%s, %s cores, Linux %s, %s, commit %s\n' \
     "$(sed -n 's/^model name[[:space:]]*: //p' /proc/cpuinfo | head -n 1)" "$(nproc)" "$(uname -r)" \
     "$(date +%F)" "$(git rev-parse --short HEAD 2> /dev/null || echo unknown)"
+# "hosts N RATE RANKS ..." runs under mpirun over N emulated hosts: root, and some seconds a pair.
+measure() { # FILE ARGUMENTS
+    local file=$1 status=0
+    # shellcheck disable=SC2086 # arguments are words
+    set -- $2
+    if [ "$1" != hosts ]; then
+        build/bin/nep-perf "$@" --verify --iters 10 --warmup 3 --json "$file"
+        return
+    fi
+    local num=$2 rate=$3 ranks=$4
+    shift 4
+    export HOSTS_GROUP=nepbench
+    tests/hosts/hosts.sh up "$num" "$rate" || return
+    tests/hosts/hosts.sh mpirun "$ranks" "$PWD/build/bin/nep-perf" "$@" --verify --iters 2 \
+        --warmup 1 --json "$PWD/$file" || status=$?
+    tests/hosts/hosts.sh down
+    return "$status"
+}
+
 files=()
 for ((round = 1; round <= rounds; round++)); do
     for bench in "${benches[@]}"; do
@@ -65,8 +86,7 @@ for ((round = 1; round <= rounds; round++)); do
             continue
         fi
         file=build/bench/$name.$round.json
-        # shellcheck disable=SC2086 # arguments are words
-        build/bin/nep-perf $arguments --verify --iters 10 --warmup 3 --json "$file" > build/bench/last.log 2>&1 || {
+        measure "$file" "$arguments" > build/bench/last.log 2>&1 || {
             cat build/bench/last.log >&2
             echo "bench.sh: $name failed: nep-perf $arguments" >&2
             exit 1

@@ -14,6 +14,8 @@ usage: hosts.sh check                     whether this machine permits it: 0, or
        hosts.sh exec I COMMAND...         on host I; its address is in HOSTS_ADDRESS
        hosts.sh run RANKS COMMAND...      RANKS ranks on each host, with NEP_RANK, NEP_RANKS and
                                           NEP_RENDEZVOUS; ends with the first status that is not 0
+       hosts.sh mpirun RANKS COMMAND...   the same by Open MPI's mpirun on host 0: TCP between hosts,
+                                          shared memory inside; NEP_RENDEZVOUS is set
        hosts.sh counters                  a line for each host: bytes sent, packets dropped to and from
        hosts.sh link I up|down            pulls and plugs the cable of host I
        hosts.sh down                      removes everything, running commands included
@@ -125,6 +127,35 @@ run() { # RANKS COMMAND...
     return "$status"
 }
 
+# How mpirun starts its daemon on another host: AGENT [OPTIONS] nep-hI COMMAND...
+remote_shell() {
+    while [ "${1#-}" != "$1" ]; do
+        [ "$1" != -l ] || shift
+        shift
+    done
+    local i=${1##*-h}
+    shift
+    on_host "$i" sh -c "$*"
+}
+
+mpi() { # RANKS COMMAND...
+    local ranks=$1 num i list=''
+    shift
+    num=$(num_hosts)
+    for ((i = 0; i < num; i++)); do
+        list+=,$group-h$i:$ranks
+    done
+    local self
+    self=$(readlink -f "$0")
+    NEP_RENDEZVOUS=$(address 0):$((20000 + RANDOM % 20000)) HOSTS_GROUP=$group \
+        OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
+        on_host 0 mpirun --mca plm_rsh_agent "$self rsh" --mca plm_rsh_no_tree_spawn 1 \
+        --mca oob_tcp_if_include eth0 --mca pml ob1 --mca btl self,vader,tcp \
+        --mca btl_tcp_if_include eth0 --mca mpi_yield_when_idle 1 --oversubscribe --bind-to none \
+        -x NEP_RENDEZVOUS -x NEP_TIMEOUT -x HOSTS_GROUP -host "${list#,}" -n $((num * ranks)) \
+        --map-by "ppr:$ranks:node" "$@"
+}
+
 # The queueing discipline counts each packet with its headers; the interface counts a large send that
 # is cut into packets later as one. Dropped: on the host's way out and on the switch's way to it.
 counters() {
@@ -161,6 +192,8 @@ up)
     ;;
 exec) [ $# -ge 3 ] || { usage >&2; exit 2; }; shift; on_host "$@" ;;
 run) [ $# -ge 3 ] || { usage >&2; exit 2; }; shift; run "$@" ;;
+mpirun) [ $# -ge 3 ] || { usage >&2; exit 2; }; shift; mpi "$@" ;;
+rsh) shift; remote_shell "$@" ;;
 counters) counters ;;
 link) [ $# -eq 3 ] || { usage >&2; exit 2; }; ip -n "$group-h$2" link set eth0 "$3" ;;
 down) down ;;
