@@ -614,8 +614,8 @@ struct nep_balance_params {
     size_t size;
     const struct nep_map *map; /* kept by reference */
     uint32_t top_k;            /* of what is observed; required */
-    uint32_t window_tokens;    /* tokens a layer that decide, the last ones; 0: 1024 */
-    uint32_t max_moves;        /* copies that may move per layer and update; 0: 4 */
+    uint32_t window_tokens;    /* tokens a layer that decide, the last ones; 0: 768 */
+    uint32_t max_moves;        /* copies that may move per layer and update; 0: 8 */
     double act_above; /* max/mean load of nodes in the window that calls for moves; 0: 1.13 */
 };
 

@@ -16,8 +16,8 @@
 #include "base/status.h"
 #include "placement/adjust.h"
 
-#define DEFAULT_WINDOW 1024u
-#define DEFAULT_MOVES  4u
+#define DEFAULT_WINDOW 768u
+#define DEFAULT_MOVES  8u
 #define DEFAULT_ABOVE  1.13
 /* Correct to the middle of what is allowed, so that the next windows' noise stays below it. */
 #define TARGET_SHARE 0.4

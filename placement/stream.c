@@ -14,8 +14,8 @@
 #include "placement/map.h"
 
 #define ACTIVE 64u
-#define WINDOW 1024u
-#define EVERY  256u
+#define WINDOW 768u
+#define EVERY  192u
 
 struct active {
     uint64_t next;
