@@ -94,6 +94,9 @@ int nep_perf_put_open(struct nep_perf_put_side *side)
 void nep_perf_put_close(struct nep_perf_put_side *side)
 {
     if (side->transport != NULL) {
+        if (side->base != NULL) {
+            side->transport->ops->window_destroy(side->transport, WINDOW);
+        }
         side->transport->ops->close(side->transport);
         side->transport = NULL;
     }

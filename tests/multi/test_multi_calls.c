@@ -134,8 +134,9 @@ static bool forked_child(struct nep_multi_rank *rank)
     if (nep_dispatch(seat->ep, seat->handle, &in, &out, NULL) != NEP_OK) {
         return nep_multi_fail(rank, "after the child: %s", nep_last_message());
     }
+    bool is_good = nep_multi_barrier(rank);
     seat_close(seat);
-    return true;
+    return is_good;
 }
 
 /* ---- tests ---- */
