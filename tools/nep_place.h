@@ -44,6 +44,7 @@ struct place_args {
     int64_t layer;
     bool is_online;
     bool is_shuffled;
+    bool has_bound;
     const char *warm;
     FILE *out; /* for people; not standard output when JSON goes there */
     struct json_out json;

@@ -84,6 +84,8 @@ static const struct option options[] = {
      "all, train (two thirds of the requests) or test (the rest) (default all)"},
     {"--leave-out", "DOMAIN", TEXT, SLICE, AT(leave_out), 0, 0, "without this domain"},
     {"--only", "DOMAIN", TEXT, SLICE, AT(only), 0, 0, "this domain only"},
+    {"--bound", NULL, FLAG, EVAL, AT(has_bound), 0, 0,
+     "also a lower bound of the remote nodes per token, of any map without copies (seconds)"},
     {"-o", "FILE", TEXT, SOLVE | REPORT | SLICE, AT(output), 0, 0, "where to write (required)"},
     {"--json", "FILE", TEXT, SOLVE | EVAL | COMPARE | QUEUE | SLICE | REPORT, AT(json_path), 0, 0,
      "the results as one JSON object; - is standard output"},

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include "base/clock.h"
+#include "placement/bounds.h"
 #include "placement/rng.h"
 #include "placement/schedule.h"
 #include "tools/nep_place.h"
@@ -103,6 +104,31 @@ static enum nep_status count_rows(const struct place_args *args,
     return status;
 }
 
+/* Mean over layers, of the scored tokens; said, and not failed, where there is none. */
+static void print_bound(struct place_args *args, const struct nep_requests *requests,
+                        const struct nep_map_shape *shape)
+{
+    double sum = 0.0;
+    for (uint32_t l = 0; l < shape->num_layers; l++) {
+        struct nep_sets sets;
+        double distinct = 0.0;
+        enum nep_status status = nep_sets_sample(requests, l, 1, &sets);
+        if (status == NEP_OK) {
+            status = nep_bound_distinct(&sets, shape->num_nodes, &distinct);
+            nep_sets_fini(&sets);
+        }
+        if (status != NEP_OK) {
+            fprintf(args->out, "no bound: %s\n", nep_last_message());
+            json_null(&args->json, "bound_remote_nodes_per_token");
+            return;
+        }
+        sum += distinct - 1.0;
+    }
+    fprintf(args->out, "bound: no map without copies has less than %.4f, whatever the homes\n",
+            sum / shape->num_layers);
+    json_double(&args->json, "bound_remote_nodes_per_token", sum / shape->num_layers);
+}
+
 static enum nep_status eval(struct place_args *args, const struct nep_trace *trace,
                             const struct nep_map *map)
 {
@@ -143,6 +169,9 @@ static enum nep_status eval(struct place_args *args, const struct nep_trace *tra
         place_json_score(&args->json, &score, 0.0);
         json_u64(&args->json, "scored_tokens", score.num_tokens);
         json_u64(&args->json, "remote_rows", rows);
+        if (args->has_bound) {
+            print_bound(args, &all, &shape);
+        }
         json_open(&args->json, "layers", '[');
         for (uint32_t l = 0; l < shape.num_layers; l++) {
             json_double(&args->json, NULL, layers[l]);
