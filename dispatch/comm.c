@@ -253,7 +253,9 @@ static enum nep_status open_transports(struct nep_comm *comm)
     nep_info("rank %u: %s inside the node, %s between nodes", comm->topology.rank, intra, inter);
     /* A fabric that maps windows allocates them, so it serves both seats. */
     if ((nep_transport_caps(inter) & NEP_CAP_MAPPED) != 0) {
-        if (!is_auto(comm->config.intra) && strcmp(intra, inter) != 0) {
+        const char *inner = strchr(inter, ':'); /* what a wrapper stands around */
+        inner = inner != NULL ? inner + 1 : inter;
+        if (!is_auto(comm->config.intra) && strcmp(intra, inner) != 0) {
             return nep_fail(NEP_ERR_INVALID,
                             "%s between nodes maps memory and so serves inside nodes too: leave "
                             "intra at auto instead of %s",
