@@ -12,6 +12,10 @@
 #include "placement/solver.h"
 #include "placement/swap.h"
 
+/* A rank has few experts, so its limit is wider than a node's: with the node's own limit hardly any
+ * swap is allowed, and ranks end neither balanced nor near. */
+#define RANK_SLACK 1.1
+
 /* The copies of one node, and the tokens' needs in terms of them. */
 struct node_part {
     uint32_t node;
@@ -110,7 +114,7 @@ static enum nep_status search(struct node_part *part, const struct nep_solver *s
         total += part->weight[i];
     }
     for (uint32_t r = 0; r < ranks; r++) {
-        part->limit[r] = solver->max_imbalance * total / ranks;
+        part->limit[r] = RANK_SLACK * solver->max_imbalance * total / ranks;
     }
     const struct nep_swap_params params = {&part->sets, slots, ranks, part->weight,
                                            part->limit, 8.0,   NULL};
