@@ -336,17 +336,17 @@ static enum nep_status copy_layer(void *ctx, uint32_t idx)
                                             layer->limit, LOAD_PRICE};
     struct nep_cover cover;
     enum nep_status status = NEP_OK;
-    for (int step = 0; step < 2 && status == NEP_OK && !is_late(s); step++) {
+    for (int step = 0; step < 4 && status == NEP_OK && !is_late(s); step++) {
         status = nep_cover_init(&cover, &params, &layer->copies);
         if (status != NEP_OK) {
             return status;
         }
         nep_cover_fill(&cover);
-        if (step == 1) {
+        if (step > 0) {
             nep_cover_improve(&cover, 1);
         }
         nep_cover_get(&cover, &layer->copies);
-        if (step == 0) {
+        if (step < 3) {
             status = swap_copies(s, layer, &cover, &rng);
         }
         nep_cover_fini(&cover);
