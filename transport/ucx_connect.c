@@ -207,6 +207,7 @@ static void flush_all(struct nep_ucx *ux, uint64_t timeout_ns, void **requests,
     }
     struct nep_backoff backoff;
     nep_backoff_init(&backoff, timeout_ns, 0);
+    uint64_t deadline_ns = nep_deadline_ns(timeout_ns); /* also while other things move */
     do {
         if (nep_ucx_pump(ux) != 0) {
             nep_backoff_reset(&backoff);
@@ -217,7 +218,7 @@ static void flush_all(struct nep_ucx *ux, uint64_t timeout_ns, void **requests,
                 num_open -= status[i] != UCS_INPROGRESS;
             }
         }
-    } while (num_open != 0 && nep_backoff_pause(&backoff));
+    } while (num_open != 0 && nep_now_ns() < deadline_ns && nep_backoff_pause(&backoff));
     for (uint32_t i = 0; i < ux->num_ranks; i++) {
         if (UCS_PTR_IS_PTR(requests[i])) {
             ux->lib.ucp_request_free(requests[i]);

@@ -56,7 +56,20 @@ over() {
         fi
     done
 }
-within $((2 * timeout + 5)) over || fail "after $((2 * timeout + 5)) s somebody still runs:
+# Those that still run, and where.
+running() {
+    local rank
+    for rank in "${!pids[@]}"; do
+        if kill -0 "${pids[$rank]}" 2> /dev/null; then
+            echo "rank $rank still runs"
+            ! command -v gdb > /dev/null ||
+                gdb -p "${pids[$rank]}" -batch -ex 'thread apply all bt 12' 2> /dev/null |
+                grep -E '^(#|Thread)' || true
+        fi
+    done
+}
+within $((2 * timeout + 5)) over || fail "after $((2 * timeout + 5)) s:
+$(running)
 $(tail -n 3 "$work"/*.err)"
 echo "$how: all ended within $((SECONDS - start)) s"
 for rank in 0 1 4 5; do
