@@ -14,6 +14,7 @@ bin=$1 mode=$2 dir=$3
 most=${4:-200}
 export NEP_VERBS_ACK_TIMEOUT=16 NEP_VERBS_RETRY=6 NEP_TIMEOUT=60s
 small="--tokens 4 --hidden 256 --experts 16 --top-k 4 --seed 11"
+fabric=verbs
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
@@ -40,7 +41,7 @@ bits() { # bits KEY ITERS OPTIONS...: over shm and UCX and kept, or over verbs a
         ep "$key, ucx" --inter ucx --iters "$iters" $small "$@"
         check "  bits as over shm" "$(cat "$dir/$key")" "$digest"
     else
-        ep "$key, verbs" --inter verbs --iters "$iters" $small "$@"
+        ep "$key, $fabric" --inter "$fabric" --iters "$iters" $small "$@"
         check "  bits as over shm and ucx" "$(cat "$dir/$key")" "$digest"
     fi
 }
@@ -56,6 +57,9 @@ export NEP_VERBS_PATHS=2 NEP_VERBS_SPLIT=512
 echo "two paths, every put of 512 bytes or more split"
 bits expert-fewer 50 --ranks 4 --ranks-per-node 2
 unset NEP_VERBS_PATHS NEP_VERBS_SPLIT
+fabric=adversary:verbs
+bits expert-fewer 50 --ranks 4 --ranks-per-node 2
+fabric=verbs
 ep "hidden 7168" --inter verbs --ranks 4 --ranks-per-node 2 --tokens 2 --experts 32 --iters 2 \
     --warmup 1
 export NEP_VERBS_QPS=8
