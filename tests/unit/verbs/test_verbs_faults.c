@@ -230,6 +230,16 @@ static bool becomes(atomic_bool *flag, bool wanted)
     return atomic_load(flag) == wanted;
 }
 
+/* Queue pairs to rank 1 that still work; the progress thread changes it. */
+static uint32_t num_alive(struct seat *seat)
+{
+    struct nep_verbs_peer *peer = &inner(seat)->peers[1];
+    pthread_mutex_lock(&peer->lock);
+    uint32_t num = peer->num_alive;
+    pthread_mutex_unlock(&peer->lock);
+    return num;
+}
+
 static void port_goes_and_comes(struct seat *seat)
 {
     if (seat->rank == 0) {
@@ -247,13 +257,13 @@ static void port_goes_and_comes(struct seat *seat)
         seat->num_errors += !becomes(&path->is_down, false);
         /* a QP that the device declares dead: the other one carries on */
         send_event(seat, 0, IBV_EVENT_QP_FATAL, qp_to(seat, 1, 0));
-        for (uint32_t i = 0; i < 5000 && inner(seat)->peers[1].num_alive == 2; i++) {
+        for (uint32_t i = 0; i < 5000 && num_alive(seat) == 2; i++) {
             usleep(1000);
         }
-        seat->num_errors += inner(seat)->peers[1].num_alive != 1;
+        seat->num_errors += num_alive(seat) != 1;
         /* a device that is dead, with all that is left on it */
         send_event(seat, 1, IBV_EVENT_DEVICE_FATAL, NULL);
-        for (uint32_t i = 0; i < 5000 && inner(seat)->peers[1].num_alive != 0; i++) {
+        for (uint32_t i = 0; i < 5000 && num_alive(seat) != 0; i++) {
             usleep(1000);
         }
         seat->num_errors +=
