@@ -24,8 +24,10 @@ expect() { # NAME PROGRAM: it runs, prints the version and uses the library that
     local output
     output=$("$2")
     [ "$output" = "nearep $version" ] || { echo "$1: printed '$output'"; exit 1; }
-    ldd "$2" | grep -q "$lib/libnearep.so.0" || { echo "$1: not linked with $lib"; exit 1; }
-    echo "$1: $output"
+    # Not through a pipe: grep -q would end before ldd, whose broken pipe counts as a failure.
+    output=$(ldd "$2")
+    [[ $output == *"$lib/libnearep.so.0"* ]] || { echo "$1: not linked with $lib"; exit 1; }
+    echo "$1: nearep $version"
 }
 
 cmake -S "$here/cmake" -B "$temporary/cmake" -G Ninja -DCMAKE_PREFIX_PATH="$temporary/prefix" \
