@@ -97,9 +97,10 @@ enum nep_status nep_balance_create(const struct nep_balance_params *params,
         nep_adjust_table(b->map, l, &b->tables[(size_t)l * slots]);
     }
     if (!ok) {
+        uint32_t tokens = b->window_tokens;
         nep_balance_destroy(b);
         return nep_fail(NEP_ERR_NO_MEMORY, "balance: no memory for %u windows of %u tokens", layers,
-                        b->window_tokens);
+                        tokens);
     }
     *balance_p = b;
     return NEP_OK;
