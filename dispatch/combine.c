@@ -370,7 +370,7 @@ static bool is_lending_over(struct nep_ep *ep, const struct nep_handle *handle)
     return true;
 }
 
-static bool needs_credits(const struct nep_ep *ep)
+static bool needs_credits(struct nep_ep *ep)
 {
     for (uint32_t n = 0; n < ep->plan.topology->num_nodes; n++) {
         if (n != ep->node && !nep_inflow_is_settled(ep, &ep->combine_in[n],

@@ -8,9 +8,10 @@
 
 #include <string.h>
 
-#include "base/clock.h"
+#include "base/backoff.h"
 #include "dispatch/pack.h"
 #include "dispatch/positions.h"
+#include "dispatch/wait.h"
 
 /* ---- sending -------------------------------------------------------------------------------- */
 
@@ -99,19 +100,19 @@ static uint32_t fill(const struct nep_ep *ep, const struct nep_handle *handle, u
 static enum nep_status wait_put(struct nep_ep *ep, uint32_t dst, uint64_t number)
 {
     struct nep_transport *inter = ep->comm->inter;
-    uint64_t deadline_ns = nep_deadline_ns(ep->comm->timeout_ns);
+    struct nep_backoff backoff;
+    nep_backoff_init(&backoff, ep->comm->timeout_ns, ep->comm->spin_limit);
     while (inter->ops->completed(inter, dst) < number) {
         inter->ops->progress(inter);
-        if (nep_left_ns(deadline_ns) == 0) {
-            struct nep_fault fault = {.size = sizeof fault,
-                                      .status = NEP_ERR_TIMEOUT,
-                                      .rank = dst,
-                                      .node = ep->plan.topology->node_of_rank[dst],
-                                      .op = ep->next_op,
-                                      .phase = "counts put"};
-            snprintf(fault.message, sizeof fault.message,
-                     "a COUNTS message to rank %u has not left this rank for a whole timeout", dst);
-            return nep_comm_fail(ep->comm, &fault);
+        bool in_time = nep_backoff_pause(&backoff);
+        if ((backoff.slow || !in_time) && inter->ops->peer_status(inter, dst) != NEP_OK) {
+            return nep_blame_put(ep, dst, NEP_ERR_PEER_LOST);
+        }
+        if (!in_time) {
+            return nep_blame_put(
+                ep, dst,
+                nep_fail(NEP_ERR_TIMEOUT,
+                         "a COUNTS message has not left this rank for a whole timeout"));
         }
     }
     return NEP_OK;

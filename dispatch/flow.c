@@ -35,11 +35,17 @@ bool nep_inflow_begin(struct nep_inflow *inflow, uint64_t op, uint32_t window, u
     return true;
 }
 
-bool nep_inflow_is_settled(const struct nep_ep *ep, const struct nep_inflow *inflow, uint32_t dst)
+bool nep_inflow_is_settled(struct nep_ep *ep, const struct nep_inflow *inflow, uint32_t dst)
 {
     struct nep_transport *inter = ep->comm->inter;
-    return !nep_inflow_needs_credit(inflow, ep->shape.window) &&
-           (inflow->credit_put == 0 || inter->ops->completed(inter, dst) >= inflow->credit_put);
+    if (nep_inflow_needs_credit(inflow, ep->shape.window)) {
+        return false; /* whoever gives it has said what it waits for */
+    }
+    if (inflow->credit_put != 0 && inter->ops->completed(inter, dst) < inflow->credit_put) {
+        nep_ep_miss(ep, "local completion", dst, 1, 0);
+        return false;
+    }
+    return true;
 }
 
 uint8_t *nep_send_slot(struct nep_ep *ep, uint32_t ring)

@@ -68,9 +68,9 @@ static inline bool nep_inflow_needs_credit(const struct nep_inflow *inflow, uint
 /*
  * Whether this rank owes the sender nothing: all CREDITs that it needs are sent, and the last one
  * is complete. One that its sender had no need for could else be on its way while hundreds of tiles
- * pass, and its 8 bits would mean another number.
+ * pass, and its 8 bits would mean another number. What it waits for is in ep->missing.
  */
-bool nep_inflow_is_settled(const struct nep_ep *ep, const struct nep_inflow *inflow, uint32_t dst);
+bool nep_inflow_is_settled(struct nep_ep *ep, const struct nep_inflow *inflow, uint32_t dst);
 
 /* The next slot of a send ring, or NULL while its last put is not complete. */
 uint8_t *nep_send_slot(struct nep_ep *ep, uint32_t ring);
