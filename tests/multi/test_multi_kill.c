@@ -124,6 +124,11 @@ static bool run_rank(struct nep_multi_rank *rank)
     if (!is_fine) {
         return nep_multi_fail(rank, "before the fault"); /* the first error stays */
     }
+    /* What the victim posted last may still be on its way in its own process: it must not end
+     * before. */
+    if (!nep_multi_barrier(rank)) {
+        return false;
+    }
     if (is_victim) {
         return victim(&world, plan->when);
     }
