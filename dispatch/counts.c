@@ -82,7 +82,7 @@ static uint32_t fill(const struct nep_ep *ep, const struct nep_handle *handle, u
         .map_digest = handle->map_digest,
         .source = ep->rank,
         .kind = (uint32_t)handle->op.kind,
-        .handle = handle->id,
+        .routed = handle->routed,
         .num_tokens = handle->num_tokens,
         .has_weights = handle->op.rows.topk_weights != NULL,
     };
@@ -209,10 +209,10 @@ static enum nep_status disagree(struct nep_ep *ep, const struct nep_handle *hand
         .phase = "counts",
     };
     snprintf(fault.message, sizeof fault.message,
-             "operation %llu: rank %u runs %s of its handle %u, this rank (%u) runs %s of handle "
-             "%u; %s: %llu there, %llu here",
+             "operation %llu: rank %u runs a %s, this rank (%u) runs a %s with handle %u; %s: %llu "
+             "there, %llu here",
              (unsigned long long)handle->op.number, source,
-             msg->kind == NEP_OP_COMBINE ? "combine" : "dispatch", msg->handle, ep->rank,
+             msg->kind == NEP_OP_COMBINE ? "combine" : "dispatch", ep->rank,
              handle->op.kind == NEP_OP_COMBINE ? "combine" : "dispatch", handle->id, what,
              (unsigned long long)theirs, (unsigned long long)ours);
     ep->is_broken = true;
@@ -225,6 +225,9 @@ static enum nep_status check(struct nep_ep *ep, const struct nep_handle *handle,
 {
     bool is_dispatch = handle->op.kind == NEP_OP_DISPATCH;
     uint32_t max_tokens = ep->shape.max_tokens;
+    bool is_any = msg->routed == NEP_ROUTED_ANY || handle->routed == NEP_ROUTED_ANY;
+    uint64_t routed_there = is_any ? 0 : msg->routed;
+    uint64_t routed_here = is_any ? 0 : handle->routed;
     const struct {
         const char *what;
         uint64_t theirs, ours;
@@ -232,7 +235,7 @@ static enum nep_status check(struct nep_ep *ep, const struct nep_handle *handle,
         {"operation number", msg->op, handle->op.number},
         {"source rank", msg->source, source},
         {"kind of operation", msg->kind, handle->op.kind},
-        {"handle (all ranks create and use handles in the same order)", msg->handle, handle->id},
+        {"the dispatch that the handle holds", routed_there, routed_here},
         {"map digest", msg->map_digest, handle->map_digest},
         {"layer", msg->layer, is_dispatch ? handle->layer : 0},
         {"whether topk_weights come back", msg->has_weights, handle->op.rows.topk_weights != NULL},

@@ -373,6 +373,7 @@ enum nep_status nep_ep_max_rows(const struct nep_ep *ep, uint64_t *rows_p)
         *rows_p = tokens;
         break;
     case NEP_LAYOUT_EXPERT_PADDED:
+    case NEP_LAYOUT_EXPERT_FRONT:
         *rows_p = tokens * shape->slots_per_rank;
         break;
     default:

@@ -41,6 +41,9 @@ enum nep_handle_state {
     NEP_HANDLE_COMBINING,
 };
 
+/* No tokens and no ids: nobody can tell whether it was routed anew. */
+#define NEP_ROUTED_ANY UINT32_MAX
+
 enum nep_op_kind { NEP_OP_DISPATCH = NEP_KIND_DISPATCH, NEP_OP_COMBINE = NEP_KIND_COMBINE };
 
 /* The operation that a handle is in. */
@@ -70,6 +73,9 @@ struct nep_handle {
     uint32_t layer;
     uint64_t map_digest;
     uint32_t map_version;
+    /* The operation that routed it, the same on all ranks: by this they know that they mean the
+     * same handle, whatever the order in which handles were made. */
+    uint32_t routed;
     bool has_routing;
     /* source side */
     uint32_t num_tokens;

@@ -205,6 +205,8 @@ static enum nep_status take_routing(struct nep_ep *ep, struct nep_handle *handle
         }
         handle->num_tokens = in->num_tokens;
         handle->layer = in->layer;
+        handle->routed =
+            in->topk_ids != NULL ? (uint32_t)ep->next_op % NEP_ROUTED_ANY : NEP_ROUTED_ANY;
         handle->map_digest = map->digest;
         handle->map_version = map->version;
         for (uint64_t i = 0; in->topk_weights == NULL && i < pairs; i++) {
@@ -216,11 +218,12 @@ static enum nep_status take_routing(struct nep_ep *ep, struct nep_handle *handle
     }
     nep_layout_count(ep, handle->slots, handle->num_tokens, NULL);
     uint64_t num_slots = (uint64_t)ep->plan.topology->num_ranks * ep->shape.slots_per_rank;
-    for (uint64_t i = 0; ep->shape.layout == NEP_LAYOUT_EXPERT_PADDED && i < num_slots; i++) {
+    bool is_bounded = nep_layout_is_fixed(ep->shape.layout);
+    for (uint64_t i = 0; is_bounded && i < num_slots; i++) {
         if (ep->layout.slot_rows[i] > ep->shape.max_tokens) {
             return nep_fail(
                 NEP_ERR_INVALID,
-                "slot %llu would get %u rows, more than the padded layout's %u: a token "
+                "slot %llu would get %u rows, more than this layout's %u from one rank: a token "
                 "names an expert twice",
                 (unsigned long long)i, ep->layout.slot_rows[i], ep->shape.max_tokens);
         }

@@ -43,12 +43,15 @@ static void place_by_rank(struct nep_ep *ep, struct nep_handle *handle)
     }
 }
 
-/* Expert layouts, packed: slots one after the other, aligned; inside by source. */
+/* Expert layouts, packed: slots one after the other, aligned, or each at a place of its own; inside
+ * by source. */
 static void place_packed(struct nep_ep *ep, struct nep_handle *handle)
 {
     uint32_t num_ranks = ep->plan.topology->num_ranks;
     uint32_t stride = node_slots(ep);
     uint32_t align = ep->shape.alignment;
+    bool is_front = ep->shape.layout == NEP_LAYOUT_EXPERT_FRONT;
+    uint32_t room = num_ranks * ep->shape.max_tokens; /* shape.c: that times the slots fits */
     /* Totals per slot into the row of source 0, which is overwritten last. */
     uint32_t *first = handle->cursor;
     for (uint32_t s = 0; s < num_ranks; s++) {
@@ -62,11 +65,12 @@ static void place_packed(struct nep_ep *ep, struct nep_handle *handle)
         for (uint32_t l = 0; l < ep->shape.slots_per_rank; l++) {
             uint32_t *at = &first[g * ep->shape.slots_per_rank + l];
             uint32_t total = *at;
-            *at = (end + align - 1) / align * align;
+            *at = is_front ? l * room : (end + align - 1) / align * align;
             end = *at + total;
         }
         if (g == ep->local) {
-            handle->num_rows = (end + align - 1) / align * align;
+            handle->num_rows =
+                is_front ? ep->shape.slots_per_rank * room : (end + align - 1) / align * align;
         }
     }
     for (uint32_t s = 1; s < num_ranks; s++) {

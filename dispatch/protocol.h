@@ -62,8 +62,8 @@ struct nep_counts_msg {
     uint64_t map_digest; /* of the map this operation routes with */
     uint64_t tiles_end;  /* the stream's number after this operation's last tile */
     uint32_t source;
-    uint32_t kind; /* enum nep_kind: DISPATCH or COMBINE */
-    uint32_t handle;
+    uint32_t kind;   /* enum nep_kind: DISPATCH or COMBINE */
+    uint32_t routed; /* the operation that routed the handle, or NEP_ROUTED_ANY */
     uint32_t layer;
     uint32_t num_tokens; /* T */
     uint32_t num_rows;   /* tokens of the source for this node; combine: rows coming back */

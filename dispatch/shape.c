@@ -66,7 +66,7 @@ static enum nep_status check_types(struct nep_shape *shape, const struct nep_ep_
         return nep_fail(NEP_ERR_UNSUPPORTED, "ep: dtype %s; it must be bf16, fp16 or fp32",
                         nep_dtype_name(shape->dtype));
     }
-    if (shape->layout < NEP_LAYOUT_RANK || shape->layout > NEP_LAYOUT_EXPERT_PADDED) {
+    if (shape->layout < NEP_LAYOUT_RANK || shape->layout > NEP_LAYOUT_EXPERT_FRONT) {
         return nep_fail(NEP_ERR_INVALID, "ep: layout %d is not one of enum nep_layout",
                         (int)shape->layout);
     }
@@ -102,9 +102,9 @@ static enum nep_status check_slots(const struct nep_shape *shape,
     }
     /* Rows a rank can get are counted in 32 bits. */
     uint64_t rows = (uint64_t)topology->num_ranks * shape->max_tokens * shape->slots_per_rank;
-    if (shape->layout == NEP_LAYOUT_EXPERT_PADDED && rows > UINT32_MAX) {
+    if (nep_layout_is_fixed(shape->layout) && rows > UINT32_MAX) {
         return nep_fail(NEP_ERR_INVALID,
-                        "ep: the padded layout would have %llu rows (%u ranks, %u tokens, %u "
+                        "ep: this layout would have %llu rows (%u ranks, %u tokens, %u "
                         "slots), more than 2^32: use the packed layout",
                         (unsigned long long)rows, topology->num_ranks, shape->max_tokens,
                         shape->slots_per_rank);

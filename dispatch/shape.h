@@ -47,6 +47,12 @@ enum nep_status nep_shape_init(struct nep_shape *shape, const struct nep_ep_para
                                const struct nep_topology *topology,
                                const struct nep_config *config);
 
+/* Whether slots have places of their own, with room for M rows of every source. */
+static inline bool nep_layout_is_fixed(enum nep_layout layout)
+{
+    return layout == NEP_LAYOUT_EXPERT_PADDED || layout == NEP_LAYOUT_EXPERT_FRONT;
+}
+
 /* Bytes of one element. */
 uint32_t nep_dtype_bytes(enum nep_dtype dtype);
 const char *nep_dtype_name(enum nep_dtype dtype);

@@ -188,8 +188,11 @@ enum nep_layout {
     NEP_LAYOUT_DEFAULT = 0, /* NEP_LAYOUT_EXPERT_PACKED */
     NEP_LAYOUT_RANK = 1,    /* one row per token that this rank needs, by source rank, then token */
     NEP_LAYOUT_EXPERT_PACKED =
-        2,                       /* rows grouped by local slot, inside by source rank, then token */
-    NEP_LAYOUT_EXPERT_PADDED = 3 /* slot l, source r, i-th row at (l * R + r) * M + i */
+        2, /* rows grouped by local slot, inside by source rank, then token */
+    NEP_LAYOUT_EXPERT_PADDED = 3, /* slot l, source r, i-th row at (l * R + r) * M + i */
+    /* slot l's rows from l * R * M on, by source rank, then token, without gaps: packed rows at
+     * places that are known before the counts */
+    NEP_LAYOUT_EXPERT_FRONT = 4
 };
 
 struct nep_map;
@@ -258,8 +261,8 @@ NEP_API void nep_buffer_free(struct nep_ep *ep, void *buffer);
 /* Where the rows of one dispatch went. Made ahead; reusable; one dispatch at a time. */
 struct nep_handle;
 
-/* Collective in the sense that all ranks create and use their handles in the same order. All memory
- * here. */
+/* All memory here. Ranks may create and destroy handles in any order; what they use in one
+ * operation must hold the same dispatch, which is checked. */
 NEP_API enum nep_status nep_handle_create(struct nep_ep *ep, struct nep_handle **handle_p);
 NEP_API void nep_handle_destroy(struct nep_handle *handle);
 
@@ -301,7 +304,7 @@ struct nep_counts {
     size_t size;
     /*
      * Rows of the output, padding included. Packed: each slot's rows fill up to the alignment, the
-     * last one's too. Padded: L * R * M.
+     * last one's too. Padded, front: L * R * M.
      */
     uint64_t num_rows;
     uint64_t num_real_rows;        /* rows that carry a token */

@@ -73,6 +73,7 @@ __device__ uint64_t place_rank(const place_args &a, uint64_t op, uint32_t to, ui
     uint32_t num_ranks = a.group.num_ranks;
     uint32_t slots = a.slots_per_rank;
     bool is_here = to == a.group.rank;
+    bool is_fixed = a.layout == NEP_LAYOUT_EXPERT_PADDED || a.layout == NEP_LAYOUT_EXPERT_FRONT;
     uint32_t end = 0;
     uint64_t pairs = 0;
     if (a.layout == NEP_LAYOUT_RANK) {
@@ -89,8 +90,8 @@ __device__ uint64_t place_rank(const place_args &a, uint64_t op, uint32_t to, ui
         uint32_t before = 0;
         if (is_slot) {
             uint32_t most = add_sources(a, op, num_ranks + to * slots + l, &all, &before);
-            /* A token that chooses a slot twice may need more room than a padded source has. */
-            if (a.layout == NEP_LAYOUT_EXPERT_PADDED && most > a.max_tokens) {
+            /* A token that chooses a slot twice may need more room than a source has. */
+            if (is_fixed && most > a.max_tokens) {
                 nep_give_up(a.group, NEP_CUDA_STATUS(NEP_CUDA_OVERFLOW, NEP_CUDA_PHASE_COUNTS, to));
             }
         }
@@ -101,7 +102,7 @@ __device__ uint64_t place_rank(const place_args &a, uint64_t op, uint32_t to, ui
             end += total;
         } else {
             start = a.layout == NEP_LAYOUT_RANK ? 0 : l * num_ranks * a.max_tokens;
-            before = a.group.rank * a.max_tokens;
+            before = a.layout == NEP_LAYOUT_EXPERT_FRONT ? before : a.group.rank * a.max_tokens;
         }
         if (is_slot && a.layout != NEP_LAYOUT_RANK) {
             a.routing.first[to * slots + l] = start + before;
@@ -114,7 +115,7 @@ __device__ uint64_t place_rank(const place_args &a, uint64_t op, uint32_t to, ui
         pairs += total;
     }
     *real_p = a.layout == NEP_LAYOUT_RANK ? end : pairs;
-    return a.layout == NEP_LAYOUT_EXPERT_PADDED ? (uint64_t)slots * num_ranks * a.max_tokens : end;
+    return is_fixed ? (uint64_t)slots * num_ranks * a.max_tokens : end;
 }
 
 /* By the block, a warp per source: how many rows come here from it. */

@@ -22,7 +22,7 @@ struct run {
 static void draw_shape(uint64_t seed, struct nep_multi_shape *shape)
 {
     static const enum nep_layout layouts[] = {NEP_LAYOUT_EXPERT_PACKED, NEP_LAYOUT_RANK,
-                                              NEP_LAYOUT_EXPERT_PADDED};
+                                              NEP_LAYOUT_EXPERT_PADDED, NEP_LAYOUT_EXPERT_FRONT};
     static const uint32_t most_tokens[] = {4, 30, 30, 30, 700, 1500};
     struct nep_ref_rng rng = {seed};
     *shape = (struct nep_multi_shape){
@@ -37,7 +37,7 @@ static void draw_shape(uint64_t seed, struct nep_multi_shape *shape)
     shape->top_k = 1 + nep_ref_rng_below(&rng, shape->experts < 6 ? shape->experts : 6);
     shape->hidden = 16 * (1 + nep_ref_rng_below(&rng, 6));
     shape->max_tokens = 1 + nep_ref_rng_below(&rng, most_tokens[nep_ref_rng_below(&rng, 6)]);
-    shape->layout = layouts[nep_ref_rng_below(&rng, 3)];
+    shape->layout = layouts[nep_ref_rng_below(&rng, 4)];
     shape->outstanding = 1 + nep_ref_rng_below(&rng, 4);
     shape->is_private = nep_ref_rng_below(&rng, 2) == 0;
     shape->is_fixed_tokens = nep_ref_rng_below(&rng, 4) == 0;

@@ -56,11 +56,16 @@ static void put(struct gpu_case *c, void *to, const void *from, uint64_t bytes)
     gpu_must((int)cudaStreamSynchronize(c->world->stream), "put");
 }
 
+static bool gpu_is_fixed(enum nep_layout layout)
+{
+    return layout == NEP_LAYOUT_EXPERT_PADDED || layout == NEP_LAYOUT_EXPERT_FRONT;
+}
+
 struct gpu_shape gpu_shape_random(uint64_t key, uint32_t num_ranks)
 {
     struct nep_ref_rng rng = {key};
     const enum nep_layout layouts[] = {NEP_LAYOUT_RANK, NEP_LAYOUT_EXPERT_PACKED,
-                                       NEP_LAYOUT_EXPERT_PADDED};
+                                       NEP_LAYOUT_EXPERT_PADDED, NEP_LAYOUT_EXPERT_FRONT};
     const enum nep_dtype dtypes[] = {NEP_DTYPE_BF16, NEP_DTYPE_FP16, NEP_DTYPE_FP32};
     const uint32_t alignments[] = {0, 1, 8, 128};
     struct gpu_shape s = {.key = nep_ref_rng_next(&rng), .num_ranks = num_ranks};
@@ -68,8 +73,8 @@ struct gpu_shape gpu_shape_random(uint64_t key, uint32_t num_ranks)
     uint32_t num_slots = s.slots_per_rank * num_ranks;
     s.num_experts = nep_ref_rng_below(&rng, 2) ? num_slots : 1 + nep_ref_rng_below(&rng, num_slots);
     s.top_k = 1 + nep_ref_rng_below(&rng, nep_ref_rng_below(&rng, 2) ? 32 : 9);
-    s.layout = layouts[nep_ref_rng_below(&rng, 3)];
-    if (s.layout == NEP_LAYOUT_EXPERT_PADDED && s.top_k > s.num_experts) {
+    s.layout = layouts[nep_ref_rng_below(&rng, 4)];
+    if (gpu_is_fixed(s.layout) && s.top_k > s.num_experts) {
         s.top_k = s.num_experts;
     }
     s.hidden = 16 * (1 + nep_ref_rng_below(&rng, nep_ref_rng_below(&rng, 4) ? 64 : 460));
@@ -104,7 +109,7 @@ static uint64_t capacity_of(const struct gpu_shape *s)
     if (s->layout == NEP_LAYOUT_RANK) {
         return pairs;
     }
-    if (s->layout == NEP_LAYOUT_EXPERT_PADDED) {
+    if (gpu_is_fixed(s->layout)) {
         return pairs * s->slots_per_rank;
     }
     return pairs * s->top_k + (uint64_t)s->slots_per_rank * (s->alignment + 1);
@@ -395,8 +400,8 @@ static void draw_rank(struct gpu_case *c, uint64_t round, uint32_t rank)
     uint32_t num = nep_ref_rng_below(&rng, s->max_tokens + 1);
     c->num_tokens[rank] = s->is_full ? s->max_tokens : num;
     struct nep_copies copies = host_copies(c);
-    /* The padded layout has room for a token's slots once. */
-    bool is_once = s->is_full || s->layout == NEP_LAYOUT_EXPERT_PADDED;
+    /* These layouts have room for a token's slots once. */
+    bool is_once = s->is_full || gpu_is_fixed(s->layout);
     for (uint32_t t = 0; t < c->num_tokens[rank]; t++) {
         int32_t *ids = c->ids[rank] + (uint64_t)t * s->top_k;
         for (uint32_t k = 0; k < s->top_k; k++) {

@@ -22,7 +22,7 @@ static void draw_shape(uint64_t seed, struct nep_multi_shape *shape)
 {
     struct nep_ref_rng rng = {seed};
     static const enum nep_layout layouts[] = {NEP_LAYOUT_EXPERT_PACKED, NEP_LAYOUT_RANK,
-                                              NEP_LAYOUT_EXPERT_PADDED};
+                                              NEP_LAYOUT_EXPERT_PADDED, NEP_LAYOUT_EXPERT_FRONT};
     static const enum nep_dtype dtypes[] = {NEP_DTYPE_BF16, NEP_DTYPE_BF16, NEP_DTYPE_BF16,
                                             NEP_DTYPE_FP16, NEP_DTYPE_FP32};
     *shape = (struct nep_multi_shape){.name = "random",
@@ -42,7 +42,7 @@ static void draw_shape(uint64_t seed, struct nep_multi_shape *shape)
     shape->hidden = 16 * (1 + nep_ref_rng_below(&rng, 10));
     bool is_long = nep_ref_rng_below(&rng, 16) == 0;
     shape->max_tokens = 1 + nep_ref_rng_below(&rng, is_long ? 600 : 12);
-    shape->layout = layouts[nep_ref_rng_below(&rng, 3)];
+    shape->layout = layouts[nep_ref_rng_below(&rng, 4)];
     if (shape->layout == NEP_LAYOUT_EXPERT_PACKED && nep_ref_rng_below(&rng, 3) == 0) {
         shape->alignment = 1u << nep_ref_rng_below(&rng, 6);
     }

@@ -102,7 +102,7 @@ static uint64_t rows_capacity(const struct nep_multi_world *world)
     if (shape->layout == NEP_LAYOUT_RANK) {
         return tokens;
     }
-    if (shape->layout == NEP_LAYOUT_EXPERT_PADDED) {
+    if (shape->layout == NEP_LAYOUT_EXPERT_PADDED || shape->layout == NEP_LAYOUT_EXPERT_FRONT) {
         return tokens * world->slots_per_rank;
     }
     return tokens * shape->top_k + (uint64_t)shape->alignment * world->slots_per_rank;

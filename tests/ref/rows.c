@@ -64,7 +64,7 @@ static void build_rank_layout(const struct nep_ref_group *group, uint32_t rank,
 /* Where slot `local` starts when the rows before it end at `end`. */
 static uint64_t slot_start(const struct nep_ref_group *group, uint32_t local, uint64_t end)
 {
-    if (group->layout == NEP_LAYOUT_EXPERT_PADDED) {
+    if (group->layout == NEP_LAYOUT_EXPERT_PADDED || group->layout == NEP_LAYOUT_EXPERT_FRONT) {
         return (uint64_t)local * group->num_ranks * group->max_tokens;
     }
     uint64_t align = group->expert_alignment > 1 ? group->expert_alignment : 1;
