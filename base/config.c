@@ -102,6 +102,12 @@ static const struct row rows[] = {
      "let PCIe reorder writes of data; announcements are never reordered"},
     {"NEP_ADVERSARY_SEED", COUNT, NULL, FIELD(adversary_seed), "1", false,
      "what the transport adversary draws its delays, parts and repeats from"},
+    {"NEP_CUDA_VISIBILITY", WORD, "auto|ordered|flush|staged", FIELD(cuda_visibility), "auto",
+     false,
+     "what makes a NIC's writes visible to running kernels: the device's order, a flush by the "
+     "host, or landing in pinned host memory; auto: from the device's attributes"},
+    {"NEP_PROXY_SPIN", TIME, NULL, FIELD(proxy_spin_ns), "1ms", false,
+     "how long the proxy thread of a GPU spins without work before it naps"},
 };
 
 enum { NUM_ROWS = sizeof rows / sizeof rows[0] };

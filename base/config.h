@@ -45,6 +45,8 @@ struct nep_config {
     uint64_t verbs_chunk_bytes;  /* NEP_VERBS_CHUNK: largest memory registration */
     bool verbs_relaxed_ordering; /* NEP_VERBS_RELAXED_ORDERING */
     uint32_t adversary_seed;     /* NEP_ADVERSARY_SEED */
+    char cuda_visibility[16];    /* NEP_CUDA_VISIBILITY: auto, ordered, flush, staged */
+    uint64_t proxy_spin_ns;      /* NEP_PROXY_SPIN */
     uint64_t from_env;           /* bit i: row i of the table came from the environment */
 };
 
