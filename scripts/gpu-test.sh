@@ -2,14 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # usage: scripts/gpu-test.sh [PART...]: tests and figures on a machine with an NVIDIA GPU. Builds
 # what they need with nvcc and gcc alone (no CMake, no network, none of the host's libraries).
-# Parts: build threads faults processes sanitizer perf decode; without arguments all.
+# Parts: build threads faults processes sanitizer perf decode ring; without arguments all. Part ring
+# runs the litmus test for NEP_GPU_LITMUS seconds (60).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 tree=${NEP_GPU_TREE:-build-gpu} failed=0
 seed=${NEP_GPU_SEED:-$RANDOM$RANDOM} count=${NEP_GPU_COUNT:-40}
 parts=("$@")
 if [ $# -eq 0 ]; then
-    parts=(build threads faults processes sanitizer perf decode)
+    parts=(build threads faults processes sanitizer perf decode ring)
 fi
 
 run() { # SECONDS COMMAND...
@@ -37,7 +38,8 @@ build() {
             -o "$tree/$(basename "$file").o" || touch "$tree/failed" &
         objects+=("$tree/$(basename "$file").o")
     done
-    for file in dispatch/cuda/geometry.c dispatch/host/kernels*.c dispatch/host/wire.c \
+    for file in dispatch/cuda/geometry.c dispatch/cuda/proxy.c dispatch/cuda/visibility.c \
+        dispatch/host/kernels*.c dispatch/host/wire.c \
         base/*.c tests/ref/[cgnrs]*.c tests/gpu/gpu_[wcvp]*.c; do
         case $file in
         *_avx2.c) links=(-mavx2 -mfma -mf16c) ;;
@@ -58,6 +60,17 @@ build() {
         "$nvcc" -o "$tree/$file" "$tree/$file.c.o" "${objects[@]}" -lpthread -lm ||
             touch "$tree/failed"
     done
+    for file in fake_nic gpu_ring; do
+        gcc "${flags[@]}" -c "tests/gpu/$file.c" -o "$tree/$file.c.o" || touch "$tree/failed"
+    done
+    for file in fake_nic gpu_ring_kernels; do
+        "$nvcc" -gencode arch=compute_90,code=sm_90 -gencode arch=compute_80,code=compute_80 \
+            -std=c++17 -O3 -I. -Iinclude -c "tests/gpu/$file.cu" -o "$tree/$file.cu.o" ||
+            touch "$tree/failed"
+    done
+    "$nvcc" -o "$tree/gpu_ring" "$tree"/{gpu_ring,fake_nic}.c.o \
+        "$tree"/{gpu_ring_kernels,fake_nic}.cu.o "${objects[@]}" -lpthread -lm ||
+        touch "$tree/failed"
     if [ -e "$tree/failed" ]; then
         rm "$tree/failed"
         echo "gpu-test: the build failed"
@@ -130,6 +143,12 @@ part_decode() {
     run 60 "$tree/gpu_perf" 8 16 128 fp8 expert
     run 60 "$tree/gpu_perf" 8 16 8 bf16 rank
     mps stop
+}
+
+part_ring() {
+    run 60 "$tree/gpu_ring" figures
+    run 60 "$tree/gpu_ring" faults
+    run $((${NEP_GPU_LITMUS:-60} + 60)) "$tree/gpu_ring" litmus "${NEP_GPU_LITMUS:-60}"
 }
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || true
