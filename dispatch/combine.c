@@ -179,14 +179,13 @@ static enum nep_status find_sums(struct nep_ep *ep, const struct nep_handle *han
         struct nep_fault fault = {.size = sizeof fault,
                                   .status = NEP_ERR_FORMAT,
                                   .rank = far,
-                                  .node = node,
                                   .op = handle->op.number,
                                   .phase = "sums"};
         snprintf(fault.message, sizeof fault.message,
                  "tile %llu of sums of rank %u holds something else (operation %llu, tile %llu of "
                  "rank %u)",
-                 (unsigned long long)number, far, (unsigned long long)msg->op,
-                 (unsigned long long)msg->number, msg->source);
+                 (unsigned long long)number, nep_ep_name(ep, far), (unsigned long long)msg->op,
+                 (unsigned long long)msg->number, nep_ep_name(ep, msg->source));
         return nep_break(ep, &fault);
     }
     *row_p = tile + nep_tile_payload_offset(&ep->shape, NEP_KIND_COMBINE, 0) +

@@ -40,12 +40,15 @@ enum nep_status nep_comm_check(struct nep_comm *comm)
 
 enum nep_status nep_comm_fail(struct nep_comm *comm, const struct nep_fault *fault)
 {
+    struct nep_fault named = *fault;
+    named.rank = nep_comm_name(comm, fault->rank);
+    named.node = nep_comm_node_name(comm, fault->rank);
     pthread_mutex_lock(&comm->lock);
     if (comm->fault.status == NEP_OK) {
-        comm->fault = *fault;
+        comm->fault = named;
     }
     pthread_mutex_unlock(&comm->lock);
-    nep_log(NEP_LOG_ERROR, "rank %u: %s", comm->topology.rank, fault->message);
+    nep_log(NEP_LOG_ERROR, "rank %u: %s", comm->world.rank, fault->message);
     return nep_fail(fault->status, "%s", fault->message);
 }
 
@@ -67,7 +70,7 @@ enum nep_status nep_comm_topology(const struct nep_comm *comm, struct nep_topolo
     if (comm == NULL || topology_p == NULL) {
         return nep_fail(NEP_ERR_INVALID, "nep_comm_topology: an argument is NULL");
     }
-    *topology_p = comm->topology;
+    *topology_p = comm->world;
     return NEP_OK;
 }
 
@@ -81,8 +84,13 @@ enum nep_status nep_comm_claim_ep(struct nep_comm *comm, uint32_t *number_p)
     pthread_mutex_lock(&comm->lock);
     uint64_t mine = comm->eps_used;
     pthread_mutex_unlock(&comm->lock);
-    enum nep_status status = nep_bootstrap_allgather(&comm->bootstrap, &mine, used, sizeof mine,
-                                                     comm->timeout_ns, "free ep numbers");
+    enum nep_status status = NEP_OK;
+    if (comm->is_joining) {
+        used[0] = mine; /* compared when it is let in */
+    } else {
+        status = nep_bootstrap_allgather(&comm->bootstrap, &mine, used, sizeof mine,
+                                         comm->timeout_ns, "free ep numbers");
+    }
     uint64_t all = 0;
     for (uint32_t r = 0; r < num_ranks; r++) {
         all |= used[r];
@@ -173,6 +181,7 @@ static enum nep_status open_transport(struct nep_comm *comm, const char *name, b
         .sink = nep_arrive,
         .node_only = node_only,
         .max_puts = PUTS_PER_PEER * comm->topology.num_ranks,
+        .names = comm->members,
     };
     enum nep_status status = nep_transport_find(name, &ops, &params.args);
     if (status == NEP_OK) {
@@ -223,7 +232,7 @@ static bool is_auto(const char *name)
     return name[0] == '\0' || strcmp(name, "auto") == 0;
 }
 
-static enum nep_status open_transports(struct nep_comm *comm)
+enum nep_status nep_comm_open_transports(struct nep_comm *comm)
 {
     bool is_node_one = false, is_all_one = false;
     enum nep_status status = find_processes(comm, &is_node_one, &is_all_one);
@@ -269,12 +278,76 @@ static enum nep_status open_transports(struct nep_comm *comm)
     return status == NEP_OK ? open_transport(comm, inter, false, &comm->inter) : status;
 }
 
+void nep_comm_close_transports(struct nep_comm *comm)
+{
+    if (comm->inter != NULL && comm->inter != comm->intra) {
+        comm->inter->ops->close(comm->inter);
+    }
+    if (comm->intra != NULL) {
+        comm->intra->ops->close(comm->intra);
+    }
+    comm->inter = NULL;
+    comm->intra = NULL;
+}
+
+enum nep_status nep_comm_init_members(struct nep_comm *comm)
+{
+    uint32_t num_ranks = comm->topology.num_ranks;
+    comm->members = calloc(num_ranks, sizeof *comm->members);
+    comm->is_live = calloc(num_ranks, sizeof *comm->is_live);
+    if (comm->members == NULL || comm->is_live == NULL) {
+        return nep_fail(NEP_ERR_NO_MEMORY, "no memory for %u ranks", num_ranks);
+    }
+    for (uint32_t r = 0; r < num_ranks; r++) {
+        comm->members[r] = r;
+        comm->is_live[r] = !comm->is_joining;
+    }
+    comm->world = comm->topology;
+    comm->world_store = comm->store;
+    return NEP_OK;
+}
+
 static void copy_name(char *to, size_t cap, const char *from)
 {
     if (from != NULL && from[0] != '\0') {
         strncpy(to, from, cap - 1);
         to[cap - 1] = '\0';
     }
+}
+
+void nep_comm_set_spin(struct nep_comm *comm)
+{
+    /* Spinning while another rank wants the core costs that rank a time slice. */
+    uint32_t ranks_here = nep_topology_is_one_machine(comm->store)
+                              ? comm->topology.num_ranks
+                              : comm->topology.node_ranks[comm->topology.node];
+    bool is_crowded = ranks_here > nep_topology_num_cores();
+    comm->spin_limit = comm->config.spin != UINT32_MAX ? comm->config.spin : is_crowded ? 0 : 2000;
+}
+
+/* A newcomer knows its seat and nothing else: it counts as alone on its node until it is let in. */
+static enum nep_status fill_newcomer(struct nep_comm *comm)
+{
+    uint32_t rank = comm->topology.rank, num_ranks = comm->topology.num_ranks;
+    if (comm->bootstrap.put == NULL || comm->bootstrap.get == NULL || comm->bootstrap.cas == NULL) {
+        return nep_fail(NEP_ERR_UNSUPPORTED, "a rank can only join through a store: the bootstrap "
+                                             "has no put, get or cas");
+    }
+    uint32_t *ones = calloc(num_ranks, sizeof *ones);
+    for (uint32_t n = 0; ones != NULL && n < num_ranks; n++) {
+        ones[n] = 1;
+    }
+    enum nep_status status =
+        ones == NULL
+            ? nep_fail(NEP_ERR_NO_MEMORY, "no memory for %u ranks", num_ranks)
+            : nep_topology_from_sizes(ones, num_ranks, rank, &comm->store, &comm->topology);
+    free(ones);
+    comm->world_store = comm->store;
+    comm->is_joining = true;
+    if (status == NEP_OK) {
+        status = nep_comm_init_members(comm);
+    }
+    return status == NEP_OK ? nep_workers_create(comm->config.threads, 0, &comm->workers) : status;
 }
 
 static enum nep_status fill(struct nep_comm *comm, const struct nep_comm_params *params)
@@ -295,24 +368,27 @@ static enum nep_status fill(struct nep_comm *comm, const struct nep_comm_params 
     }
     comm->topology.rank = rank;
     comm->topology.num_ranks = num_ranks;
+    comm->seats_bootstrap = comm->bootstrap;
+    if (params->joins != 0) {
+        return fill_newcomer(comm);
+    }
     status = agree(comm, params);
     if (status == NEP_OK) {
         status = nep_topology_create(params, &comm->config, &comm->bootstrap, rank, num_ranks,
                                      comm->timeout_ns, &comm->store, &comm->topology);
+        comm->world_store = comm->store;
+        if (status == NEP_OK) {
+            status = nep_comm_init_members(comm);
+        }
         status = nep_bootstrap_common(&comm->bootstrap, rank, num_ranks, status, comm->timeout_ns);
     }
     if (status != NEP_OK) {
         return status;
     }
-    /* Spinning while another rank wants the core costs that rank a time slice. */
-    uint32_t ranks_here = nep_topology_is_one_machine(comm->store)
-                              ? num_ranks
-                              : comm->topology.node_ranks[comm->topology.node];
-    bool is_crowded = ranks_here > nep_topology_num_cores();
-    comm->spin_limit = comm->config.spin != UINT32_MAX ? comm->config.spin : is_crowded ? 0 : 2000;
+    nep_comm_set_spin(comm);
     status = nep_workers_create(comm->config.threads, comm->spin_limit, &comm->workers);
     status = nep_bootstrap_common(&comm->bootstrap, rank, num_ranks, status, comm->timeout_ns);
-    return status == NEP_OK ? open_transports(comm) : status;
+    return status == NEP_OK ? nep_comm_open_transports(comm) : status;
 }
 
 enum nep_status nep_comm_create(const struct nep_comm_params *params, struct nep_comm **comm_p)
@@ -353,18 +429,19 @@ void nep_comm_destroy(struct nep_comm *comm)
     }
     /* In a forked child threads and connections belong to the parent: memory alone is freed. */
     if (!is_child) {
-        if (comm->inter != NULL && comm->inter != comm->intra) {
-            comm->inter->ops->close(comm->inter);
-        }
-        if (comm->intra != NULL) {
-            comm->intra->ops->close(comm->intra);
-        }
+        nep_comm_close_transports(comm);
         if (comm->client != NULL) {
             nep_bootstrap_close(comm->client);
         }
     }
     nep_workers_destroy(comm->workers);
-    nep_topology_destroy(comm->store);
+    if (comm->store != comm->world_store) {
+        nep_topology_destroy(comm->store);
+    }
+    nep_topology_destroy(comm->world_store);
+    nep_group_fini(&comm->group);
+    free(comm->members);
+    free(comm->is_live);
     pthread_mutex_destroy(&comm->lock);
     free(comm);
 }

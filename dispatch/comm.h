@@ -8,21 +8,37 @@
 
 #include "base/config.h"
 #include "nearep.h"
+#include "transport/group.h"
 #include "transport/transport.h"
 
 struct nep_topology_store;
 struct nep_rendezvous_client;
 struct nep_workers;
+struct nep_ep;
 
+/*
+ * Seats have numbers that stay: `world`, what callers see. Members are those who live, numbered
+ * without gaps: `topology`, what transports and eps work with. As long as nobody is lost they are
+ * the same. What is said to people and programs uses seats: nep_comm_name.
+ */
 struct nep_comm {
     struct nep_config config;
-    struct nep_bootstrap bootstrap;
+    struct nep_bootstrap seats_bootstrap; /* as given: its store outlives a rank */
+    struct nep_bootstrap bootstrap;       /* among members */
+    struct nep_group group;               /* ctx of that, from generation 1 on */
     struct nep_rendezvous_client *client; /* NULL for a caller's bootstrap */
+    struct nep_topology world;
     struct nep_topology topology;
-    struct nep_topology_store *store;
-    struct nep_transport *intra; /* maps the ranks of this node */
-    struct nep_transport *inter; /* the fabric; NULL with one node, may be intra itself */
-    struct nep_workers *workers; /* shared by its ep objects; NULL: callers alone */
+    struct nep_topology_store *world_store;
+    struct nep_topology_store *store; /* of topology; may be world_store */
+    uint32_t *members;                /* [members] the seat of each */
+    uint8_t *is_live;                 /* [seats] */
+    uint64_t generation;              /* how often the group has changed */
+    bool is_joining;                  /* a newcomer that has not been let in */
+    struct nep_ep *eps;               /* all that are alive, under lock */
+    struct nep_transport *intra;      /* maps the ranks of this node */
+    struct nep_transport *inter;      /* the fabric; NULL with one node, may be intra itself */
+    struct nep_workers *workers;      /* shared by its ep objects; NULL: callers alone */
     uint64_t timeout_ns;
     uint32_t spin_limit;
     pid_t pid;            /* a forked child has another one */
@@ -33,10 +49,30 @@ struct nep_comm {
 
 /* Refuses NULL, a forked child and a communicator that broke. */
 enum nep_status nep_comm_check(struct nep_comm *comm);
-/* Keeps the first fault and says it: returns fault->status, with the message set. */
+/* Keeps the first fault and says it; its rank is a member, whose seat and node are filled in.
+ * Returns fault->status, with the message set. */
 enum nep_status nep_comm_fail(struct nep_comm *comm, const struct nep_fault *fault);
 /* Collective: the lowest ep number that is free on every rank, claimed. */
 enum nep_status nep_comm_claim_ep(struct nep_comm *comm, uint32_t *number_p);
 void nep_comm_release_ep(struct nep_comm *comm, uint32_t number);
+/* Collective over members: the transports of comm->topology, over comm->bootstrap. */
+enum nep_status nep_comm_open_transports(struct nep_comm *comm);
+void nep_comm_close_transports(struct nep_comm *comm);
+/* How long waits spin, from who shares the cores. */
+void nep_comm_set_spin(struct nep_comm *comm);
+/* The members are all seats, or, of a newcomer, nobody yet knows whom. */
+enum nep_status nep_comm_init_members(struct nep_comm *comm);
+
+/* The seat of a member; UINT32_MAX stays what it is. */
+static inline uint32_t nep_comm_name(const struct nep_comm *comm, uint32_t member)
+{
+    return member < comm->topology.num_ranks ? comm->members[member] : member;
+}
+
+static inline uint32_t nep_comm_node_name(const struct nep_comm *comm, uint32_t member)
+{
+    return member < comm->topology.num_ranks ? comm->world.node_of_rank[comm->members[member]]
+                                             : UINT32_MAX;
+}
 
 #endif

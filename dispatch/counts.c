@@ -204,15 +204,14 @@ static enum nep_status disagree(struct nep_ep *ep, const struct nep_handle *hand
         .size = sizeof fault,
         .status = NEP_ERR_MISMATCH,
         .rank = source,
-        .node = ep->plan.topology->node_of_rank[source],
         .op = handle->op.number,
         .phase = "counts",
     };
     snprintf(fault.message, sizeof fault.message,
              "operation %llu: rank %u runs a %s, this rank (%u) runs a %s with handle %u; %s: %llu "
              "there, %llu here",
-             (unsigned long long)handle->op.number, source,
-             msg->kind == NEP_OP_COMBINE ? "combine" : "dispatch", ep->rank,
+             (unsigned long long)handle->op.number, nep_ep_name(ep, source),
+             msg->kind == NEP_OP_COMBINE ? "combine" : "dispatch", nep_ep_name(ep, ep->rank),
              handle->op.kind == NEP_OP_COMBINE ? "combine" : "dispatch", handle->id, what,
              (unsigned long long)theirs, (unsigned long long)ours);
     ep->is_broken = true;

@@ -51,9 +51,20 @@ struct nep_lent {
     const float *weights; /* beside base: [rows][K], NULL where none come back */
 };
 
+/* Memory of an earlier generation's pool that callers may still hold. */
+struct nep_retired_pool {
+    struct nep_retired_pool *next;
+    struct nep_pool pool;
+    void *memory;
+    size_t bytes;
+};
+
+struct nep_waits;
+
 struct nep_ep {
     struct nep_comm *comm;
-    uint32_t number; /* id, window, bits of the immediate */
+    struct nep_ep *next; /* of the communicator's */
+    uint32_t number;     /* id, window, bits of the immediate */
     uint32_t rank;
     uint32_t node;
     uint32_t local;
@@ -65,6 +76,7 @@ struct nep_ep {
     uint8_t **window;                /* [R] windows of this node's ranks; NULL elsewhere */
     const struct nep_kernels *kernels;
     struct nep_maps maps;
+    struct nep_map *first_map;   /* of a newcomer, until it is let in */
     struct nep_slot_at *slot_at; /* [R * L] where each physical slot is */
     struct nep_pool pool;
     /* who publishes source s's COUNTS on this node */
@@ -72,8 +84,10 @@ struct nep_ep {
     uint32_t *control_rank;        /* [controls] the rank behind each own control */
     uint16_t *slot_local;          /* [G * L] local rank of each slot of this node */
 
-    uint64_t next_op;                                  /* number of the next send */
-    uint64_t completed_op;                             /* operations completed */
+    uint64_t next_op;      /* number of the next send */
+    uint64_t completed_op; /* operations completed */
+    uint64_t first_op;     /* the first that some rank had not completed when the group changed */
+    uint64_t timeout_ns;   /* of every wait */
     struct nep_handle *in_flight[NEP_MAX_OUTSTANDING]; /* by op % S */
     struct nep_flow *dispatch_flows; /* [N] to each node; the own one counts home tiles */
     struct nep_flow *combine_flows;  /* [lanes] */
@@ -92,6 +106,7 @@ struct nep_ep {
     struct nep_missing missing;
     uint64_t *awaited; /* [ceil(R / 64)] bit r: the last step found something of rank r missing */
     bool has_number;   /* claimed */
+    bool has_intra_window; /* made */
     bool has_inter_window; /* registered with the fabric */
     bool is_broken;
     uint64_t *load; /* [num_layers][E] (token, k) pairs that this rank dispatched, ever */
@@ -99,9 +114,23 @@ struct nep_ep {
     uint32_t next_handle;
     struct nep_handle *handles; /* all that are alive */
     struct nep_stats stats;
+    struct nep_waits *waits;
+    struct nep_retired_pool *retired;
 };
 
 enum nep_status nep_ep_check(struct nep_ep *ep);
+/*
+ * Collective over members: everything that follows from who they are: plan, tables, window. Again
+ * after nep_ep_unbuild, when they have changed.
+ */
+enum nep_status nep_ep_build(struct nep_ep *ep);
+/* Lets go of the window; what callers hold of its pool stays. Handles are to be remade. */
+void nep_ep_unbuild(struct nep_ep *ep);
+void nep_ep_free_window(struct nep_ep *ep);
+void nep_ep_free_tables(struct nep_ep *ep);
+/* New tables for all handles, which are then empty, and numbered from 0 in the order of their age.
+ */
+enum nep_status nep_ep_renew_handles(struct nep_ep *ep);
 /* A handle goes: an operation it is in can no longer complete. */
 void nep_ep_forget(struct nep_ep *ep, struct nep_handle *handle);
 
@@ -113,6 +142,12 @@ static inline void nep_ep_miss(struct nep_ep *ep, const char *phase, uint32_t ra
     if (ep->missing.phase == NULL) {
         ep->missing = (struct nep_missing){phase, rank, expected, arrived};
     }
+}
+
+/* What a rank is called in sentences and faults. */
+static inline uint32_t nep_ep_name(const struct nep_ep *ep, uint32_t rank)
+{
+    return nep_comm_name(ep->comm, rank);
 }
 
 /* A rank of this node, by lane. */

@@ -68,7 +68,7 @@ static void carve_all(struct carve *carve, const struct nep_plan *plan, uint32_t
     handle->cursor = carve_take(carve, num_ranks * node_slots, sizeof *handle->cursor);
     handle->rows_per_slot = carve_take(carve, slots, sizeof *handle->rows_per_slot);
     handle->first_row = carve_take(carve, slots, sizeof *handle->first_row);
-    handle->rows_per_source = carve_take(carve, num_ranks, sizeof(uint32_t));
+    handle->rows_per_source = carve_take(carve, plan->num_seats, sizeof(uint32_t));
     handle->rows_expected = carve_take(carve, num_ranks, sizeof(uint32_t));
     handle->rows_read = carve_take(carve, num_ranks, sizeof(uint32_t));
     handle->rows_sent = carve_take(carve, num_ranks, sizeof(uint32_t));
@@ -87,6 +87,47 @@ uint64_t nep_handle_bytes(const struct nep_plan *plan, uint32_t rank)
     return (carve.end + 4095) / 4096 * 4096;
 }
 
+static enum nep_status make_tables(const struct nep_ep *ep, struct nep_handle *handle)
+{
+    uint64_t bytes = nep_handle_bytes(&ep->plan, ep->rank);
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) {
+        return nep_fail(NEP_ERR_NO_MEMORY, "a handle's tables of %llu bytes: %m",
+                        (unsigned long long)bytes);
+    }
+    struct carve carve = {memory, 0};
+    carve_all(&carve, &ep->plan, ep->rank, handle);
+    handle->memory = memory;
+    handle->memory_bytes = bytes;
+    return NEP_OK;
+}
+
+enum nep_status nep_ep_renew_handles(struct nep_ep *ep)
+{
+    uint32_t num = 0;
+    for (struct nep_handle *handle = ep->handles; handle != NULL; handle = handle->next) {
+        num++;
+    }
+    ep->next_handle = num;
+    /* The youngest comes first in the list. */
+    for (struct nep_handle *handle = ep->handles; handle != NULL; handle = handle->next) {
+        struct nep_handle old = *handle;
+        memset(handle, 0, sizeof *handle);
+        handle->ep = ep;
+        handle->next = old.next;
+        handle->id = --num;
+        enum nep_status status = make_tables(ep, handle);
+        if (status != NEP_OK) {
+            handle->memory = old.memory;
+            handle->memory_bytes = old.memory_bytes;
+            return status;
+        }
+        munmap(old.memory, old.memory_bytes);
+    }
+    return NEP_OK;
+}
+
 enum nep_status nep_handle_create(struct nep_ep *ep, struct nep_handle **handle_p)
 {
     enum nep_status status = nep_ep_check(ep);
@@ -100,18 +141,11 @@ enum nep_status nep_handle_create(struct nep_ep *ep, struct nep_handle **handle_
     if (handle == NULL) {
         return nep_fail(NEP_ERR_NO_MEMORY, "no memory for a handle");
     }
-    uint64_t bytes = nep_handle_bytes(&ep->plan, ep->rank);
-    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) {
+    status = make_tables(ep, handle);
+    if (status != NEP_OK) {
         free(handle);
-        return nep_fail(NEP_ERR_NO_MEMORY, "a handle's tables of %llu bytes: %m",
-                        (unsigned long long)bytes);
+        return status;
     }
-    struct carve carve = {memory, 0};
-    carve_all(&carve, &ep->plan, ep->rank, handle);
-    handle->memory = memory;
-    handle->memory_bytes = bytes;
     handle->ep = ep;
     handle->id = ep->next_handle++;
     handle->next = ep->handles;

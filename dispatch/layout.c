@@ -53,10 +53,21 @@ static bool take_ids(const struct nep_tokens *in, uint32_t token, uint32_t top_k
     return true;
 }
 
-enum nep_status nep_route(const struct nep_ep *ep, const struct nep_copies *copies,
+/* Ids of experts that no rank holds any more count as unused. */
+static void drop_lost(const uint8_t *is_lost, int32_t *ids, uint32_t top_k)
+{
+    for (uint32_t k = 0; k < top_k; k++) {
+        ids[k] = ids[k] >= 0 && is_lost[ids[k]] != 0 ? -1 : ids[k];
+    }
+}
+
+enum nep_status nep_route(const struct nep_ep *ep, const struct nep_map_version *map,
                           const struct nep_tokens *in, uint32_t *slots)
 {
     const struct nep_shape *shape = &ep->shape;
+    const struct nep_copies *copies = &map->copies[in->layer];
+    const uint8_t *is_lost =
+        map->is_lost != NULL ? map->is_lost + (size_t)in->layer * shape->num_experts : NULL;
     for (uint32_t t = 0; t < in->num_tokens; t++) {
         int32_t ids[NEP_MAX_TOP_K];
         uint32_t bad = 0;
@@ -67,6 +78,9 @@ enum nep_status nep_route(const struct nep_ep *ep, const struct nep_copies *copi
             return nep_fail(NEP_ERR_INVALID,
                             "topk_ids[%u][%u] is %lld; it must be -1 (unused) or 0 to %u", t, bad,
                             id, shape->num_experts - 1);
+        }
+        if (is_lost != NULL) {
+            drop_lost(is_lost, ids, shape->top_k);
         }
         nep_choose(copies, ep->rank, t, ids, shape->top_k, slots + (uint64_t)t * shape->top_k);
     }

@@ -11,7 +11,7 @@
 
 #include "nearep.h"
 
-struct nep_copies;
+struct nep_map_version;
 struct nep_ep;
 struct nep_handle;
 
@@ -30,9 +30,10 @@ void nep_layout_fini(struct nep_layout_tables *layout);
 
 /*
  * Chooses a copy of every id from its layer's table. slots: [T][K], NEP_SLOT_NONE where the id is
- * -1. An id out of range is NEP_ERR_INVALID with token, k and value.
+ * -1, or where no copy of the expert is left. An id out of range is NEP_ERR_INVALID with token, k
+ * and value.
  */
-enum nep_status nep_route(const struct nep_ep *ep, const struct nep_copies *copies,
+enum nep_status nep_route(const struct nep_ep *ep, const struct nep_map_version *map,
                           const struct nep_tokens *in, uint32_t *slots);
 /* Adds the pairs of a call whose ids nep_route has checked to load[E]. */
 void nep_route_count(const struct nep_tokens *in, uint32_t top_k, uint64_t *load);

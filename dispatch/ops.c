@@ -194,7 +194,7 @@ static enum nep_status take_routing(struct nep_ep *ep, struct nep_handle *handle
     if (in->topk_ids != NULL || in->num_tokens == 0) {
         handle->has_routing = false;
         const struct nep_map_version *map = nep_maps_at(&ep->maps, ep->next_op);
-        enum nep_status status = nep_route(ep, &map->copies[in->layer], in, handle->slots);
+        enum nep_status status = nep_route(ep, map, in, handle->slots);
         if (status != NEP_OK) {
             return status;
         }
@@ -395,6 +395,31 @@ enum nep_status nep_combine_send(struct nep_ep *ep, struct nep_handle *handle,
     return status;
 }
 
+/*
+ * An operation that completes has brought every row that was routed: what is missing of a token is
+ * what found no copy when it was routed, and its source knows that alone.
+ */
+static void fill_present(const struct nep_ep *ep, const struct nep_handle *handle, float *present)
+{
+    uint32_t top_k = ep->shape.top_k;
+    for (uint32_t t = 0; t < handle->num_tokens; t++) {
+        const uint32_t *slots = handle->slots + (uint64_t)t * top_k;
+        float sum = 0.0f;
+        for (uint32_t k = 0; k < top_k; k++) {
+            bool counts = slots[k] != NEP_SLOT_NONE;
+            for (uint32_t i = 0; counts && ep->shape.layout == NEP_LAYOUT_RANK && i < k; i++) {
+                counts = slots[i] == NEP_SLOT_NONE ||
+                         ep->slot_at[slots[i]].rank != ep->slot_at[slots[k]].rank;
+            }
+            float weight = ep->shape.layout == NEP_LAYOUT_RANK
+                               ? 1.0f
+                               : handle->weights[(uint64_t)t * top_k + k];
+            sum += counts ? weight : 0.0f;
+        }
+        present[t] = sum;
+    }
+}
+
 enum nep_status nep_combine_recv(struct nep_ep *ep, struct nep_handle *handle,
                                  const struct nep_tokens_out *out, void *stream)
 {
@@ -422,6 +447,9 @@ enum nep_status nep_combine_recv(struct nep_ep *ep, struct nep_handle *handle,
     handle->op.sum = sum;
     handle->op.is_receiving = true;
     status = nep_wait(ep, handle, nep_combine_step);
+    if (status == NEP_OK && sum.present != NULL) {
+        fill_present(ep, handle, sum.present);
+    }
     if (status == NEP_OK) {
         end(ep, handle);
     }
@@ -454,6 +482,62 @@ static void copy_counts(uint32_t *to, const uint32_t *from, uint64_t num)
     }
 }
 
+/* Callers know seats: what was counted by members is spread over them, the last member first. */
+static void spread(uint32_t *counts, const struct nep_comm *comm, uint64_t each)
+{
+    uint32_t m = comm->topology.num_ranks;
+    for (uint32_t seat = comm->world.num_ranks; counts != NULL && seat-- > 0;) {
+        if (m > 0 && comm->members[m - 1] == seat) {
+            m--;
+            memmove(counts + seat * each, counts + m * each, each * sizeof *counts);
+        } else {
+            memset(counts + seat * each, 0, each * sizeof *counts);
+        }
+    }
+}
+
+static void spread_tokens(uint8_t *in_rank, const struct nep_comm *comm, uint32_t num_tokens)
+{
+    uint32_t num_members = comm->topology.num_ranks, num_seats = comm->world.num_ranks;
+    for (uint32_t t = num_tokens; in_rank != NULL && t-- > 0;) {
+        uint8_t *from = in_rank + (size_t)t * num_members, *to = in_rank + (size_t)t * num_seats;
+        uint32_t m = num_members;
+        for (uint32_t seat = num_seats; seat-- > 0;) {
+            bool is_member = m > 0 && comm->members[m - 1] == seat;
+            to[seat] = is_member ? from[--m] : 0;
+        }
+    }
+}
+
+static void copy_layout(struct nep_ep *ep, const struct nep_layout_counts *to, uint32_t *slots,
+                        uint32_t num_tokens)
+{
+    const struct nep_comm *comm = ep->comm;
+    const struct nep_topology *topology = &comm->topology;
+    uint32_t each = ep->shape.slots_per_rank;
+    copy_counts(to->rows_per_rank, ep->layout.rank_rows, topology->num_ranks);
+    copy_counts(to->rows_per_slot, ep->layout.slot_rows, (uint64_t)topology->num_ranks * each);
+    if (to->rows_per_node != NULL) {
+        memset(to->rows_per_node, 0, comm->world.num_nodes * sizeof *to->rows_per_node);
+        for (uint32_t n = 0; n < topology->num_nodes; n++) {
+            uint32_t first = nep_plan_rank_at(&ep->plan, n, 0);
+            to->rows_per_node[nep_comm_node_name(comm, first)] = ep->layout.node_rows[n];
+        }
+    }
+    if (topology->num_ranks == comm->world.num_ranks) {
+        return;
+    }
+    spread(to->rows_per_rank, comm, 1);
+    spread(to->rows_per_slot, comm, each);
+    spread_tokens(to->is_token_in_rank, comm, num_tokens);
+    for (uint64_t i = 0; to->topk_slots != NULL && i < (uint64_t)num_tokens * ep->shape.top_k;
+         i++) {
+        if (slots[i] != NEP_SLOT_NONE) {
+            slots[i] = comm->members[slots[i] / each] * each + slots[i] % each;
+        }
+    }
+}
+
 enum nep_status nep_ep_layout(struct nep_ep *ep, const struct nep_tokens *in,
                               const struct nep_layout_counts *counts)
 {
@@ -479,14 +563,10 @@ enum nep_status nep_ep_layout(struct nep_ep *ep, const struct nep_tokens *in,
                         tokens.num_tokens);
     }
     const struct nep_map_version *map = nep_maps_at(&ep->maps, ep->next_op);
-    status = nep_route(ep, &map->copies[tokens.layer], &tokens, slots);
+    status = nep_route(ep, map, &tokens, slots);
     if (status == NEP_OK) {
-        const struct nep_topology *topology = ep->plan.topology;
         nep_layout_count(ep, slots, tokens.num_tokens, to.is_token_in_rank);
-        copy_counts(to.rows_per_rank, ep->layout.rank_rows, topology->num_ranks);
-        copy_counts(to.rows_per_node, ep->layout.node_rows, topology->num_nodes);
-        copy_counts(to.rows_per_slot, ep->layout.slot_rows,
-                    (uint64_t)topology->num_ranks * ep->shape.slots_per_rank);
+        copy_layout(ep, &to, slots, tokens.num_tokens);
     }
     if (slots != to.topk_slots) {
         free(slots);

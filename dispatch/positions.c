@@ -51,7 +51,8 @@ static void place_packed(struct nep_ep *ep, struct nep_handle *handle)
     uint32_t stride = node_slots(ep);
     uint32_t align = ep->shape.alignment;
     bool is_front = ep->shape.layout == NEP_LAYOUT_EXPERT_FRONT;
-    uint32_t room = num_ranks * ep->shape.max_tokens; /* shape.c: that times the slots fits */
+    uint32_t room =
+        ep->plan.num_seats * ep->shape.max_tokens; /* shape.c: that times the slots fits */
     /* Totals per slot into the row of source 0, which is overwritten last. */
     uint32_t *first = handle->cursor;
     for (uint32_t s = 0; s < num_ranks; s++) {
@@ -84,16 +85,16 @@ static void place_packed(struct nep_ep *ep, struct nep_handle *handle)
 
 static void place_padded(struct nep_ep *ep, struct nep_handle *handle)
 {
-    uint32_t num_ranks = ep->plan.topology->num_ranks;
+    uint32_t num_seats = ep->plan.num_seats;
     uint32_t slots = ep->shape.slots_per_rank;
     uint32_t stride = node_slots(ep);
-    for (uint32_t s = 0; s < num_ranks; s++) {
+    for (uint32_t s = 0; s < ep->plan.topology->num_ranks; s++) {
         for (uint32_t i = 0; i < stride; i++) {
             handle->cursor[(uint64_t)s * stride + i] =
-                (i % slots * num_ranks + s) * ep->shape.max_tokens;
+                (i % slots * num_seats + nep_ep_name(ep, s)) * ep->shape.max_tokens;
         }
     }
-    handle->num_rows = (uint64_t)slots * num_ranks * ep->shape.max_tokens;
+    handle->num_rows = (uint64_t)slots * num_seats * ep->shape.max_tokens;
 }
 
 static void count_own(struct nep_ep *ep, struct nep_handle *handle)
@@ -112,7 +113,8 @@ static void count_own(struct nep_ep *ep, struct nep_handle *handle)
             here += rows[l];
         }
         pairs += here;
-        handle->rows_per_source[s] = is_rank_layout ? rows_per_rank(msg)[ep->local] : here;
+        handle->rows_per_source[nep_ep_name(ep, s)] =
+            is_rank_layout ? rows_per_rank(msg)[ep->local] : here;
         handle->rows_expected[s] = msg->num_rows;
         handle->rows_read[s] = 0;
         handle->producers[s].num_rows = 0;
@@ -155,13 +157,12 @@ static enum nep_status contradiction(struct nep_ep *ep, const struct nep_handle 
         .size = sizeof fault,
         .status = NEP_ERR_FORMAT,
         .rank = source,
-        .node = ep->plan.topology->node_of_rank[source],
         .op = handle->op.number,
         .phase = "rows",
     };
     snprintf(fault.message, sizeof fault.message,
              "operation %llu: the rows of rank %u contradict its COUNTS: %s",
-             (unsigned long long)handle->op.number, source, what);
+             (unsigned long long)handle->op.number, nep_ep_name(ep, source), what);
     return nep_break(ep, &fault);
 }
 
@@ -251,7 +252,7 @@ static void fill_row(const struct nep_ep *ep, const struct nep_rows *out, uint32
                      const float *weights)
 {
     if (out->source_rank != NULL) {
-        out->source_rank[pos] = source;
+        out->source_rank[pos] = nep_ep_name(ep, source);
     }
     if (out->source_token != NULL) {
         out->source_token[pos] = token;

@@ -51,15 +51,14 @@ static enum nep_status bad_tile(struct nep_ep *ep, const struct nep_handle *hand
         .size = sizeof fault,
         .status = NEP_ERR_FORMAT,
         .rank = source,
-        .node = ep->plan.topology->node_of_rank[source],
         .op = handle->op.number,
         .phase = "tiles",
     };
     snprintf(fault.message, sizeof fault.message,
              "tile %llu of rank %u holds something else (operation %llu, tile %llu of rank %u, "
              "%u rows): its slot was written by another message",
-             (unsigned long long)number, source, (unsigned long long)msg->op,
-             (unsigned long long)msg->number, msg->source, msg->num_rows);
+             (unsigned long long)number, nep_ep_name(ep, source), (unsigned long long)msg->op,
+             (unsigned long long)msg->number, nep_ep_name(ep, msg->source), msg->num_rows);
     return nep_break(ep, &fault);
 }
 

@@ -165,6 +165,7 @@ enum nep_status nep_plan_init(struct nep_plan *plan, const struct nep_shape *sha
     uint64_t num_nodes = topology->num_nodes;
     memset(plan, 0, sizeof *plan);
     plan->topology = topology;
+    plan->num_seats = topology->num_ranks;
     plan->shape = shape;
     plan->landing = calloc(num_nodes * num_ranks, sizeof *plan->landing);
     plan->lane = calloc(num_nodes * num_ranks, sizeof *plan->lane);

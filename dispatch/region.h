@@ -58,6 +58,7 @@ struct nep_region {
 };
 
 struct nep_plan {
+    uint32_t num_seats; /* ranks that callers know, lost ones too; >= topology->num_ranks */
     const struct nep_topology *topology;
     const struct nep_shape *shape;
     uint32_t *landing;          /* [N][R] F(s, n); for s's own node: s */

@@ -12,6 +12,7 @@
 #include "base/backoff.h"
 #include "base/clock.h"
 #include "base/log.h"
+#include "dispatch/waits.h"
 
 #define GRACE_NS (500 * NEP_MS)
 
@@ -63,7 +64,6 @@ static enum nep_status give_up(struct nep_ep *ep, struct nep_handle *handle, enu
         .size = sizeof fault,
         .status = status,
         .rank = culprit,
-        .node = culprit != UINT32_MAX ? ep->plan.topology->node_of_rank[culprit] : UINT32_MAX,
         .op = handle->op.number,
         .expected = missing->expected,
         .arrived = missing->arrived,
@@ -73,10 +73,11 @@ static enum nep_status give_up(struct nep_ep *ep, struct nep_handle *handle, enu
     snprintf(fault.message, sizeof fault.message,
              "%s; rank %u waited in %s (operation %llu) for %s of rank %u: %llu of %llu here, "
              "nothing moved for %.3f s",
-             cause, ep->rank, op_name(handle), (unsigned long long)handle->op.number,
-             missing->phase ? missing->phase : "nothing in particular", missing->rank,
-             (unsigned long long)missing->arrived, (unsigned long long)missing->expected,
-             (double)idle_ns / 1e9);
+             cause, nep_ep_name(ep, ep->rank), op_name(handle),
+             (unsigned long long)handle->op.number,
+             missing->phase ? missing->phase : "nothing in particular",
+             nep_ep_name(ep, missing->rank), (unsigned long long)missing->arrived,
+             (unsigned long long)missing->expected, (double)idle_ns / 1e9);
     return nep_break(ep, &fault);
 }
 
@@ -104,12 +105,11 @@ enum nep_status nep_blame_put(struct nep_ep *ep, uint32_t dst, enum nep_status s
         .size = sizeof fault,
         .status = status,
         .rank = culprit,
-        .node = ep->plan.topology->node_of_rank[culprit],
         .op = ep->completed_op,
         .phase = "put",
     };
     snprintf(fault.message, sizeof fault.message, "rank %u is lost: a put to rank %u failed: %s",
-             culprit, dst, cause);
+             nep_ep_name(ep, culprit), nep_ep_name(ep, dst), cause);
     return nep_break(ep, &fault);
 }
 
@@ -127,11 +127,11 @@ struct loss {
     char cause[256];
 };
 
-static bool follow(struct loss *loss, uint32_t culprit)
+static bool follow(const struct nep_ep *ep, struct loss *loss, uint32_t culprit)
 {
     loss->culprit = culprit;
     snprintf(loss->cause, sizeof loss->cause, "rank %u is lost or stuck: another rank found it",
-             culprit);
+             nep_ep_name(ep, culprit));
     return true;
 }
 
@@ -144,7 +144,7 @@ static bool find_loss(struct nep_ep *ep, uint64_t idle_ns, bool is_over, struct 
 {
     uint32_t named = named_culprit(ep);
     if (named != UINT32_MAX) {
-        return follow(loss, named);
+        return follow(ep, loss, named);
     }
     for (uint32_t r = 0; r < ep->plan.topology->num_ranks; r++) {
         bool is_awaited = (ep->awaited[r / 64] >> r % 64 & 1) != 0;
@@ -153,10 +153,11 @@ static bool find_loss(struct nep_ep *ep, uint64_t idle_ns, bool is_over, struct 
             continue;
         }
         loss->culprit = r;
-        snprintf(loss->cause, sizeof loss->cause, "rank %u is lost: %s", r, nep_last_message());
+        snprintf(loss->cause, sizeof loss->cause, "rank %u is lost: %s", nep_ep_name(ep, r),
+                 nep_last_message());
         /* It may have ended because of another: what it said before is visible by now. */
         named = named_culprit(ep);
-        return named == UINT32_MAX || named == r || follow(loss, named);
+        return named == UINT32_MAX || named == r || follow(ep, loss, named);
     }
     return false;
 }
@@ -169,26 +170,59 @@ static void progress_transports(struct nep_comm *comm)
     }
 }
 
+/* Slow, not dead: it is named in the log once in a wait, long before the deadline. */
+static void warn_slow(const struct nep_ep *ep, const struct nep_handle *handle, uint64_t idle_ns)
+{
+    nep_warn("rank %u is slow: rank %u has waited %.3f s in %s (operation %llu) for %s of it: %llu "
+             "of %llu here; it seems to live, and is waited for until %.3f s",
+             nep_ep_name(ep, ep->missing.rank), nep_ep_name(ep, ep->rank), (double)idle_ns / 1e9,
+             op_name(handle), (unsigned long long)handle->op.number, ep->missing.phase,
+             (unsigned long long)ep->missing.arrived, (unsigned long long)ep->missing.expected,
+             (double)ep->timeout_ns / 1e9);
+}
+
+/* An idle stretch is over: whoever was missing in its last step is charged for it. */
+static void end_idle(struct nep_ep *ep, struct nep_backoff *backoff,
+                     const struct nep_missing *missed)
+{
+    uint64_t idle_ns = nep_backoff_idle_ns(backoff);
+    ep->stats.wait_ns += idle_ns;
+    nep_waits_add(ep->waits, missed->phase, nep_ep_name(ep, missed->rank), idle_ns);
+}
+
+static enum nep_status time_out(struct nep_ep *ep, struct nep_handle *handle, uint64_t idle_ns)
+{
+    char cause[128];
+    snprintf(cause, sizeof cause, "rank %u is slow or stuck: the timeout of %.3f s passed",
+             nep_ep_name(ep, ep->missing.rank), (double)ep->timeout_ns / 1e9);
+    return give_up(ep, handle, NEP_ERR_TIMEOUT, ep->missing.rank, idle_ns, cause);
+}
+
 enum nep_status nep_wait(struct nep_ep *ep, struct nep_handle *handle, nep_step_fn step)
 {
     struct nep_backoff backoff;
+    struct nep_missing missed = {.rank = UINT32_MAX};
     struct loss loss = {.culprit = UINT32_MAX};
     bool is_lost = false; /* find_loss has found one: one more step, then it is told */
-    nep_backoff_init(&backoff, ep->comm->timeout_ns, ep->comm->spin_limit);
+    bool is_warned = false;
+    nep_backoff_init(&backoff, ep->timeout_ns, ep->comm->spin_limit);
     for (;;) {
         bool progress = false, done = false;
         forget_missing(ep);
         enum nep_status status = step(ep, handle, &progress, &done);
+        if ((progress || done) && backoff.num_idle != 0) {
+            end_idle(ep, &backoff, &missed);
+        }
         if (status != NEP_OK || done) {
             return status;
         }
         progress_transports(ep->comm);
         if (progress) {
-            ep->stats.wait_ns += backoff.num_idle != 0 ? nep_backoff_idle_ns(&backoff) : 0;
             nep_backoff_reset(&backoff);
             is_lost = false;
             continue;
         }
+        missed = ep->missing;
         uint64_t idle_ns = nep_backoff_idle_ns(&backoff);
         if (is_lost) {
             /* The step above found nothing more of what it may have left behind. */
@@ -200,10 +234,11 @@ enum nep_status nep_wait(struct nep_ep *ep, struct nep_handle *handle, nep_step_
             continue;
         }
         if (!in_time) {
-            char cause[128];
-            snprintf(cause, sizeof cause, "rank %u is slow or stuck: the timeout of %.3f s passed",
-                     ep->missing.rank, (double)ep->comm->timeout_ns / 1e9);
-            return give_up(ep, handle, NEP_ERR_TIMEOUT, ep->missing.rank, idle_ns, cause);
+            return time_out(ep, handle, idle_ns);
+        }
+        if (backoff.slow && !is_warned && missed.phase != NULL && idle_ns > ep->timeout_ns / 4) {
+            warn_slow(ep, handle, idle_ns);
+            is_warned = true;
         }
     }
 }

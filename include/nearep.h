@@ -84,10 +84,11 @@ NEP_API const char *nep_last_message(void);
  * that calls nep_comm_create or nep_ep_create (allgather), and by any thread (put, get, cas). Each
  * returns 0, or another value on failure; all must return within timeout_ns.
  * - allgather: `bytes` bytes of every rank to every rank, in rank order; collective.
- * - put, get, cas: a store of small values that outlives a rank. May be NULL, then faults are
- * reported but not recovered from. get waits for the key; *len_p is its size on return, at most
- * cap. cas replaces the value when it equals `expected` (a missing key equals the empty value) and
- * returns the value that stands afterwards in `result`.
+ * - put, get, cas: a store of small values that outlives a rank, one for each communicator; keys
+ * begin with "nearep/". May be NULL, then faults are reported but not recovered from. get waits for
+ * the key; *len_p is its size on return, at most cap. cas replaces the value when it equals
+ * `expected` (a missing key equals the empty value) and returns the value that stands afterwards in
+ * `result`.
  */
 struct nep_bootstrap {
     size_t size;
@@ -114,6 +115,12 @@ struct nep_comm_params {
     const char
         *inter; /* between nodes: "shm", "loop", "ucx", "verbs", "adversary:..."; NULL: choose */
     uint64_t timeout_ns; /* deadline of every wait; 0: NEP_TIMEOUT (100 s) */
+    /*
+     * 1: this process takes the seat of a rank that was lost. nep_comm_create is then not
+     * collective; make the ep objects next, as the members made theirs, then call nep_comm_recover,
+     * which they call too. Until then nothing else works.
+     */
+    uint32_t joins;
 };
 
 struct nep_comm;
@@ -164,6 +171,45 @@ struct nep_fault {
  * fault_p->status == NEP_OK when there is none. Any thread.
  */
 NEP_API enum nep_status nep_comm_fault(const struct nep_comm *comm, struct nep_fault *fault_p);
+
+/*
+ * After a fault: who lives is agreed on, and the communicator goes on with those. Collective over
+ * all who live; nobody else of this communicator's may be inside a call. Also without a fault, to
+ * let newcomers in. docs/faults.md has an example.
+ *
+ * - Ranks keep their numbers. A member that does not come within timeout_ns, is known to have
+ * ended, or is blamed by the fault and not here when all others are, is out for good: its seat can
+ * be taken by a newcomer, and nothing that it still sends reaches anybody.
+ * - Operations that were under way failed. Handles stay, but hold no dispatch: dispatch again.
+ *   Buffers stay with what is in them; those of the pool are private memory from now on, so rows
+ *   take one more copy: free them and allocate anew to be fast.
+ * - Experts with a copy on a rank that lives are reached through it by the next dispatch. Tokens
+ * lose the others: nep_tokens_out.present says what is left of each.
+ * - Fails with NEP_ERR_UNSUPPORTED without a store (put, get, cas of the bootstrap), with
+ *   NEP_ERR_PEER_LOST when the others decided without this rank. After another failure (one more
+ *   rank was lost meanwhile) it may be called again.
+ */
+struct nep_recover_params {
+    size_t size;
+    const uint8_t *is_lost; /* [num_ranks] 1: known to be gone, not waited for; NULL: nobody */
+    uint32_t num_joining;   /* newcomers to wait for; others are let in if they are there */
+    uint64_t timeout_ns;    /* 0: the communicator's */
+};
+struct nep_recovery {
+    size_t size;
+    uint64_t generation; /* how often the group has changed */
+    uint32_t num_live;
+    const uint8_t *is_live; /* [num_ranks], belongs to the communicator */
+};
+/* params and recovery_p may be NULL. */
+NEP_API enum nep_status nep_comm_recover(struct nep_comm *comm,
+                                         const struct nep_recover_params *params,
+                                         struct nep_recovery *recovery_p);
+/*
+ * How many newcomers wait to be let in by nep_comm_recover. Asks the store, about a millisecond for
+ * each empty seat; any one rank may ask and tell the others.
+ */
+NEP_API enum nep_status nep_comm_newcomers(struct nep_comm *comm, uint32_t *num_p);
 
 /* ---- one MoE shape on a communicator ------------------------------------------------------ */
 
@@ -331,6 +377,12 @@ struct nep_tokens_out {
     const void *bias[2]; /* [T][H] of dtype each, added at home before the nodes' sums; or NULL */
     float
         *topk_weights; /* [T][K] sums of the rows' topk_weights, where those were passed; or NULL */
+    /*
+     * [T] what is in y: expert layouts: the sum of the weights of the experts that were reached (k
+     * ascending); rank layout: the number of ranks. Less than asked for where experts were lost. Or
+     * NULL.
+     */
+    float *present;
 };
 
 /*
@@ -398,6 +450,28 @@ struct nep_stats {
 /* Header bytes in wire_bytes follow from docs/protocol.md: wire_bytes - headers = rows * row bytes,
  * exactly. */
 NEP_API enum nep_status nep_ep_stats(const struct nep_ep *ep, struct nep_stats *stats_p);
+
+/* Deadline of the waits of later calls of this ep; 0: the communicator's again. */
+NEP_API enum nep_status nep_ep_set_timeout(struct nep_ep *ep, uint64_t timeout_ns);
+/*
+ * After nep_comm_recover: *first_op_p is the first operation that some rank had not completed: what
+ * is to be done again, by all; *next_op_p is the number that the next operation gets.
+ */
+NEP_API enum nep_status nep_ep_resume(const struct nep_ep *ep, uint64_t *first_op_p,
+                                      uint64_t *next_op_p);
+
+/* What this rank waited for, and how long. */
+struct nep_wait_stat {
+    char phase[32];   /* "counts", "tiles", "credit", ... */
+    uint32_t rank;    /* of whom */
+    uint64_t num;     /* waits that did not end at once */
+    uint64_t wait_ns; /* in all of them */
+    uint64_t longest_ns;
+};
+/* Those that were not 0, since creation; *num_p: how many there are. NEP_ERR_OVERFLOW when more
+ * than cap. */
+NEP_API enum nep_status nep_ep_waits(const struct nep_ep *ep, struct nep_wait_stat *stats,
+                                     uint32_t cap, uint32_t *num_p);
 
 /* ---- traces of routing -------------------------------------------------------------------- */
 

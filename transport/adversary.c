@@ -153,6 +153,15 @@ static void adversary_window_destroy(struct nep_transport *transport, uint32_t w
     adversary->inner->ops->window_destroy(adversary->inner, window);
 }
 
+static void adversary_window_retire(struct nep_transport *transport, uint32_t window,
+                                    size_t keep_offset, size_t keep_bytes)
+{
+    struct nep_adversary *adversary = (struct nep_adversary *)transport;
+    nep_adversary_flush(adversary, window);
+    adversary->window_bytes[window] = 0;
+    adversary->inner->ops->window_retire(adversary->inner, window, keep_offset, keep_bytes);
+}
+
 static void *adversary_peer_window(struct nep_transport *transport, uint32_t window, uint32_t rank)
 {
     struct nep_adversary *adversary = (struct nep_adversary *)transport;
@@ -228,6 +237,7 @@ const struct nep_transport_ops nep_adversary_ops = {
     .close = adversary_close,
     .window_create = adversary_window_create,
     .window_destroy = adversary_window_destroy,
+    .window_retire = adversary_window_retire,
     .peer_window = adversary_peer_window,
     .put = adversary_put,
     .progress = adversary_progress,

@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "base/log.h"
+#include "transport/group.h"
 #include "transport/rendezvous.h"
 
 enum { AGREE_TEXT = 56, COMMON_TEXT = 400, MOST_VALUES_NAMED = 4 };
@@ -31,7 +32,7 @@ enum nep_status nep_bootstrap_allgather(const struct nep_bootstrap *bootstrap, c
     if (result == 0) {
         return NEP_OK;
     }
-    if (nep_rendezvous_is_client(bootstrap)) {
+    if (nep_rendezvous_is_client(bootstrap) || nep_group_is(bootstrap)) {
         return nep_fail_prefix((enum nep_status)result, "exchanging %s: ", what);
     }
     return nep_fail(NEP_ERR_IO,

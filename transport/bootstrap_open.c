@@ -244,12 +244,14 @@ enum nep_status nep_bootstrap_open(const struct nep_comm_params *params,
                                              .rank = rank,
                                              .secret = place.secret,
                                              .timeout_ns = timeout_ns,
-                                             .is_rank_0 = place.is_rank_0};
+                                             .is_rank_0 = place.is_rank_0,
+                                             .is_newcomer = params->joins != 0};
         if (status == NEP_OK) {
             nep_info("rank %u of %u (%s) meets the others at %s port %u", rank, num_ranks,
                      env.launcher, place.host, place.port);
-            status = rank == 0 ? serve_or_join(&meet, nep_deadline_ns(timeout_ns), &client)
-                               : nep_rendezvous_client_open(&meet, &client);
+            status = rank == 0 && params->joins == 0
+                         ? serve_or_join(&meet, nep_deadline_ns(timeout_ns), &client)
+                         : nep_rendezvous_client_open(&meet, &client);
         }
         if (status == NEP_OK) {
             nep_rendezvous_client_bootstrap(client, &bootstrap);

@@ -52,6 +52,14 @@ enum nep_status nep_unsupported_put(struct nep_transport *transport, const struc
     return nep_fail(NEP_ERR_UNSUPPORTED, "transport %s has no put", transport->ops->name);
 }
 
+void nep_unsupported_window_retire(struct nep_transport *transport, uint32_t window,
+                                   size_t keep_offset, size_t keep_bytes)
+{
+    (void)keep_offset;
+    (void)keep_bytes;
+    transport->ops->window_destroy(transport, window);
+}
+
 void *nep_unsupported_peer_window(struct nep_transport *transport, uint32_t window, uint32_t rank)
 {
     (void)transport;

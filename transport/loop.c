@@ -77,6 +77,23 @@ static void loop_window_destroy(struct nep_transport *transport, uint32_t window
     nep_mapped_window_free(loop, window);
 }
 
+static void loop_window_retire(struct nep_transport *transport, uint32_t window, size_t keep_offset,
+                               size_t keep_bytes)
+{
+    struct nep_mapped *loop = (struct nep_mapped *)transport;
+    uint8_t *base = nep_mapped_peer_window(transport, window, loop->params.topology->rank);
+    if (base != NULL) {
+        struct loop_head *head = (struct loop_head *)(base - HEAD_BYTES);
+        size_t end = keep_offset + keep_bytes, all = head->mapped_bytes - HEAD_BYTES;
+        if (end < all) {
+            munmap(base + end, all - end); /* of the pool, and never handed out */
+        }
+        /* The last one out unmaps what comes before; its fetch-sub follows this rank's. */
+        head->mapped_bytes = HEAD_BYTES + keep_offset;
+    }
+    loop_window_destroy(transport, window);
+}
+
 static enum nep_status own_memory(struct nep_mapped *loop, size_t bytes, uint8_t **base_p)
 {
     size_t mapped_bytes = HEAD_BYTES + bytes;
@@ -182,6 +199,7 @@ const struct nep_transport_ops nep_loop_ops = {
     .close = loop_close,
     .window_create = loop_window_create,
     .window_destroy = loop_window_destroy,
+    .window_retire = loop_window_retire,
     .peer_window = nep_mapped_peer_window,
     .put = nep_mapped_put,
     .progress = nep_mapped_progress,

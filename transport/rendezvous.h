@@ -30,6 +30,7 @@ struct nep_rendezvous_params {
     uint64_t timeout_ns; /* client: deadline of connecting, and of leaving */
     bool is_one_try;     /* client: do not try again while nobody listens */
     bool is_rank_0;      /* client: rank 0 serves it, which the sentence of its loss says */
+    bool is_newcomer;    /* client: takes the seat of this rank in a group that lost it */
 };
 
 /*

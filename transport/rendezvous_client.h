@@ -21,6 +21,7 @@ struct nep_rendezvous_client {
     struct nep_rdv_session session;
     char name[384]; /* "the rendezvous at node0:29600" */
     uint32_t rank, num_ranks;
+    bool is_newcomer;
     uint64_t leave_ns;
     struct nep_rendezvous_server *server; /* hosted by this rank, or NULL */
     pthread_mutex_t mutex;                /* guards what follows, and sending */

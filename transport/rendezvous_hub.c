@@ -200,8 +200,13 @@ static enum nep_status check_join(const struct nep_rdv_hub *hub, const struct ne
     return check_seats(hub, join, who, sentence);
 }
 
-static struct group *find_group(struct nep_rdv_hub *hub, uint32_t rank)
+static struct group *find_group(struct nep_rdv_hub *hub, uint32_t rank, bool is_newcomer)
 {
+    for (struct group *group = hub->groups; is_newcomer && group != NULL; group = group->next) {
+        if (group->seats[rank].state == HAS_LEFT || group->seats[rank].state == WAS_LOST) {
+            return group;
+        }
+    }
     for (struct group *group = hub->groups; group != NULL; group = group->next) {
         if (group->seats[rank].state == NEVER_CAME) {
             return group;
@@ -229,7 +234,7 @@ enum nep_status nep_rdv_hub_join(struct nep_rdv_hub *hub, const struct nep_rdv_m
         return refuse(hub, join, conn, now_ns, sentence);
     }
     struct nep_rdv_member *member = calloc(1, sizeof *member);
-    struct group *group = member == NULL ? NULL : find_group(hub, join->rank);
+    struct group *group = member == NULL ? NULL : find_group(hub, join->rank, join->number == 1);
     if (group == NULL) {
         free(member);
         nep_rdv_reply_failure(hub, conn, join->id, NEP_ERR_NO_MEMORY,
@@ -237,12 +242,12 @@ enum nep_status nep_rdv_hub_join(struct nep_rdv_hub *hub, const struct nep_rdv_m
         return nep_fail(NEP_ERR_NO_MEMORY, "no memory for rank %u", join->rank);
     }
     struct seat *seat = &group->seats[join->rank];
+    group->num_here++;
+    group->num_came += seat->state == NEVER_CAME;
     seat->state = IS_HERE;
     seat->member = member;
     memcpy(seat->process, join->process, sizeof seat->process);
     memcpy(seat->who, who, sizeof who);
-    group->num_here++;
-    group->num_came++;
     *member = (struct nep_rdv_member){.hub = hub, .group = group, .conn = conn, .rank = join->rank};
     struct nep_rdv_message reply = {.op = NEP_RDV_REPLY, .id = join->id, .number = group->number};
     hub->reply(conn, &reply);

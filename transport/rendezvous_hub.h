@@ -6,8 +6,8 @@
  *
  * Groups. The k-th communicator that a rank makes belongs with the k-th of the other ranks: a
  * connection of rank r joins the first group in which rank r has not been. So several communicators
- * of a job, and job after job, can use one server. A group and its store go when its last member
- * goes.
+ * of a job, and job after job, can use one server. A newcomer joins the first group that lost its
+ * rank, or which that has left. A group and its store go when its last member goes.
  */
 #ifndef NEP_TRANSPORT_RENDEZVOUS_HUB_H
 #define NEP_TRANSPORT_RENDEZVOUS_HUB_H

@@ -78,6 +78,7 @@ static enum nep_status join(struct nep_rendezvous_client *client, uint64_t deadl
     struct nep_rdv_message request = {.op = NEP_RDV_JOIN,
                                       .rank = client->rank,
                                       .num_ranks = client->num_ranks,
+                                      .number = client->is_newcomer,
                                       .version = nep_version()};
     struct nep_rdv_message reply;
     identify(request.process, who, sizeof who);
@@ -195,6 +196,7 @@ enum nep_status nep_rendezvous_client_open(const struct nep_rendezvous_params *p
     client->fd = -1;
     client->pid = getpid();
     client->rank = params->rank;
+    client->is_newcomer = params->is_newcomer;
     client->num_ranks = params->num_ranks;
     client->leave_ns = params->timeout_ns > NEP_S ? NEP_S : params->timeout_ns;
     pthread_mutex_init(&client->mutex, NULL);

@@ -105,7 +105,7 @@ enum nep_status nep_rdv_open(struct nep_rdv_session *session,
 
 /*
  * A request or a reply, decoded. Pointers point into the frame. Which fields an op uses:
- *   JOIN    id, rank, num_ranks, version, process, text = who
+ *   JOIN    id, rank, num_ranks, version, process, text = who, number = 1: takes a lost rank's seat
  *   GATHER  id, timeout_ns, number, value = this rank's part
  *   PUT     id, key, value;  GET  id, timeout_ns, key;  CAS  id, key, expected, value = desired
  *   LEAVE   text = why, "" when all is well

@@ -131,16 +131,57 @@ static enum nep_status shm_create(const struct nep_transport_params *params,
     return NEP_OK;
 }
 
-static void shm_window_destroy(struct nep_transport *transport, uint32_t window)
+/* Unmaps all windows of this number; of the own one, what lies before keep_from or from keep_to on.
+ */
+static void unmap_all(struct shm *shm, uint32_t window, size_t keep_from, size_t keep_to)
 {
-    struct shm *shm = (struct shm *)transport;
     struct nep_mapped_window *entry = &shm->mapped.windows[window];
     for (uint32_t r = 0; r < shm->mapped.params.topology->num_ranks; r++) {
-        if (entry->base != NULL && entry->base[r] != NULL) {
-            munmap(entry->base[r], entry->bytes);
+        uint8_t *base = entry->base != NULL ? entry->base[r] : NULL;
+        if (base != NULL && r != shm->mapped.params.topology->rank) {
+            munmap(base, entry->bytes);
+        } else if (base != NULL) {
+            munmap(base, keep_from);
+            if (keep_to < entry->bytes) {
+                munmap(base + keep_to, entry->bytes - keep_to);
+            }
         }
     }
     nep_mapped_window_free(&shm->mapped, window);
+}
+
+static void shm_window_destroy(struct nep_transport *transport, uint32_t window)
+{
+    struct shm *shm = (struct shm *)transport;
+    size_t bytes = shm->mapped.windows[window].bytes;
+    unmap_all(shm, window, bytes, bytes);
+}
+
+/*
+ * The pages that stay are replaced, at the same addresses, by a copy that no peer has mapped: a
+ * rank that was taken for lost, and writes after all, writes into the file that nobody reads.
+ */
+static void shm_window_retire(struct nep_transport *transport, uint32_t window, size_t keep_offset,
+                              size_t keep_bytes)
+{
+    struct shm *shm = (struct shm *)transport;
+    uint8_t *base = nep_mapped_peer_window(transport, window, shm->mapped.params.topology->rank);
+    if (base == NULL) {
+        shm_window_destroy(transport, window);
+        return;
+    }
+    void *copy = mmap(NULL, keep_bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (copy != MAP_FAILED) {
+        memcpy(copy, base + keep_offset, keep_bytes);
+    }
+    if (copy == MAP_FAILED || mremap(copy, keep_bytes, keep_bytes, MREMAP_MAYMOVE | MREMAP_FIXED,
+                                     base + keep_offset) == MAP_FAILED) {
+        nep_warn("shm: no memory for a copy of %zu bytes: they stay shared with whoever mapped "
+                 "them (%m)",
+                 keep_bytes);
+    }
+    unmap_all(shm, window, keep_offset, keep_offset + keep_bytes);
 }
 
 /* A memfd of *bytes_p, which may grow to whole huge pages where those are asked for. */
@@ -279,8 +320,8 @@ static enum nep_status shm_peer_status(struct nep_transport *transport, uint32_t
     if (pollfd.fd < 0 || poll(&pollfd, 1, 0) <= 0) {
         return NEP_OK;
     }
-    return nep_fail(NEP_ERR_PEER_LOST, "the process of rank %u (pid %d) ended", rank,
-                    (int)shm->pids[rank]);
+    return nep_fail(NEP_ERR_PEER_LOST, "the process of rank %u (pid %d) ended",
+                    nep_transport_name(&shm->mapped.params, rank), (int)shm->pids[rank]);
 }
 
 const struct nep_transport_ops nep_shm_ops = {
@@ -291,6 +332,7 @@ const struct nep_transport_ops nep_shm_ops = {
     .close = shm_close,
     .window_create = shm_window_create,
     .window_destroy = shm_window_destroy,
+    .window_retire = shm_window_retire,
     .peer_window = nep_mapped_peer_window,
     .put = nep_mapped_put,
     .progress = nep_mapped_progress,

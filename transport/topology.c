@@ -146,6 +146,32 @@ enum nep_status nep_topology_from_sizes(const uint32_t *ranks_per_node, uint32_t
     return NEP_OK;
 }
 
+enum nep_status nep_topology_subset(const uint32_t *nodes, uint32_t num, uint32_t idx,
+                                    bool is_one_machine, struct nep_topology_store **store_p,
+                                    struct nep_topology *topology_p)
+{
+    uint32_t *node_of_rank = calloc(num + 1, sizeof *node_of_rank);
+    if (node_of_rank == NULL) {
+        return nep_fail(NEP_ERR_NO_MEMORY, "no memory for the table of %u ranks", num);
+    }
+    uint32_t num_nodes = 0;
+    for (uint32_t r = 0; r < num; r++) {
+        uint32_t same = 0;
+        while (nodes[same] != nodes[r]) {
+            same++;
+        }
+        node_of_rank[r] = same < r ? node_of_rank[same] : num_nodes++;
+    }
+    enum nep_status status = store_create(num, num_nodes, idx, store_p, topology_p);
+    if (status == NEP_OK) {
+        memcpy((*store_p)->node_of_rank, node_of_rank, num * sizeof *node_of_rank);
+        (*store_p)->is_one_machine = is_one_machine;
+        fill_tables(*store_p, topology_p);
+    }
+    free(node_of_rank);
+    return status;
+}
+
 /* ---- from places ---------------------------------------------------------------------------- */
 
 static bool is_same_node(const struct place *a, const struct place *b)

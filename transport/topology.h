@@ -27,6 +27,14 @@ enum nep_status nep_topology_from_sizes(const uint32_t *ranks_per_node, uint32_t
                                         uint32_t rank, struct nep_topology_store **store_p,
                                         struct nep_topology *topology_p);
 
+/*
+ * Some ranks of a group, numbered anew in their order, on nodes numbered anew: members [num],
+ * ascending, idx the place of this rank among them; nodes [num] the node of each, in any numbering.
+ */
+enum nep_status nep_topology_subset(const uint32_t *nodes, uint32_t num, uint32_t idx,
+                                    bool is_one_machine, struct nep_topology_store **store_p,
+                                    struct nep_topology *topology_p);
+
 /* Cores usable by this process (hwloc, cpuset aware), and one for the progress thread of a lane. */
 uint32_t nep_topology_num_cores(void);
 int nep_topology_progress_core(uint32_t local, uint32_t ranks_on_node); /* -1: no preference */

@@ -64,7 +64,14 @@ struct nep_transport_params {
     bool node_only;    /* serve the ranks of this node alone (the intra seat): map nobody else */
     const char *args;  /* what stood after the name: "ucx" for "adversary:ucx" */
     uint32_t max_puts; /* puts that may be in flight to this rank at once: sizes receive queues */
+    /* [num_ranks] what ranks are called in sentences, after some were lost; NULL: their numbers */
+    const uint32_t *names;
 };
+
+static inline uint32_t nep_transport_name(const struct nep_transport_params *params, uint32_t rank)
+{
+    return params->names != NULL ? params->names[rank] : rank;
+}
 
 struct nep_put {
     uint32_t dst;
@@ -108,6 +115,14 @@ struct nep_transport_ops {
                                      void **base_p, size_t bytes);
     /* Not collective. Peers must have stopped using it. */
     void (*window_destroy)(struct nep_transport *transport, uint32_t window);
+    /*
+     * As window_destroy, for a mapped transport: but keep_bytes of this rank's own memory at
+     * keep_offset (whole pages, not 0) stay where they are, with what is in them, as memory of this
+     * process alone, which the caller unmaps. No peer can reach it any more, unless it is a thread
+     * of this process.
+     */
+    void (*window_retire)(struct nep_transport *transport, uint32_t window, size_t keep_offset,
+                          size_t keep_bytes);
     /* The window of a peer as mapped here; NULL where there is none. Own rank: the own base. */
     void *(*peer_window)(struct nep_transport *transport, uint32_t window, uint32_t rank);
 
@@ -150,6 +165,8 @@ uint32_t nep_transport_caps(const char *name);
 /* Fill entries a transport does not have; they return NEP_ERR_UNSUPPORTED naming the transport. */
 enum nep_status nep_unsupported_put(struct nep_transport *transport, const struct nep_put *put,
                                     uint64_t *number_p);
+void nep_unsupported_window_retire(struct nep_transport *transport, uint32_t window,
+                                   size_t keep_offset, size_t keep_bytes); /* destroys it */
 void *nep_unsupported_peer_window(struct nep_transport *transport, uint32_t window, uint32_t rank);
 
 #endif

@@ -402,12 +402,13 @@ static enum nep_status peer_status(struct nep_transport *transport, uint32_t ran
     if (rank == ux->rank) {
         return NEP_OK;
     }
+    uint32_t name = nep_transport_name(&ux->params, rank);
     /* Acquire: pairs with the release in ucx_send.c, nep_ucx_peer_fail. */
     switch (atomic_load_explicit(&peer->state, memory_order_acquire)) {
     case NEP_UCX_LEFT:
-        return nep_fail(NEP_ERR_PEER_LOST, "rank %u has closed its transport ucx", rank);
+        return nep_fail(NEP_ERR_PEER_LOST, "rank %u has closed its transport ucx", name);
     case NEP_UCX_FAILED:
-        return nep_fail(NEP_ERR_PEER_LOST, "rank %u is lost: its UCX endpoint failed: %s", rank,
+        return nep_fail(NEP_ERR_PEER_LOST, "rank %u is lost: its UCX endpoint failed: %s", name,
                         ux->lib.ucs_status_string((ucs_status_t)atomic_load(&peer->failure)));
     default:
         break;
@@ -415,7 +416,7 @@ static enum nep_status peer_status(struct nep_transport *transport, uint32_t ran
     if (atomic_load_explicit(&peer->misbehaved, memory_order_relaxed)) {
         return nep_fail(NEP_ERR_FORMAT,
                         "rank %u sent a put that does not fit this rank's windows; it was dropped",
-                        rank);
+                        name);
     }
     uint64_t heard_ns = atomic_load_explicit(&peer->heard_ns, memory_order_relaxed);
     uint64_t now_ns = nep_now_ns();
@@ -424,7 +425,7 @@ static enum nep_status peer_status(struct nep_transport *transport, uint32_t ran
         return nep_fail(NEP_ERR_PEER_LOST,
                         "rank %u is lost: nothing heard for %.1f s, with a heartbeat due every "
                         "second: its host, its link or its process stands still",
-                        rank, (double)(now_ns - heard_ns) / (double)NEP_S);
+                        name, (double)(now_ns - heard_ns) / (double)NEP_S);
     }
     return NEP_OK;
 }
@@ -449,6 +450,7 @@ const struct nep_transport_ops nep_ucx_ops = {
     .close = transport_close,
     .window_create = window_create,
     .window_destroy = window_destroy,
+    .window_retire = nep_unsupported_window_retire,
     .peer_window = peer_window,
     .put = transport_put,
     .progress = progress,

@@ -44,9 +44,10 @@ static void describe(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint3
     snprintf(text, size,
              "QP %u of %s port %u to rank %u failed: %s; QP state %s, port %s, %llu of %llu puts "
              "under way, last sign of life %llu ms ago",
-             qp->qp->qp_num, path->device, path->port, peer->rank, cause,
-             qp_state_name(attr.qp_state), port_state_name(port.state),
-             (unsigned long long)(peer->posted - completed), (unsigned long long)peer->next,
+             qp->qp->qp_num, path->device, path->port,
+             nep_transport_name(&verbs->params, peer->rank), cause, qp_state_name(attr.qp_state),
+             port_state_name(port.state), (unsigned long long)(peer->posted - completed),
+             (unsigned long long)peer->next,
              (unsigned long long)((nep_now_ns() - heard_ns) / NEP_MS));
 }
 
@@ -69,9 +70,10 @@ static void strand(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_
     (void)verbs;
 }
 
-static void lose_peer(struct nep_verbs_peer *peer, const char *text)
+static void lose_peer(struct nep_verbs *verbs, struct nep_verbs_peer *peer, const char *text)
 {
-    snprintf(peer->message, sizeof peer->message, "verbs: rank %u is lost: %s", peer->rank, text);
+    snprintf(peer->message, sizeof peer->message, "verbs: rank %u is lost: %s",
+             nep_transport_name(&verbs->params, peer->rank), text);
     peer->num_resend = 0;
     peer->posted = peer->next;
     /* All its QPs are in error: the device holds no source bytes any more. */
@@ -109,7 +111,7 @@ void nep_verbs_qp_failed(struct nep_verbs *verbs, struct nep_verbs_peer *peer, u
         return;
     }
     if (peer->num_alive == 0) {
-        lose_peer(peer, text);
+        lose_peer(verbs, peer, text);
         return;
     }
     nep_warn("verbs: %s; %u of %u QPs carry on", text, peer->num_alive, verbs->num_qps);
@@ -230,7 +232,7 @@ enum nep_status nep_verbs_peer_status(struct nep_transport *transport, uint32_t 
     }
     if (atomic_load(&peer->has_left)) {
         return nep_fail(NEP_ERR_PEER_LOST, "verbs: rank %u has left: its communicator was closed",
-                        rank);
+                        nep_transport_name(&verbs->params, rank));
     }
     uint64_t now_ns = nep_now_ns();
     uint64_t heard_ns = atomic_load_explicit(&peer->last_heard_ns, memory_order_relaxed);

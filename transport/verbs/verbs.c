@@ -317,6 +317,7 @@ const struct nep_transport_ops nep_verbs_ops = {
     .close = verbs_close,
     .window_create = nep_verbs_window_create,
     .window_destroy = nep_verbs_window_destroy,
+    .window_retire = nep_unsupported_window_retire,
     .peer_window = verbs_peer_window,
     .put = nep_verbs_put,
     .progress = nep_verbs_progress,

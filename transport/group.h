@@ -1,0 +1,81 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Who lives, agreed on through the store that was given at bootstrap, and an allgather among those
+ * alone. A communicator's generations follow each other: the k-th decision is the value of one key
+ * of the store, set once by compare-and-swap, so two ranks that lost sight of each other cannot
+ * decide differently, and one that is not in a decision learns that it is out.
+ */
+#ifndef NEP_TRANSPORT_GROUP_H
+#define NEP_TRANSPORT_GROUP_H
+
+#include <stdbool.h>
+
+#include "base/status.h"
+#include "nearep.h"
+
+enum { NEP_GROUP_OPS = 64 };
+
+/* Where one series of operations stands: an ep's. */
+struct nep_group_ops {
+    uint64_t next[NEP_GROUP_OPS];      /* number of the next operation begun */
+    uint64_t completed[NEP_GROUP_OPS]; /* operations completed */
+};
+
+struct nep_group_decision {
+    uint64_t generation;
+    uint32_t num_ranks;
+    uint32_t num_live;
+    struct nep_group_ops ops; /* next: the largest, completed: the smallest of all old members */
+    uint32_t node_live[];     /* [num_ranks] node * 2 + (1: lives) */
+};
+
+struct nep_group_vote {
+    const struct nep_bootstrap *store; /* has put, get and cas */
+    uint32_t rank;
+    uint32_t num_ranks;
+    uint64_t generation;          /* to be decided; ignored for a newcomer */
+    const uint8_t *was_live;      /* [num_ranks] members of the last one; NULL: a newcomer */
+    const uint8_t *is_lost;       /* [num_ranks] 1: the caller knows that it is gone; may be NULL */
+    const uint32_t *node_of_rank; /* [num_ranks]; not for a newcomer */
+    uint32_t suspect;             /* blamed, may yet come; UINT32_MAX: nobody */
+    uint32_t num_new;             /* newcomers to wait for */
+    bool (*is_gone)(void *ctx, uint32_t rank); /* the transports know that it ended */
+    void *ctx;
+    struct nep_group_ops ops;
+    uint64_t timeout_ns;
+};
+
+/*
+ * Waits, bounded by twice the timeout, for one decision that all who take part in it get alike.
+ * NEP_ERR_PEER_LOST: it was made without this rank. *decision_p is to be freed.
+ */
+enum nep_status nep_group_agree(const struct nep_group_vote *vote,
+                                struct nep_group_decision **decision_p);
+static inline bool nep_group_lives(const struct nep_group_decision *decision, uint32_t rank)
+{
+    return (decision->node_live[rank] & 1) != 0;
+}
+/* How many newcomers have asked for a seat in `generation`. About a millisecond for each empty
+ * seat. */
+enum nep_status nep_group_newcomers(const struct nep_bootstrap *store, uint32_t num_ranks,
+                                    const uint8_t *is_live, uint64_t generation, uint32_t *num_p);
+
+/* The members of one generation; its ctx for nep_bootstrap. */
+struct nep_group {
+    struct nep_bootstrap store;
+    uint64_t generation;
+    uint64_t num_gathers;
+    uint32_t num_ranks; /* seats */
+    uint32_t num;       /* members */
+    uint32_t idx;       /* of this rank among them */
+    uint32_t *members;  /* [num] ranks, ascending */
+};
+enum nep_status nep_group_init(struct nep_group *group, const struct nep_bootstrap *store,
+                               const struct nep_group_decision *decision, uint32_t rank);
+void nep_group_fini(struct nep_group *group);
+/* An allgather among the members, in their order; put, get and cas of the store. */
+void nep_group_bootstrap(struct nep_group *group, struct nep_bootstrap *out);
+/* True for a bootstrap made by nep_group_bootstrap. */
+bool nep_group_is(const struct nep_bootstrap *bootstrap);
+
+#endif
