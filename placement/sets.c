@@ -114,10 +114,10 @@ int nep_sets_have_scored(const struct nep_requests *requests)
 }
 
 enum nep_status nep_sets_sample(const struct nep_requests *requests, uint32_t layer,
-                                uint32_t stride, struct nep_sets *sets)
+                                uint32_t stride, int is_whole, struct nep_sets *sets)
 {
     const struct nep_trace *trace = requests->trace;
-    int is_scored = nep_sets_have_scored(requests);
+    int is_scored = !is_whole && nep_sets_have_scored(requests);
     uint64_t num = 0;
     uint64_t first;
     for (uint32_t i = 0; i < requests->num; i++) {

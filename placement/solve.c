@@ -33,6 +33,11 @@
  */
 #define SWAP_PRICE 8.0
 #define LOAD_PRICE 2.0
+/* Below so many scored tokens per layer, whole requests are sampled, and so many percent of the
+ * tokens have their home drawn: what few requests prefer is known less well than what fires
+ * together. */
+#define SCARCE_TOKENS 16384u
+#define SCARCE_DRAWN  60u
 /* Rows per token of the sample that a moved copy must save: the term that keeps experts put. */
 #define WARM_GAIN 2e-4
 
@@ -90,6 +95,11 @@ static enum nep_status alloc_solver(struct nep_solver *s, uint32_t max_tokens)
     }
     if (total == 0) {
         return nep_fail(NEP_ERR_INVALID, "solver: the %u requests have no tokens", s->requests.num);
+    }
+    s->is_whole = total < SCARCE_TOKENS;
+    s->drawn_homes = s->is_whole ? SCARCE_DRAWN : 0;
+    for (uint32_t i = 0; i < s->requests.num && s->is_whole; i++) {
+        total += nep_sets_part(&s->requests, i, 0, &first) - s->tokens[i];
     }
     s->stride = (uint32_t)((total + max_tokens - 1) / max_tokens);
     return NEP_OK;
@@ -151,7 +161,7 @@ static enum nep_status load_layer(void *ctx, uint32_t idx)
 {
     struct nep_solver *s = ctx;
     struct nep_solver_layer *layer = &s->layers[idx];
-    enum nep_status status = nep_sets_sample(&s->requests, idx, s->stride, &layer->sets);
+    enum nep_status status = nep_sets_sample(&s->requests, idx, s->stride, s->is_whole, &layer->sets);
     if (status != NEP_OK) {
         return status;
     }
@@ -229,7 +239,10 @@ static int is_late(const struct nep_solver *s)
 static void set_homes(const struct nep_solver *s, struct nep_sets *sets)
 {
     for (uint32_t t = 0; t < sets->num_tokens; t++) {
-        sets->home[t] = (uint16_t)s->homes[sets->request[t]];
+        struct nep_rng rng = nep_rng_seed(t);
+        int is_drawn = nep_rng_below(&rng, 100) < s->drawn_homes;
+        sets->home[t] = (uint16_t)(is_drawn ? nep_rng_below(&rng, s->shape.num_nodes)
+                                            : s->homes[sets->request[t]]);
     }
 }
 

@@ -26,6 +26,7 @@ struct place_args {
     const char *requests;  /* of slice: "all", "train", "test" */
     const char *leave_out; /* a domain */
     const char *only;      /* a domain */
+    const char *methods;   /* of compare: names with commas; NULL: all */
     double replicas;       /* percent */
     double max_imbalance;  /* 0: not given */
     double time_limit;     /* seconds */

@@ -61,6 +61,8 @@ static const struct option options[] = {
     {"--warm", "FILE", TEXT, SOLVE, AT(warm), 0, 0, "start from this running map"},
     {"--max-moves", "n", COUNT, SOLVE, AT(max_moves), 0, 1e15,
      "with --warm: copies that may change place (default no limit)"},
+    {"--methods", "NAMES", TEXT, COMPARE, AT(methods), 0, 0,
+     "only these, names with commas between (default all)"},
     {"--online", NULL, FLAG, COMPARE, AT(is_online), 0, 0,
      "also run the online corrector along the test stream"},
     {"--shuffled", NULL, FLAG, COMPARE, AT(is_shuffled), 0, 0,

@@ -193,8 +193,24 @@ static enum nep_status score_set(const struct compare *c, enum method method, in
     return NEP_OK;
 }
 
+/* --methods is a list of names with commas between them; linear, the base, is always run. */
+static bool is_named(const char *list, const char *name)
+{
+    size_t length = strlen(name);
+    for (const char *at = list; at != NULL; at = strchr(at, ',')) {
+        at += *at == ',';
+        if (strncmp(at, name, length) == 0 && (at[length] == ',' || at[length] == '\0')) {
+            return true;
+        }
+    }
+    return list == NULL;
+}
+
 static bool is_run(const struct compare *c, enum method method)
 {
+    if (method != LINEAR && !is_named(c->args->methods, names[method])) {
+        return false;
+    }
     if (method == NEAREP_ONLINE) {
         return c->args->is_online;
     }

@@ -112,7 +112,7 @@ static void print_bound(struct place_args *args, const struct nep_requests *requ
     for (uint32_t l = 0; l < shape->num_layers; l++) {
         struct nep_sets sets;
         double distinct = 0.0;
-        enum nep_status status = nep_sets_sample(requests, l, 1, &sets);
+        enum nep_status status = nep_sets_sample(requests, l, 1, 0, &sets);
         if (status == NEP_OK) {
             status = nep_bound_distinct(&sets, shape->num_nodes, &distinct);
             nep_sets_fini(&sets);
