@@ -9,7 +9,7 @@ usage() {
 usage: scripts/test.sh [--quick] [-L LABEL] [--preset PRESET] [-- CTEST_ARGUMENTS]
 
   --quick          small sizes (NEP_TEST_SCALE=10), without the layers vm, hosts and fuzz
-  -L LABEL         only one layer: unit, model, multi, hosts, vm, adversary, fuzz, gpu
+  -L LABEL         only one layer: unit, model, multi, hosts, vm, adversary, fuzz, gpu, python
   --preset PRESET  release (default, in build/), dev, clang, asan, tsan (in build-PRESET/)
   --list           names the layers and the packages that each of them needs
 
@@ -36,7 +36,7 @@ done
 
 # shellcheck source=scripts/lib/packages.sh
 . scripts/lib/packages.sh
-layers=(unit ref lint install model multi hosts vm adversary fuzz chaos gpu)
+layers=(unit ref lint install model multi hosts vm adversary fuzz chaos gpu python)
 if [ -n "$label" ]; then
     case " ${layers[*]} " in
     *" $label "*) ;;
@@ -44,7 +44,7 @@ if [ -n "$label" ]; then
     esac
     layers=(unit ref lint install "$label")
 elif [ -n "$quick" ]; then
-    layers=(unit ref lint install model multi adversary gpu)
+    layers=(unit ref lint install model multi adversary gpu python)
 fi
 lists=(scripts/packages.txt)
 for layer in "${layers[@]}"; do

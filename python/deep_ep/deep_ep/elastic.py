@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ElasticBuffer: dispatch and combine of DeepEP's V2 interface, on the same machinery."""
+from dataclasses import dataclass
+from typing import Any, List, Optional
+
+import torch
+
+from .buffer import Buffer
+from .events import EventHandle
+from .handles import NormalHandle, Owned
+from .normal import Payload, _pointer
+from .seats import executor_of
+
+
+@dataclass
+class EPHandle:
+    """Where the rows of a dispatch went. Fields of upstream whose content is of its kernels only
+    (metadata, linked lists) are None."""
+
+    do_expand: bool
+    num_experts: int
+    expert_alignment: int
+    num_max_tokens_per_rank: int
+    num_sms: int
+    topk_idx: torch.Tensor
+    num_recv_tokens_per_expert_list: List[int]
+    num_recv_tokens: int
+    num_expanded_tokens: int
+    psum_num_recv_tokens_per_scaleup_rank: Optional[torch.Tensor] = None
+    psum_num_recv_tokens_per_expert: Optional[torch.Tensor] = None
+    num_unaligned_recv_tokens_per_expert: Optional[torch.Tensor] = None
+    recv_src_metadata: Any = None
+    dst_buffer_slot_idx: Any = None
+    token_metadata_at_forward: Any = None
+    channel_linked_list: Any = None
+    inner: Any = None  # nearep's
+
+
+class ElasticBuffer:
+    """One object for prefill and decode. group: a torch process group; num_max_tokens_per_rank, hidden,
+    num_topk: shape of the largest call. Arguments about kernels, queue pairs and timeouts of upstream
+    are accepted; nearep's own deadline is NEP_TIMEOUT. Placement as in Buffer."""
+
+    def __init__(self, group, num_bytes=None, num_cpu_bytes=0, num_max_tokens_per_rank=0, hidden=0, num_topk=0,
+                 use_fp8_dispatch=False, deterministic=False, allow_hybrid_mode=True,
+                 allow_multiple_reduction=True, prefer_overlap_with_compute=True, sl_idx=3,
+                 num_allocated_qps=0, num_cpu_timeout_secs=300, num_gpu_timeout_secs=100,
+                 explicitly_destroy=False, *, placement=None, ranks_per_node=None):
+        self._buffer = Buffer(group, explicitly_destroy=True, placement=placement,
+                              max_tokens=num_max_tokens_per_rank or None, ranks_per_node=ranks_per_node)
+        self.explicitly_destroy = explicitly_destroy
+        self.num_max_tokens_per_rank, self.hidden, self.num_topk = num_max_tokens_per_rank, hidden, num_topk
+        self.group, self.rank_idx, self.num_ranks = group, self._buffer.rank, self._buffer.group_size
+
+    @staticmethod
+    def get_buffer_size_hint(group, num_max_tokens_per_rank, hidden, num_topk=0, use_fp8_dispatch=False,
+                             **_):
+        """Bytes of what arrives in the worst case; nearep does not need it."""
+        return group.size() * num_max_tokens_per_rank * (2 * hidden + 16 * num_topk)
+
+    def get_theoretical_num_sms(self, num_experts, num_topk, **_):
+        return Buffer.num_sms
+
+    def get_theoretical_num_qps(self, num_sms):
+        return 1
+
+    def get_physical_domain_size(self):
+        """(ranks of this node, nodes)."""
+        topology = self._buffer._comm.topology
+        return topology.node_ranks[topology.node], topology.num_nodes
+
+    get_logical_domain_size = get_physical_domain_size
+
+    def get_comm_stream(self):
+        return self._buffer.get_comm_stream()
+
+    @staticmethod
+    def capture():
+        """An EventHandle (not an EventOverlap) on the current stream."""
+        return EventHandle()
+
+    def barrier(self, use_comm_stream=True, with_cpu_sync=False, sequential=False):
+        self._buffer._allgather("barrier")
+
+    def destroy(self):
+        self._buffer.destroy()
+
+    def __getattr__(self, name):
+        if name.startswith(("engram_", "pp_", "agrs_", "all_gather", "lb_")):
+            raise NotImplementedError(f"deep_ep: ElasticBuffer.{name} belongs to another family of calls "
+                                      "than dispatch and combine; nearep does not have it")
+        raise AttributeError(name)
+
+    # ---- dispatch -----------------------------------------------------------------------------
+
+    def dispatch(self, x, topk_idx=None, topk_weights=None, cumulative_local_expert_recv_stats=None,
+                 num_experts=None, num_max_tokens_per_rank=None, expert_alignment=None, num_sms=0, num_qps=0,
+                 previous_event=None, previous_event_before_epilogue=None, async_with_compute_stream=False,
+                 allocate_on_comm_stream=False, handle=None, do_handle_copy=True, do_cpu_sync=None,
+                 do_expand=False, do_zero_padding=False, use_tma_aligned_col_major_sf=False):
+        """x: [T, H] bf16, or (fp8, scales); topk_idx [T, K]; topk_weights [T, K] f32.
+
+        do_expand: rows grouped by expert, each expert's first row a multiple of expert_alignment, then
+        recv_topk_weights is [rows] and recv_topk_idx None; else one row per token. do_cpu_sync=False:
+        outputs of worst-case size, and no list. do_zero_padding: rows between experts are zero.
+
+        Returns (recv_x, recv_topk_idx, recv_topk_weights, EPHandle, EventOverlap).
+        """
+        buffer = self._buffer
+        payload = Payload(x)
+        with buffer._lock, buffer._streams.on(payload.x.is_cuda, previous_event, async_with_compute_stream,
+                                              allocate_on_comm_stream and async_with_compute_stream) as scope:
+            if handle is not None:
+                return self._again(payload, handle, do_zero_padding, scope)
+            ids = topk_idx.clone() if do_handle_copy else topk_idx
+            found = self._expanded if do_expand else self._by_rank
+            sync = True if do_cpu_sync is None else do_cpu_sync
+            result = found(payload, ids.contiguous(), topk_weights, num_experts, expert_alignment or 1, sync,
+                           do_zero_padding, num_sms, scope)
+            if cumulative_local_expert_recv_stats is not None:
+                counts = result[3].inner.owned.seat.ep.dispatch_counts(result[3].inner.owned.handle)
+                cumulative_local_expert_recv_stats += torch.tensor(
+                    counts.rows_per_slot, dtype=torch.int32, device=payload.x.device)
+            return (*result, scope.finish())
+
+    def _handle(self, inner, ids, num_experts, alignment, sync, rows, is_expanded, num_sms, counts):
+        listed = [-(-num // alignment) * alignment for num in counts.rows_per_slot] if sync else []
+        device = ids.device
+        by_rank = by_expert = plain = None
+        if sync:
+            by_rank = torch.tensor(counts.rows_per_source, dtype=torch.int32, device=device).cumsum(0).int()
+            plain = torch.tensor(counts.rows_per_slot, dtype=torch.int32, device=device)
+            by_expert = torch.tensor(listed, dtype=torch.int32, device=device).cumsum(0).int()
+        return EPHandle(is_expanded, num_experts, alignment, self.num_max_tokens_per_rank, num_sms, ids, listed,
+                        0 if is_expanded else rows, rows if is_expanded else 0, by_rank, by_expert, plain,
+                        inner=inner)
+
+    def _seat(self, payload, ids, num_experts, layout, alignment):
+        return self._buffer._seats.normal(payload.kind, num_experts, ids.shape[1], payload.x.shape[0],
+                                          executor_of(payload.x), layout, alignment)
+
+    def _by_rank(self, payload, ids, weights, num_experts, alignment, sync, _padding, num_sms, scope):
+        buffer = self._buffer
+        seat = self._seat(payload, ids, num_experts, "rank", 0)
+        handle = NormalHandle(Owned(seat), payload.kind, 1)
+        handle.routing, handle.num_tokens = (ids, ids._version, weights), payload.x.shape[0]
+        handle.set_nodes(buffer._comm.topology)
+        buffer._send(seat, handle.owned, payload, ids, weights, scope)
+        worst = 0 if sync else seat.ep.max_rows()
+        recv_x, slots, weights, counts = buffer._receive(seat, handle, payload, True, worst, scope)
+        return recv_x, slots, weights, self._handle(handle, ids, num_experts, alignment, sync, handle.num_rows,
+                                                    False, num_sms, counts)
+
+    def _expanded(self, payload, ids, weights, num_experts, alignment, sync, zero, num_sms, scope):
+        seat = self._seat(payload, ids, num_experts, "packed", alignment)
+        handle = NormalHandle(Owned(seat), payload.kind, 1)
+        handle.routing, handle.num_tokens = (ids, ids._version, weights), payload.x.shape[0]
+        handle.set_nodes(self._buffer._comm.topology)
+        self._buffer._send(seat, handle.owned, payload, ids, weights, scope)
+        counts = seat.ep.dispatch_counts(handle.owned.handle) if sync else None
+        handle.num_rows = counts.num_rows if sync else seat.ep.max_rows()
+        handle.alignment = alignment
+        x, scales, row_weights = self._land(seat, handle.owned, handle.num_rows, payload, zero, scope)
+        return payload.give(x, scales), None, row_weights, self._handle(
+            handle, ids, num_experts, alignment, sync, handle.num_rows, True, num_sms, counts)
+
+    def _land(self, seat, owned, rows, payload, zero, scope):
+        x, scales = payload.empty(rows)
+        weights = torch.zeros(rows, dtype=torch.float32, device=payload.x.device)
+        if zero:
+            x.zero_()
+        seat.ep.recv_raw(owned.handle, _pointer(x), rows, _pointer(scales), None, _pointer(weights), None, None,
+                         scope.pointer)
+        owned.is_idle = True
+        scope.keep(x, scales, weights)
+        return x, scales, weights
+
+    def _again(self, payload, handle, zero, scope):
+        inner = handle.inner
+        if not handle.do_expand:
+            x = self._buffer._dispatch_cached(payload, inner, scope)
+            return x[0], None, None, handle, x[5]
+        if payload.kind != inner.key:
+            raise ValueError("deep_ep: an expanded handle is for the type of x that it was made with")
+        self._buffer._send(inner.owned.seat, inner.owned, payload, None, None, scope)
+        x, scales, weights = self._land(inner.owned.seat, inner.owned, inner.num_rows, payload, zero, scope)
+        return payload.give(x, scales), None, weights, handle, scope.finish()
+
+    # ---- combine ------------------------------------------------------------------------------
+
+    def combine(self, x, handle, topk_weights=None, bias=None, num_sms=0, num_qps=0, previous_event=None,
+                previous_event_before_epilogue=None, async_with_compute_stream=False,
+                allocate_on_comm_stream=False):
+        """Sums the rows of each token, unweighted (the experts have weighed them). Returns (combined_x
+        [T, H], combined_topk_weights or None, EventOverlap)."""
+        if not handle.do_expand:
+            return self._buffer.combine(x, handle.inner, topk_weights, bias, None, previous_event,
+                                        async_with_compute_stream,
+                                        allocate_on_comm_stream and async_with_compute_stream)
+        if topk_weights is not None:
+            raise NotImplementedError("deep_ep: topk_weights come back from dispatches without do_expand")
+        with self._buffer._lock, self._buffer._streams.on(x.is_cuda, previous_event,
+                                                          async_with_compute_stream) as scope:
+            return self._combine_expanded(x, handle, bias, scope)
+
+    def _ones(self, handle, x):
+        """The routing again with weights of one: nearep weighs the rows of expert layouts itself."""
+        inner = handle.inner
+        if "ones" not in inner.twins:
+            ep = inner.owned.seat.ep
+            seat = self._buffer._seats.normal((ep.dtype, ep.hidden, (16, 0)), handle.num_experts, ep.top_k,
+                                              inner.num_tokens, executor_of(x), "packed", inner.alignment)
+            inner.twins["ones"] = Owned(seat)
+            nothing = torch.zeros(inner.num_tokens, 16, dtype=torch.uint8, device=x.device)
+            payload = Payload((nothing, torch.zeros(inner.num_tokens, 0, device=x.device)))
+            with self._buffer._streams.on(x.is_cuda) as scope:
+                ids = handle.topk_idx
+                self._buffer._send(seat, inner.twins["ones"], payload, ids, None, scope)
+                rows = torch.empty(inner.num_rows, 16, dtype=torch.uint8, device=x.device)
+                seat.ep.recv_raw(inner.twins["ones"].handle, _pointer(rows), inner.num_rows, None, None, None,
+                                 None, None, scope.pointer)
+            inner.twins["ones"].is_idle = True
+        return inner.twins["ones"]
+
+    def _combine_expanded(self, x, handle, bias, scope):
+        inner = handle.inner
+        ep = inner.owned.seat.ep
+        if tuple(x.shape) != (inner.num_rows, ep.hidden) or not x.is_contiguous():
+            raise ValueError(f"deep_ep: x has shape {tuple(x.shape)}; combine needs contiguous rows "
+                             f"[{inner.num_rows}, {ep.hidden}]")
+        owned = self._ones(handle, x)
+        biases = list(bias) if isinstance(bias, (tuple, list)) else [bias]
+        y = torch.empty(inner.num_tokens, ep.hidden, dtype=x.dtype, device=x.device)
+        owned.is_idle = False
+        owned.seat.ep.combine_send_raw(owned.handle, _pointer(x), None, scope.pointer)
+        owned.seat.ep.combine_recv_raw(owned.handle, _pointer(y), None,
+                                       [_pointer(b) for b in (biases + [None])[:2]], scope.pointer)
+        owned.is_idle = True
+        scope.keep(x, y, *biases)
+        return y, None, scope.finish()

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Handles: opaque to frameworks, sequences to upstream's tests. Items that only a test reads are made
+when they are read."""
+from collections.abc import Sequence
+
+import torch
+
+
+class Owned:
+    """A handle of nearep that goes back to its pool with this."""
+
+    def __init__(self, seat):
+        self.seat = seat
+        self.handle = seat.free.pop() if seat.free else seat.ep.handle()
+        self.is_idle = True
+
+    def __del__(self):
+        try:
+            if self.is_idle:
+                self.seat.free.append(self.handle)
+        except AttributeError:
+            pass
+
+
+class _Lazy(Sequence):
+    _makers = ()
+
+    def __init__(self):
+        self._made = {}
+
+    def __len__(self):
+        return len(self._makers)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        index = range(len(self))[index]
+        if index not in self._made:
+            self._made[index] = getattr(self, self._makers[index])()
+        return self._made[index]
+
+
+class NormalHandle(_Lazy):
+    """Of a dispatch in normal mode: 6 items on one node, 10 on several, as upstream orders them.
+
+    What nearep does not have is computed from what it has: prefix sums by source of this rank's own
+    column (other columns are -1: a rank knows what it receives, not what others do), channels of equal
+    shares of tokens.
+    """
+
+    def __init__(self, owned, key, num_channels):
+        super().__init__()
+        self.owned, self.key, self.num_channels = owned, key, num_channels
+        self.twins = {}          # the same routing on an ep for another payload
+        self.routing = None      # (topk_idx, its version, topk_weights)
+        self.is_token_in_rank = None
+        self.num_tokens = 0
+        self.num_rows = 0
+        self.rows_per_source = None
+        self.source_token = None
+        self.source_rank = None
+        self.topology = None
+        self._makers = ("_rank_prefix", "_channel_prefix", "_recv_channel_prefix", "_src_idx", "_in_rank",
+                        "_send_head")
+
+    def set_nodes(self, topology):
+        self.topology = topology
+        if topology.num_nodes > 1:
+            self._makers = ("_in_rank", "_rdma_channel_prefix", "_channel_prefix",
+                            "_recv_rdma_channel_prefix", "_recv_rdma_rank_prefix_sum",
+                            "_recv_channel_prefix", "_recv_gbl_rank_prefix_sum", "_src_meta", "_rdma_head",
+                            "_nvl_head")
+
+    # ---- items --------------------------------------------------------------------------------
+
+    def _sources(self):
+        if self.rows_per_source is None:  # worst case: counts were never read on the host
+            found = self.source_rank[:self.num_rows]
+            self.rows_per_source = torch.bincount(found[found >= 0].long().cpu(),
+                                                  minlength=self.topology.num_ranks).tolist()
+        return torch.tensor(self.rows_per_source, dtype=torch.int32)
+
+    def _rank_prefix(self):
+        ranks = self.topology.num_ranks
+        matrix = torch.full((ranks, ranks), -1, dtype=torch.int32)
+        matrix[:, self.topology.rank] = torch.cumsum(self._sources(), 0).int()
+        return matrix.to(self.is_token_in_rank.device)
+
+    def _prefix_by_channel(self, sent):
+        """[X, C]: inclusive prefix by channel of what goes to each of X; channels share tokens evenly."""
+        tokens, channels = sent.shape[0], self.num_channels
+        share = -(-tokens // channels) if tokens else 0
+        ends = [min(share * (c + 1), tokens) for c in range(channels)]
+        total = torch.cat([torch.zeros(1, sent.shape[1], dtype=torch.int64, device=sent.device),
+                           sent.long().cumsum(0)])
+        return total[ends].t().int().contiguous()
+
+    def _channel_prefix(self):
+        return self._prefix_by_channel(self.is_token_in_rank)
+
+    def _by_node(self):
+        nodes = torch.tensor(self.topology.node_of_rank, device=self.is_token_in_rank.device)
+        sent = torch.zeros(self.num_tokens, self.topology.num_nodes, dtype=torch.int64,
+                           device=self.is_token_in_rank.device)
+        return sent.index_add_(1, nodes, self.is_token_in_rank.long()) > 0
+
+    def _rdma_channel_prefix(self):
+        return self._prefix_by_channel(self._by_node())
+
+    def _recv_channel_prefix(self):
+        """Where this rank's rows of each (source, channel) start, channels by equal shares of rows."""
+        rows = self._sources()
+        share = torch.div(rows + self.num_channels - 1, self.num_channels, rounding_mode="floor")
+        return torch.minimum(share[:, None] * torch.arange(self.num_channels, dtype=torch.int32), rows[:, None])
+
+    def _recv_rdma_channel_prefix(self):
+        found = self._recv_channel_prefix()
+        nodes = torch.tensor(self.topology.node_of_rank)
+        return torch.zeros(self.topology.num_nodes, self.num_channels, dtype=torch.int32).index_add_(
+            0, nodes, found)
+
+    def _recv_gbl_rank_prefix_sum(self):
+        return torch.cumsum(self._sources(), 0).int().to(self.is_token_in_rank.device)
+
+    def _recv_rdma_rank_prefix_sum(self):
+        nodes = torch.tensor(self.topology.node_of_rank)
+        sums = torch.zeros(self.topology.num_nodes, dtype=torch.int64).index_add_(0, nodes,
+                                                                                self._sources().long())
+        return sums.cumsum(0).int()
+
+    def _src_idx(self):
+        return self.source_token[:self.num_rows]
+
+    def _src_meta(self):
+        """u8[N, 8]: source rank and token, two int32."""
+        pair = torch.stack([self.source_rank[:self.num_rows], self.source_token[:self.num_rows]], 1)
+        return pair.contiguous().view(torch.uint8)
+
+    def _in_rank(self):
+        return self.is_token_in_rank
+
+    def _heads(self, sent):
+        order = sent.long().cumsum(0) - 1
+        return torch.where(sent, order, torch.full_like(order, -1)).int()
+
+    def _send_head(self):
+        return self._heads(self.is_token_in_rank)
+
+    def _rdma_head(self):
+        return self._heads(self._by_node())
+
+    def _nvl_head(self):
+        size = max(self.topology.node_ranks)
+        return torch.zeros(self.num_rows, size, dtype=torch.int32)
+
+
+class LowLatencyHandle(_Lazy):
+    """Of a low-latency dispatch: source tokens [L, R * M], ranges [L, R] (begin << 32 | count), M, H, E."""
+
+    _makers = ("_src_info", "_layout_range", "_tokens", "_hidden", "_experts")
+
+    def __init__(self, owned, shape, source_token, source_rank, count):
+        super().__init__()
+        self.owned, self.shape = owned, shape
+        self.source_token, self.source_rank, self.count = source_token, source_rank, count
+        self.complete = None  # finishes the dispatch if its hook has not run
+
+    def _ready(self):
+        if self.complete is not None:
+            self.complete()
+
+    def _src_info(self):
+        self._ready()
+        return self.source_token
+
+    def _layout_range(self):
+        self._ready()
+        slots, rows = self.source_rank.shape
+        ranks = rows // self.shape[0]
+        is_row = torch.arange(rows, device=self.count.device)[None, :] < self.count[:, None]
+        at = torch.arange(slots, device=self.count.device)[:, None] * ranks + self.source_rank.long()
+        num = torch.bincount(at[is_row], minlength=slots * ranks).view(slots, ranks)
+        begin = num.cumsum(1) - num
+        return begin * (1 << 32) + num
+
+    def _tokens(self):
+        return self.shape[0]
+
+    def _hidden(self):
+        return self.shape[1]
+
+    def _experts(self):
+        return self.shape[2]

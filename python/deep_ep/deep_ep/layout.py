@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who gets which token: get_dispatch_layout and what dispatch needs of it."""
+import torch
+
+
+class Routing:
+    """What get_dispatch_layout knew, carried on the tensors that it returned."""
+
+    def __init__(self, topk_idx, num_experts):
+        self.topk_idx, self.num_experts = topk_idx, num_experts
+
+
+def owners(topk_idx, num_experts, num_ranks):
+    """[T, K] rank of each id; num_ranks for those that count nowhere. Contiguous placement."""
+    per_rank = -(-num_experts // num_ranks)
+    is_used = (topk_idx >= 0) & (topk_idx < num_experts)
+    rank = torch.div(topk_idx.long(), per_rank, rounding_mode="floor")
+    return torch.where(is_used, rank, torch.full_like(rank, num_ranks))
+
+
+def _members(rank, num):
+    """[T, num] bool from [T, K] numbers, `num` = none."""
+    found = torch.zeros(rank.shape[0], num + 1, dtype=torch.bool, device=rank.device)
+    return found.scatter_(1, rank, True)[:, :num].contiguous()
+
+
+def contiguous_layout(topk_idx, num_experts, topology):
+    """The five results without a map, by torch alone: nothing is exchanged."""
+    ranks, nodes = topology.num_ranks, topology.num_nodes
+    rank = owners(topk_idx, num_experts, ranks)
+    in_rank = _members(rank, ranks)
+    per_node = None
+    if nodes > 1:
+        node_of = torch.tensor(topology.node_of_rank + [nodes], device=topk_idx.device)
+        per_node = _members(node_of[rank], nodes).sum(0, dtype=torch.int32)
+    used = topk_idx[(topk_idx >= 0) & (topk_idx < num_experts)]
+    per_expert = torch.bincount(used.long(), minlength=num_experts).int()
+    return in_rank.sum(0, dtype=torch.int32), per_node, per_expert, in_rank
+
+
+def mapped_layout(ep, topk_idx, topology):
+    """The same with a map: nearep chooses the copies. num_tokens_per_expert counts slots, [R * L]."""
+    device, tokens = topk_idx.device, topk_idx.shape[0]
+    per_rank = torch.empty(topology.num_ranks, dtype=torch.int32)
+    per_node = torch.empty(topology.num_nodes, dtype=torch.int32)
+    per_slot = torch.empty(topology.num_ranks * ep.slots_per_rank, dtype=torch.int32)
+    in_rank = torch.empty(tokens, topology.num_ranks, dtype=torch.bool)
+    ep.layout_counts(topk_idx.cpu(), rows_per_rank=per_rank, rows_per_node=per_node, rows_per_slot=per_slot,
+                     is_token_in_rank=in_rank)
+    per_node = per_node.to(device) if topology.num_nodes > 1 else None
+    return per_rank.to(device), per_node, per_slot.to(device), in_rank.to(device)
+
+
+def ids_from_ranks(is_token_in_rank, num_experts):
+    """[T, K] one expert of each rank that a token goes to, for callers that give no ids."""
+    tokens, ranks = is_token_in_rank.shape
+    width = min(ranks, 32)
+    per_rank = -(-num_experts // ranks)
+    if ranks <= 32:
+        first = torch.arange(ranks, device=is_token_in_rank.device) * per_rank
+        return torch.where(is_token_in_rank, first[None, :], torch.full_like(first, -1)[None, :]).contiguous()
+    order = torch.argsort(is_token_in_rank.int(), dim=1, descending=True, stable=True)[:, :width]
+    chosen = torch.gather(is_token_in_rank, 1, order)
+    if tokens and int(is_token_in_rank.sum(1).max()) > width:
+        raise ValueError(f"deep_ep: a token goes to more than {width} ranks; pass topk_idx")
+    return torch.where(chosen, order * per_rank, torch.full_like(order, -1)).contiguous()

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dispatch and combine in normal mode: one row per token and rank, ordered by source rank, then token."""
+import torch
+from nearep import InvalidError
+
+from .handles import NormalHandle, Owned
+from .layout import ids_from_ranks
+from .seats import DTYPES, element_size, executor_of
+
+_ID_TYPES = {torch.int32: 0, torch.int64: 1}
+
+
+def _pointer(tensor):
+    return None if tensor is None else tensor.data_ptr() or None
+
+
+class Payload:
+    """x of a dispatch: a tensor [T, H], or (tensor [T, H], scales [T, S]) whose bytes pass through."""
+
+    def __init__(self, x):
+        self.x, self.scales = x if isinstance(x, tuple) else (x, None)
+        self.is_pair = isinstance(x, tuple)
+        if self.x.dim() != 2 or not self.x.is_contiguous():
+            raise ValueError("deep_ep: x must be a contiguous [T, H] tensor")
+        if self.is_pair:
+            scales = self.scales if self.scales.dim() == 2 else self.scales[:, None]
+            if scales.shape[0] != self.x.shape[0]:
+                raise ValueError(f"deep_ep: {scales.shape[0]} rows of scales for {self.x.shape[0]} tokens")
+            self.scales = scales.contiguous()
+        elif self.x.dtype not in DTYPES:
+            raise ValueError(f"deep_ep: x is of type {self.x.dtype}; pass bf16, fp16, fp32, or (fp8, scales)")
+
+    @property
+    def kind(self):
+        hidden = self.x.shape[1]
+        if not self.is_pair:
+            return DTYPES[self.x.dtype], hidden, None
+        return "bf16", hidden, (hidden * element_size(self.x.dtype),
+                                self.scales.shape[1] * element_size(self.scales.dtype))
+
+    def empty(self, rows):
+        """Outputs of the same kind."""
+        x = torch.empty(rows, self.x.shape[1], dtype=self.x.dtype, device=self.x.device)
+        if not self.is_pair:
+            return x, None
+        return x, torch.empty(rows, self.scales.shape[1], dtype=self.scales.dtype, device=self.x.device)
+
+    def give(self, x, scales):
+        return (x, scales) if self.is_pair else x
+
+
+class Normal:
+    """The normal calls of Buffer."""
+
+    def dispatch(self, x, handle=None, num_tokens_per_rank=None, num_tokens_per_rdma_rank=None,
+                 is_token_in_rank=None, num_tokens_per_expert=None, topk_idx=None, topk_weights=None,
+                 expert_alignment=1, num_worst_tokens=0, config=None, previous_event=None,
+                 async_finish=False, allocate_on_comm_stream=False):
+        """Sends each token once to every rank that holds one of its experts.
+
+        x: [T, H] bf16 (fp16, fp32), or (fp8 [T, H], scales [T, S] of any 4-byte or 1-byte type).
+        handle: of an earlier dispatch: its routing again, without topk. Else the results of
+        get_dispatch_layout, and topk_idx [T, K] with topk_weights f32 [T, K], both or neither.
+        expert_alignment: the list of received tokens per expert is rounded up to it.
+        num_worst_tokens: rows of the outputs; counts are not waited for on the host, the tail of
+        recv_topk_idx is -1 and the list is empty. config: accepted.
+
+        Returns (recv_x [N, H] like x, recv_topk_idx [N, K] local ids or -1, recv_topk_weights [N, K] 0
+        where -1, list of L numbers, handle, EventOverlap); with a handle (recv_x, None, None, None, None,
+        EventOverlap).
+        """
+        with self._lock:
+            self._check_alive()
+            payload = Payload(x)
+            with self._streams.on(payload.x.is_cuda, previous_event, async_finish,
+                                  allocate_on_comm_stream) as scope:
+                scope.keep(payload.x, payload.scales, topk_idx, topk_weights)
+                if handle is not None:
+                    if topk_idx is not None or topk_weights is not None:
+                        raise ValueError("deep_ep: a dispatch with a handle takes no topk_idx and topk_weights")
+                    return self._dispatch_cached(payload, handle, scope)
+                return self._dispatch_fresh(payload, is_token_in_rank, num_tokens_per_expert, topk_idx,
+                                            topk_weights, expert_alignment, num_worst_tokens, config, scope)
+
+    internode_dispatch = dispatch
+
+    def _check_alive(self):
+        if self.runtime is None:
+            raise RuntimeError("deep_ep: this Buffer is destroyed")
+
+    def _experts_of(self, num_tokens_per_expert, routing):
+        if routing is not None:
+            return routing.num_experts
+        if self._seats.placement is not None:
+            return self._seats.placement.shape.num_experts
+        return num_tokens_per_expert.numel()
+
+    def _dispatch_fresh(self, payload, in_rank, per_expert, topk_idx, topk_weights, alignment, worst, config,
+                        scope):
+        if (topk_idx is None) != (topk_weights is None):
+            raise ValueError("deep_ep: give both topk_idx and topk_weights, or neither")
+        if in_rank is None or per_expert is None:
+            raise ValueError("deep_ep: a fresh dispatch needs is_token_in_rank and num_tokens_per_expert of "
+                             "get_dispatch_layout")
+        if worst and topk_idx is None:
+            raise ValueError("deep_ep: num_worst_tokens needs topk_idx and topk_weights")
+        routing = getattr(in_rank, "nearep_routing", None)
+        num_experts = self._experts_of(per_expert, routing)
+        has_topk = topk_idx is not None
+        ids = topk_idx
+        if not has_topk:
+            ids = routing.topk_idx if routing is not None else ids_from_ranks(in_rank, num_experts)
+        ids = ids.contiguous()
+        seat = self._seats.normal(payload.kind, num_experts, ids.shape[1], payload.x.shape[0],
+                                  executor_of(payload.x))
+        handle = NormalHandle(Owned(seat), payload.kind,
+                              max((config.num_sms if config is not None else self.num_sms) // 2, 1))
+        handle.routing = (ids, ids._version, topk_weights)
+        handle.num_tokens, handle.is_token_in_rank = payload.x.shape[0], in_rank
+        handle.set_nodes(self._comm.topology)
+        self._send(seat, handle.owned, payload, ids, topk_weights, scope)
+        found = self._receive(seat, handle, payload, has_topk, worst, scope)
+        recv_x, recv_ids, recv_weights, counts = found
+        listed = []
+        if not worst:
+            listed = [-(-num // alignment) * alignment for num in counts.rows_per_slot]
+            if not has_topk and routing is None:  # ids were made up: the true counts are with the sources
+                listed = self._counts_of_all(per_expert, alignment)
+        return recv_x, recv_ids, recv_weights, listed, handle, scope.finish()
+
+    def _counts_of_all(self, per_expert, alignment):
+        mine = slice(self.rank * (per_expert.numel() // self.group_size),
+                     (self.rank + 1) * (per_expert.numel() // self.group_size))
+        rows = self._allgather(per_expert.tolist())
+        return [-(-sum(column) // alignment) * alignment for column in list(zip(*rows))[mine]]
+
+    def _send(self, seat, owned, payload, ids, weights, scope):
+        """Starts it; ids that no expert has count nowhere, but nearep refuses them: then once more
+        without them. Nothing was sent by the refused call."""
+        owned.is_idle = False
+        arguments = (owned.handle, payload.x.shape[0], _pointer(payload.x), _pointer(payload.scales))
+        weights = weights.contiguous() if weights is not None else None
+        tail = (_pointer(weights), 0, scope.pointer)
+        if ids is None:
+            seat.ep.send_raw(*arguments, None, 0, *tail)
+            return
+        kind = _ID_TYPES[ids.dtype]
+        try:
+            seat.ep.send_raw(*arguments, ids.data_ptr() or 8, kind, *tail)
+        except InvalidError:
+            is_used = (ids >= 0) & (ids < seat.num_experts)
+            cleaned = torch.where(is_used, ids, torch.full_like(ids, -1))
+            seat.ep.send_raw(*arguments, cleaned.data_ptr() or 8, kind, *tail)
+
+    def _receive(self, seat, handle, payload, has_topk, worst, scope):
+        """Completes a fresh dispatch; the sizes come first, outputs are allocated then."""
+        counts = None if worst else seat.ep.dispatch_counts(handle.owned.handle)
+        rows, device, top_k = worst or counts.num_rows, payload.x.device, seat.ep.top_k
+        x, scales = payload.empty(rows)
+        slots = weights = None
+        if has_topk:
+            slots = torch.full((rows, top_k), -1, dtype=torch.int32, device=device) if worst else \
+                torch.empty(rows, top_k, dtype=torch.int32, device=device)
+            weights = torch.empty(rows, top_k, dtype=torch.float32, device=device)
+        sources = torch.full((2, rows), -1, dtype=torch.int32, device=device) if worst else \
+            torch.empty(2, rows, dtype=torch.int32, device=device)
+        seat.ep.recv_raw(handle.owned.handle, _pointer(x), rows, _pointer(scales), _pointer(slots),
+                         _pointer(weights), _pointer(sources[0]), _pointer(sources[1]), scope.pointer)
+        handle.owned.is_idle = True
+        handle.num_rows = rows
+        handle.rows_per_source = counts.rows_per_source if counts is not None else None
+        handle.source_rank, handle.source_token = sources[0], sources[1]
+        scope.keep(x, scales, slots, weights, sources)
+        if has_topk:
+            slots = slots.to(handle.routing[0].dtype)
+        return payload.give(x, scales), slots, weights, counts
+
+    def _twin(self, handle, kind, payload_x):
+        """(seat, nearep's handle, ids to route with or None when it is routed): the handle itself, or the
+        same routing on an ep for another payload."""
+        if kind == handle.key:
+            return handle.owned.seat, handle.owned, None
+        if kind in handle.twins:
+            owned = handle.twins[kind]
+            return owned.seat, owned, None
+        ids, version, _ = handle.routing
+        if ids._version != version:
+            raise ValueError("deep_ep: topk_idx was changed after the dispatch whose handle is used for another "
+                             "type of x; keep it as it was")
+        seat = self._seats.normal(kind, handle.owned.seat.num_experts, ids.shape[1], handle.num_tokens,
+                                  executor_of(payload_x))
+        owned = handle.twins[kind] = Owned(seat)
+        return seat, owned, ids
+
+    def _dispatch_cached(self, payload, handle, scope):
+        if payload.x.shape[0] != handle.num_tokens:
+            raise ValueError(f"deep_ep: x has {payload.x.shape[0]} tokens; the dispatch of this handle had "
+                             f"{handle.num_tokens}")
+        seat, owned, ids = self._twin(handle, payload.kind, payload.x)
+        x, scales = payload.empty(handle.num_rows)
+        self._send(seat, owned, payload, ids, handle.routing[2] if ids is not None else None, scope)
+        seat.ep.recv_raw(owned.handle, _pointer(x), handle.num_rows, _pointer(scales), None, None, None, None,
+                         scope.pointer)
+        owned.is_idle = True
+        scope.keep(x, scales)
+        return payload.give(x, scales), None, None, None, None, scope.finish()
+
+    def combine(self, x, handle, topk_weights=None, bias=None, config=None, previous_event=None,
+                async_finish=False, allocate_on_comm_stream=False):
+        """Sums, for each token of the dispatch, the rows of all ranks: fp32, fixed order, rounded once a
+        level.
+
+        x: [N, H] in the rows' order; topk_weights: [N, K] f32, summed alike, all ranks or none; bias:
+        [T, H] of x's type, or a pair of them. Returns (combined_x [T, H], combined_topk_weights [T, K] or
+        None, EventOverlap).
+        """
+        with self._lock:
+            self._check_alive()
+            ep = handle.owned.seat.ep
+            if x.dim() != 2 or not x.is_contiguous() or x.shape != (handle.num_rows, ep.hidden):
+                raise ValueError(f"deep_ep: x has shape {tuple(x.shape)}; combine needs contiguous rows "
+                                 f"[{handle.num_rows}, {ep.hidden}] of the dispatch")
+            if DTYPES.get(x.dtype) != ep.dtype:
+                raise ValueError(f"deep_ep: x is of type {x.dtype}; the dispatch of this handle was made for "
+                                 f"{ep.dtype}")
+            biases = bias if isinstance(bias, (tuple, list)) else (bias, None)
+            with self._streams.on(x.is_cuda, previous_event, async_finish, allocate_on_comm_stream) as scope:
+                return self._combine(x, handle, topk_weights, biases, scope)
+
+    internode_combine = combine
+
+    def _combine(self, x, handle, weights, biases, scope):
+        ep, owned, device = handle.owned.seat.ep, handle.owned, x.device
+        biases = [value.contiguous() if value is not None else None for value in (*biases, None)[:2]]
+        for value in biases:
+            if value is not None and (value.shape != (handle.num_tokens, ep.hidden) or value.dtype != x.dtype):
+                raise ValueError(f"deep_ep: bias has shape {tuple(value.shape)} of {value.dtype}; it must be "
+                                 f"[{handle.num_tokens}, {ep.hidden}] of {x.dtype}")
+        y = torch.empty(handle.num_tokens, ep.hidden, dtype=x.dtype, device=device)
+        sums = None
+        if weights is not None:
+            weights = weights.contiguous()
+            if weights.dtype != torch.float32 or weights.shape != (handle.num_rows, ep.top_k):
+                raise ValueError(f"deep_ep: topk_weights have shape {tuple(weights.shape)} of {weights.dtype}; "
+                                 f"they must be [{handle.num_rows}, {ep.top_k}] of float32")
+            sums = torch.empty(handle.num_tokens, ep.top_k, dtype=torch.float32, device=device)
+        owned.is_idle = False
+        has = weights is not None
+        ep.combine_send_raw(owned.handle, _pointer(x), (weights.data_ptr() or 8) if has else None,
+                            scope.pointer)
+        ep.combine_recv_raw(owned.handle, _pointer(y), _pointer(sums), [_pointer(b) for b in biases],
+                            scope.pointer)
+        owned.is_idle = True
+        scope.keep(x, y, weights, sums, *biases)
+        return y, sums, scope.finish()

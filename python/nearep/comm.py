@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A rank's seat in a group, made from the environment, a torch process group, MPI, or functions."""
+import ctypes
+import datetime
+from dataclasses import dataclass
+from typing import Any, Callable, List, Optional, Sequence
+
+from . import _abi
+from ._lib import Owner, check, create, lib, sized, text
+
+_ALLGATHER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
+                              ctypes.c_size_t, ctypes.c_uint64)
+_PUT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p,
+                        ctypes.c_size_t, ctypes.c_uint64)
+_GET = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p,
+                        ctypes.c_size_t, ctypes.POINTER(ctypes.c_size_t), ctypes.c_uint64)
+_CAS = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p,
+                        ctypes.c_size_t, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p,
+                        ctypes.c_size_t, ctypes.POINTER(ctypes.c_size_t), ctypes.c_uint64)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where ranks are. node_of_rank, local_of_rank: [R]; node_ranks: [N] ranks on each node."""
+
+    rank: int
+    num_ranks: int
+    node: int
+    num_nodes: int
+    local: int
+    node_of_rank: List[int]
+    local_of_rank: List[int]
+    node_ranks: List[int]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The first failure of a communicator; rank and node are None where no single one is to blame."""
+
+    status: int
+    rank: Optional[int]
+    node: Optional[int]
+    op: int
+    expected: int
+    arrived: int
+    idle_ns: int
+    phase: str
+    message: str
+
+
+def _number(value):
+    return None if value == 0xFFFFFFFF else value
+
+
+def _array(pointer, num):
+    return list((ctypes.c_uint32 * num).from_address(pointer)) if num else []
+
+
+class _Bootstrap:
+    """The caller's allgather and store as C functions. An exception inside becomes a failure there,
+    and is raised again by the call that needed it."""
+
+    def __init__(self, num_ranks: int, allgather: Callable[[bytes], Sequence[bytes]], store: Any = None):
+        self.error: Optional[BaseException] = None
+        self._num_ranks = num_ranks
+        self._gather = allgather
+        self._store = store
+        self._functions = [_ALLGATHER(self._allgather)]
+        if store is not None:
+            self._functions += [_PUT(self._put), _GET(self._get), _CAS(self._cas)]
+        pointers = [ctypes.cast(function, ctypes.c_void_p) for function in self._functions]
+        pointers += [None] * (4 - len(pointers))
+        self.struct = sized(_abi.nep_bootstrap, allgather=pointers[0], put=pointers[1], get=pointers[2],
+                            cas=pointers[3])
+
+    def _guard(self, work):
+        try:
+            work()
+            return 0
+        except BaseException as error:  # it must not cross C frames
+            self.error = error
+            return 1
+
+    def _allgather(self, _ctx, source, target, num, _timeout):
+        def work():
+            parts = self._gather(ctypes.string_at(source, num) if num else b"")
+            if len(parts) != self._num_ranks or any(len(part) != num for part in parts):
+                raise ValueError("nearep: allgather must return one value of equal length per rank")
+            whole = b"".join(parts)
+            if whole:
+                ctypes.memmove(target, whole, len(whole))
+        return self._guard(work)
+
+    def _put(self, _ctx, key, value, num, _timeout):
+        return self._guard(lambda: self._store.set(key.decode(), ctypes.string_at(value, num).hex()))
+
+    @staticmethod
+    def _give(value, target, cap, num_p):
+        if len(value) > cap:
+            raise ValueError("nearep: a value of the store is larger than its reader expects")
+        ctypes.memmove(target, value, len(value))
+        num_p[0] = len(value)
+
+    def _get(self, _ctx, key, target, cap, num_p, timeout):
+        def work():
+            self._store.wait([key.decode()], datetime.timedelta(microseconds=max(timeout // 1000, 1)))
+            self._give(bytes.fromhex(self._store.get(key.decode()).decode()), target, cap, num_p)
+        try:
+            work()
+            return 0
+        except Exception:  # a key that does not come is an answer, not an error of ours
+            return 1
+
+    def _cas(self, _ctx, key, expected, expected_num, desired, desired_num, target, cap, num_p, _timeout):
+        def work():
+            before = ctypes.string_at(expected, expected_num).hex() if expected_num else ""
+            after = self._store.compare_set(key.decode(), before,
+                                            ctypes.string_at(desired, desired_num).hex())
+            self._give(bytes.fromhex(after.decode()), target, cap, num_p)
+        return self._guard(work)
+
+
+def _torch_store(group):
+    """The store behind a torch group, with names of its own; None where torch does not show it."""
+    try:
+        import torch.distributed as dist
+        from torch.distributed import distributed_c10d as c10d
+        store = c10d._get_default_store()
+        ranks = dist.get_process_group_ranks(group) if hasattr(dist, "get_process_group_ranks") else [
+            dist.get_global_rank(group, i) if hasattr(dist, "get_global_rank") else i
+            for i in range(dist.get_world_size(group))]
+        return dist.PrefixStore("nearep/" + ",".join(map(str, ranks)), store)
+    except Exception:
+        return None
+
+
+class Comm(Owner):
+    """This rank's seat in a group. Collective: all ranks make it, with equal arguments.
+
+    Comm() takes rank, size and address from the launcher (torchrun, mpirun, srun, NEP_RANK).
+    Comm.from_torch(group) and Comm.from_mpi(comm) take them from there; Comm(rank, num_ranks,
+    allgather=...) from any function that gives every rank's bytes in rank order.
+
+    ranks_per_node: emulate nodes of these sizes, in rank order; None: detect.
+    intra, inter: transports ("shm", "loop"; "ucx", "verbs", "shm", ...); None: choose.
+    timeout: seconds that any wait may take; None: NEP_TIMEOUT (100 s).
+    """
+
+    def __init__(self, rank: Optional[int] = None, num_ranks: Optional[int] = None, *,
+                 rendezvous: Optional[str] = None, allgather: Optional[Callable] = None,
+                 store: Any = None, ranks_per_node: Optional[Sequence[int]] = None,
+                 intra: Optional[str] = None, inter: Optional[str] = None,
+                 timeout: Optional[float] = None):
+        if (rank is None) != (num_ranks is None):
+            raise ValueError("nearep: give both rank and num_ranks, or neither")
+        if allgather is not None and num_ranks is None:
+            raise ValueError("nearep: allgather needs rank and num_ranks")
+        params = sized(_abi.nep_comm_params, rank=rank or 0, num_ranks=num_ranks or 0,
+                       rendezvous=text(rendezvous), intra=text(intra), inter=text(inter),
+                       timeout_ns=int((timeout or 0) * 1e9))
+        self._bootstrap = _Bootstrap(num_ranks, allgather, store) if allgather is not None else None
+        if self._bootstrap is not None:
+            params.bootstrap = ctypes.addressof(self._bootstrap.struct)
+        if ranks_per_node is not None:
+            sizes = (ctypes.c_uint32 * len(ranks_per_node))(*ranks_per_node)
+            params.ranks_per_node, params.num_nodes = ctypes.addressof(sizes), len(ranks_per_node)
+        pointer = self.guarded(create, lib.nep_comm_create, ctypes.addressof(params))
+        super().__init__(pointer, lib.nep_comm_destroy)
+        self.topology = self._read_topology()
+
+    @classmethod
+    def from_torch(cls, group: Any = None, **options) -> "Comm":
+        """From a torch.distributed process group of any backend (None: the default group)."""
+        import torch.distributed as dist
+        rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+
+        def allgather(value):
+            parts = [None] * num_ranks
+            dist.all_gather_object(parts, value, group=group)
+            return parts
+        return cls(rank, num_ranks, allgather=allgather, store=_torch_store(group), **options)
+
+    @classmethod
+    def from_mpi(cls, comm: Any = None, **options) -> "Comm":
+        """From an mpi4py communicator (None: COMM_WORLD)."""
+        if comm is None:
+            from mpi4py import MPI
+            comm = MPI.COMM_WORLD
+        return cls(comm.Get_rank(), comm.Get_size(), allgather=comm.allgather, **options)
+
+    def guarded(self, function, *arguments):
+        """Calls function; an exception inside the caller's allgather or store comes out of it."""
+        try:
+            return function(*arguments)
+        except Exception as failure:
+            bootstrap = getattr(self, "_bootstrap", None)
+            cause = bootstrap.error if bootstrap is not None else None
+            if cause is not None:
+                bootstrap.error = None
+                raise failure from cause
+            raise
+
+    def _read_topology(self):
+        found = sized(_abi.nep_topology)
+        check(lib.nep_comm_topology(self.pointer, ctypes.addressof(found)))
+        return Topology(found.rank, found.num_ranks, found.node, found.num_nodes, found.local,
+                        _array(found.node_of_rank, found.num_ranks),
+                        _array(found.local_of_rank, found.num_ranks),
+                        _array(found.node_ranks, found.num_nodes))
+
+    @property
+    def rank(self) -> int:
+        return self.topology.rank
+
+    @property
+    def num_ranks(self) -> int:
+        return self.topology.num_ranks
+
+    def fault(self) -> Optional[Fault]:
+        """The first failure, also one that a background thread found; None if there is none."""
+        found = sized(_abi.nep_fault)
+        check(lib.nep_comm_fault(self.pointer, ctypes.addressof(found)))
+        if found.status == 0:
+            return None
+        return Fault(found.status, _number(found.rank), _number(found.node), found.op, found.expected,
+                     found.arrived, found.idle_ns, found.phase.decode(), found.message.decode())
+
+    def ep(self, **shape):
+        """An Ep on this communicator; collective. See Ep."""
+        from .ep import Ep
+        return Ep(self, **shape)

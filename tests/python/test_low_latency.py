@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matrix of upstream's low-latency test: every byte, count, range and scale."""
+import itertools
+import unittest
+
+import deep_ep
+import torch
+import torch.distributed as dist
+from ranks import close, equal, must, run, world
+
+H, K, M = 512, 4, 24
+FORMATS = (dict(use_fp8=False), dict(use_fp8=True), dict(use_fp8=True, round_scale=True),
+           dict(use_fp8=True, round_scale=True, use_ue8m0=True))
+
+
+def e4m3_table():
+    """The value of each byte, from the format's definition."""
+    values = []
+    for byte in range(256):
+        sign, exponent, fraction = byte >> 7, byte >> 3 & 15, byte & 7
+        value = fraction / 8 * 2.0 ** -6 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7)
+        values.append(float("nan") if byte & 127 == 127 else -value if sign else value)
+    return torch.tensor(values, dtype=torch.float64)
+
+
+E4M3 = e4m3_table()
+
+
+def scale_of(x, rounded):
+    """[T, H/128] fp64 of [T, H]."""
+    amax = x.double().abs().view(x.shape[0], -1, 128).amax(2).clamp(min=1e-4)
+    scale = amax / 448
+    return torch.exp2(torch.ceil(torch.log2(scale))) if rounded else scale
+
+
+def pairs_of(tokens, expert):
+    """[(source, token)] of an expert's rows, in the order of the output."""
+    return [(s, int(t)) for s, given in enumerate(tokens)
+            for t in torch.nonzero((given.ids == expert).any(1))[:, 0]]
+
+
+def check_rows(result, count, tokens, rank, per_rank, how):
+    what = str(how)
+    data, scales = result if isinstance(result, tuple) else (result, None)
+    for local in range(per_rank):
+        rows = pairs_of(tokens, rank * per_rank + local)
+        must(int(count[local]) == len(rows), f"count of {local}: {int(count[local])}, want {len(rows)}; {what}")
+        if not rows:
+            continue
+        want = torch.stack([tokens[s].x[t] for s, t in rows])
+        got = data[local, :len(rows)]
+        if scales is None:
+            equal(got, want, "rows: " + what)
+            continue
+        found = scales[local, :len(rows)]
+        if how.get("use_ue8m0"):
+            must(found.dtype == torch.int32 and found.shape[1] == H // 512, "packed scales")
+            bytes_ = torch.tensor(found.tolist(), dtype=torch.int32).view(torch.uint8).view(len(rows), H // 128)
+            found = torch.exp2(bytes_.double() - 127)
+        want_scale = scale_of(want, bool(how.get("round_scale")))
+        off = (found.double() - want_scale).abs() / want_scale
+        must(float(off.max()) < (1e-12 if how.get("round_scale") else 3e-7), f"scales off by {float(off.max())}")
+        spread = found.double().repeat_interleave(128, 1)
+        value = E4M3[got.view(torch.uint8).long()] * spread
+        bound = torch.maximum(want.double().abs() * 2.0 ** -4, spread * 2.0 ** -10) * (1 + 1e-6)
+        must(bool(((value - want.double()).abs() <= bound).all()), "fp8 rows beyond half a unit: " + what)
+    must(scales is None or scales.stride(1) == 1, "tokens are contiguous in the scales")
+
+
+def check_handle(handle, tokens, rank, ranks, per_rank):
+    info, ranges = handle[0], handle[1]
+    must(tuple(info.shape) == (per_rank, ranks * M) and tuple(handle[2:4]) == (M, H), "the handle's shapes")
+    for local in range(per_rank):
+        rows = pairs_of(tokens, rank * per_rank + local)
+        must(info[local, :len(rows)].tolist() == [t for _, t in rows], "src_info")
+        begin = 0
+        for source in range(ranks):
+            num = sum(s == source for s, _ in rows)
+            must(int(ranges[local, source]) == (begin << 32 | num), "layout_range")
+            begin += num
+
+
+def one(buffer, rank, ranks, tokens, experts, how, mode, zero_copy, with_out, logfmt):
+    mine, per_rank = tokens[rank], experts // ranks
+    stats = torch.zeros(per_rank, dtype=torch.int32)
+    cost = torch.zeros(ranks, dtype=torch.int64)
+    flags = dict(return_recv_hook=mode == "hook", async_finish=mode == "async")
+    result, count, handle, event, hook = buffer.low_latency_dispatch(
+        mine.x, mine.ids, M, experts, cumulative_local_expert_recv_stats=stats,
+        dispatch_wait_recv_cost_stats=cost, **how, **flags)
+    must((hook is not None) == (mode == "hook"), "a hook exactly where asked for")
+    if hook is not None:
+        hook()
+    elif mode == "async":
+        event.current_stream_wait()
+    else:
+        must(event.event is None, "no event where the call has waited")
+    check_rows(result, count, tokens, rank, per_rank, how)
+    equal(stats, count, "statistics")
+    must(bool((cost >= 0).all()) and int(cost[rank]) == 0, "wait statistics")
+    check_handle(handle, tokens, rank, ranks, per_rank)
+    y_in = torch.full((per_rank, ranks * M, H), float("nan")).bfloat16()
+    for local in range(per_rank):
+        for i, (s, t) in enumerate(pairs_of(tokens, rank * per_rank + local)):
+            y_in[local, i] = tokens[s].x[t] * (1 + rank * per_rank + local)
+    if zero_copy:
+        target = buffer.get_next_low_latency_combine_buffer(handle)
+        must(tuple(target.shape) == tuple(y_in.shape), "zero-copy buffer")
+        target[:, :, :] = y_in
+    out = torch.empty(mine.x.shape) if with_out else None
+    out = out.bfloat16() if with_out else None
+    y, event, hook = buffer.low_latency_combine(y_in, mine.ids, mine.weights, handle, use_logfmt=logfmt,
+                                                zero_copy=zero_copy, out=out, **flags)
+    if hook is not None:
+        hook()
+    must(not with_out or y.data_ptr() == out.data_ptr(), "out= is used")
+    used = (mine.ids >= 0).double() * mine.weights.double()
+    terms = [used[:, k:k + 1] * (mine.x * (1 + mine.ids[:, k:k + 1])).double() for k in range(K)]
+    # weights in fp32, one rounding by rank, by node and at home
+    close(y, sum(terms), sum(t.abs() for t in terms), f"combine {how} {mode}", roundings=3.01)
+    return y
+
+
+def matrix(rank, ranks, nodes, experts, sizes):
+    hint = deep_ep.Buffer.get_low_latency_rdma_size_hint(M, H, ranks, experts)
+    buffer = deep_ep.Buffer(dist.group.WORLD, 0, hint, low_latency_mode=True, num_qps_per_rank=experts // ranks,
+                            ranks_per_node=nodes, enable_shrink=True)
+    buffer.clean_low_latency_buffer(M, H, experts)
+    number = 0
+    for how, mode, zero_copy in itertools.product(FORMATS, ("sync", "async", "hook"), (False, True)):
+        number += 1
+        tokens = world(ranks, sizes, H, experts, K, salt=number)
+        one(buffer, rank, ranks, tokens, experts, how, mode, zero_copy, number % 2 == 0,
+            number % 3 == 0 and not zero_copy)
+    pressure(buffer, rank, ranks, experts, sizes)
+    masks(buffer, rank, ranks, experts, sizes)
+    dist.barrier()
+
+
+def pressure(buffer, rank, ranks, experts, sizes):
+    tokens = world(ranks, sizes, H, experts, K, salt=77)
+    seen = None
+    for _ in range(10):
+        y = one(buffer, rank, ranks, tokens, experts, FORMATS[1], "hook", False, False, False)
+        equal(y, seen if seen is not None else y, "the same input again")
+        seen = y
+
+
+def overlap(rank, ranks):
+    """Two results alive, hooks in any order, and normal calls in between on the same buffer."""
+    experts, sizes = 2 * ranks, [M - r for r in range(ranks)]
+    buffer = deep_ep.Buffer(dist.group.WORLD, 0, 1 << 20, low_latency_mode=True)
+    a, b = (world(ranks, sizes, H, experts, K, salt=salt) for salt in (1, 2))
+    for turn in range(4):
+        first = buffer.low_latency_dispatch(a[rank].x, a[rank].ids, M, experts, return_recv_hook=True)
+        second = buffer.low_latency_dispatch(b[rank].x, b[rank].ids, M, experts, return_recv_hook=True)
+        for found in ((first, second), (second, first))[turn % 2]:
+            found[4]()
+        check_rows(first[0], first[1], a, rank, 2, FORMATS[1])
+        check_rows(second[0], second[1], b, rank, 2, FORMATS[1])
+        found = buffer.get_dispatch_layout(a[rank].ids, experts)
+        x, _, _, _, handle, _ = buffer.dispatch(
+            a[rank].x, num_tokens_per_rank=found[0], is_token_in_rank=found[3], num_tokens_per_expert=found[2],
+            topk_idx=a[rank].ids, topk_weights=a[rank].weights)
+        buffer.combine(x, handle)
+        one(buffer, rank, ranks, a, experts, FORMATS[0], "hook", False, False, False)
+    for bad, word in ((dict(async_finish=True, return_recv_hook=True), "exclude"),
+                      (dict(use_ue8m0=True), "round_scale")):
+        try:
+            buffer.low_latency_dispatch(a[rank].x, a[rank].ids, M, experts, **bad)
+            must(False, word)
+        except ValueError as error:
+            must(word in str(error), str(error))
+    dist.barrier()
+
+
+def masks(buffer, rank, ranks, experts, sizes):
+    status = torch.full((ranks,), 7, dtype=torch.int32)
+    buffer.low_latency_query_mask_buffer(status)
+    must(status.tolist() == [0] * ranks, "nobody is masked at first")
+    buffer.low_latency_update_mask_buffer(ranks - 1, True)
+    buffer.low_latency_query_mask_buffer(status)
+    must(status.tolist() == [0] * (ranks - 1) + [1], "the last rank is masked")
+    tokens = world(ranks, sizes, H, experts, K, salt=55)
+    for given in tokens:
+        given.ids[given.ids >= experts // ranks * (ranks - 1)] = -1
+    whole = world(ranks, sizes, H, experts, K, salt=55)[rank]
+    result, count, handle, _, _ = buffer.low_latency_dispatch(whole.x, whole.ids, M, experts, use_fp8=False)
+    check_rows(result, count, tokens, rank, experts // ranks, FORMATS[0])
+    y = buffer.low_latency_combine(result, whole.ids, whole.weights, handle)[0]
+    used = (tokens[rank].ids >= 0) * whole.weights
+    close(y, used.sum(1, keepdim=True).double() * whole.x.double(),
+          used.sum(1, keepdim=True).double() * whole.x.double().abs(), "combine with a mask", roundings=3.01)
+    buffer.low_latency_clean_mask_buffer()
+
+
+class LowLatencyTest(unittest.TestCase):
+    def test_matrix_one_node(self):
+        run(2, matrix, [2], 6, [M, 11])
+
+    def test_matrix_two_nodes(self):
+        run(4, matrix, [2, 2], 8, [M, 0, 3, 17])
+
+    def test_overlap(self):
+        run(3, overlap)
+
+
+if __name__ == "__main__":
+    unittest.main()

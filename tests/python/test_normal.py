@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matrix of upstream's intranode and internode tests, with a bound for each element."""
+import itertools
+import unittest
+
+import deep_ep
+import torch
+import torch.distributed as dist
+from ranks import Tokens, arrivals, close, equal, must, run, world
+
+H, K = 256, 4
+FP8 = getattr(torch, "float8_e4m3fn", torch.uint8)
+
+
+def payload_of(kind, given, rank):
+    """As upstream's three: random bf16, bf16 that names its rank, fp8 bytes with column-major scales."""
+    if kind == "random":
+        return given.x
+    if kind == "rank":
+        return torch.full_like(given.x, rank)
+    data = (given.x.view(torch.int16).to(torch.int32) & 0xFF).to(torch.uint8)
+    scales = given.x.float()[:, :H // 128].t().contiguous().t()
+    return data.view(FP8), scales
+
+
+def expected(kind, tokens, rows):
+    parts = [payload_of(kind, given, source) for source, given in enumerate(tokens)]
+    if kind != "fp8":
+        return torch.stack([parts[s][t] for s, t in rows]) if rows else parts[0][:0]
+    return (torch.stack([parts[s][0].view(torch.uint8)[t] for s, t in rows]) if rows else
+            parts[0][0].view(torch.uint8)[:0],
+            torch.stack([parts[s][1][t] for s, t in rows]) if rows else parts[0][1][:0])
+
+
+def check_x(got, want, what):
+    if isinstance(want, tuple):
+        equal(got[0].view(torch.uint8), want[0], what + " bytes")
+        equal(got[1], want[1], what + " scales")
+    else:
+        equal(got, want, what)
+
+
+def check_layout(found, mine, experts, ranks, nodes, sizes):
+    per_rank, per_node, per_expert, in_rank, event = found
+    owner = torch.div(mine.ids, experts // ranks, rounding_mode="floor")
+    owner = torch.where(mine.ids >= 0, owner, torch.full_like(owner, -1))
+    want = torch.stack([(owner == r).any(1) for r in range(ranks)], 1)
+    equal(in_rank, want, "is_token_in_rank")
+    equal(per_rank, want.sum(0).int(), "num_tokens_per_rank")
+    equal(per_expert, torch.stack([(mine.ids == e).sum() for e in range(experts)]).int(), "per expert")
+    must((per_node is None) == (nodes == 1), "num_tokens_per_rdma_rank on one node is None")
+    if per_node is not None:
+        begins = [sum(sizes[:n]) for n in range(nodes + 1)]
+        want_nodes = [int(want[:, begins[n]:begins[n + 1]].any(1).sum()) for n in range(nodes)]
+        must(per_node.tolist() == want_nodes, "num_tokens_per_rdma_rank")
+    return in_rank
+
+
+def check_case(buffer, rank, ranks, nodes, tokens, kind, with_topk, is_async, has_previous, alignment, experts):
+    mine, per_rank = tokens[rank], experts // ranks
+    what = f"{kind}, topk {with_topk}, async {is_async}, previous {has_previous}, alignment {alignment}"
+    events = dict(async_finish=is_async)
+    if has_previous:
+        events["previous_event"] = buffer.capture()
+    found = buffer.get_dispatch_layout(mine.ids, experts, **events)
+    in_rank = check_layout(found, mine, experts, ranks, len(nodes), nodes)
+    if is_async:
+        found[4].current_stream_wait()
+    arguments = dict(num_tokens_per_rank=found[0], num_tokens_per_rdma_rank=found[1], is_token_in_rank=in_rank,
+                     num_tokens_per_expert=found[2], config=buffer.get_dispatch_config(ranks),
+                     expert_alignment=alignment, **events)
+    if with_topk:
+        arguments.update(topk_idx=mine.ids, topk_weights=mine.weights)
+    recv_x, recv_ids, recv_weights, listed, handle, event = buffer.dispatch(payload_of(kind, mine, rank), **arguments)
+    must((event.event is not None) == is_async, "an event exactly where asked for")
+    rows = arrivals(tokens, rank, per_rank)
+    check_x(recv_x, expected(kind, tokens, rows), "recv_x: " + what)
+    pairs = [sum(int((given.ids == rank * per_rank + i).sum()) for given in tokens) for i in range(per_rank)]
+    must(listed == [-(-n // alignment) * alignment for n in pairs], f"list {listed}: {what}")
+    prefix = handle[0][:, rank] if len(nodes) == 1 else handle[-4]
+    sources = torch.tensor([s for s, _ in rows])
+    must(prefix.tolist() == [int((sources <= s).sum()) for s in range(ranks)], "prefix by source: " + what)
+    if with_topk:
+        check_topk(tokens, rows, rank, per_rank, recv_ids, recv_weights)
+        check_worst(buffer, kind, mine, rank, ranks, arguments, recv_x, recv_ids, recv_weights)
+    else:
+        must(recv_ids is None and recv_weights is None, "no topk came back")
+    again = buffer.dispatch(payload_of(kind, mine, rank), handle=handle, **events)
+    check_x(again[0], expected(kind, tokens, rows), "cached: " + what)
+    must(again[1:5] == (None,) * 4, "a cached dispatch returns rows alone")
+    check_combine(buffer, rank, ranks, tokens, rows, handle, recv_weights, per_rank, nodes, events, what)
+
+
+def check_topk(tokens, rows, rank, per_rank, ids, weights):
+    want_ids = torch.stack([tokens[s].ids[t] for s, t in rows]) if rows else ids[:0]
+    is_here = (want_ids >= 0) & (torch.div(want_ids, per_rank, rounding_mode="floor") == rank)
+    equal(ids, torch.where(is_here, want_ids - rank * per_rank, torch.full_like(want_ids, -1)), "recv_topk_idx")
+    want = torch.stack([tokens[s].weights[t] for s, t in rows]) if rows else weights[:0]
+    equal(weights, want * is_here, "recv_topk_weights")
+
+
+def check_worst(buffer, kind, mine, rank, ranks, arguments, recv_x, recv_ids, recv_weights):
+    worst = 64 * ranks
+    found = buffer.dispatch(payload_of(kind, mine, rank), num_worst_tokens=worst, **arguments)
+    num = recv_ids.shape[0]
+    first = (found[0][0][:num], found[0][1][:num]) if isinstance(found[0], tuple) else found[0][:num]
+    want = (recv_x[0].view(torch.uint8), recv_x[1]) if isinstance(recv_x, tuple) else recv_x
+    check_x(first, want, "worst case")
+    must(found[1].shape[0] == worst and bool((found[1][num:] == -1).all()), "the tail is -1")
+    equal(found[1][:num], recv_ids, "worst case ids")
+    equal(found[2][:num], recv_weights, "worst case weights")
+    must(found[3] == [], "no list in the worst case")
+
+
+def check_combine(buffer, rank, ranks, tokens, rows, handle, weights, per_rank, nodes, events, what):
+    mine = tokens[rank]
+    sent = torch.stack([tokens[s].x[t] for s, t in rows]) if rows else mine.x[:0]
+    scaled = (sent.float() * (1 + rank)).bfloat16()
+    owner = torch.where(mine.ids >= 0, torch.div(mine.ids, per_rank, rounding_mode="floor"),
+                        torch.full_like(mine.ids, -1))
+    in_rank = torch.stack([(owner == r).any(1) for r in range(ranks)], 1)
+    terms = [(mine.x.float() * (1 + r)).bfloat16().double() * in_rank[:, r:r + 1] for r in range(ranks)]
+    biases = [torch.ones_like(mine.x), mine.x.flip(1).contiguous()]
+    for bias in (None, biases[0], tuple(biases)):
+        y, sums, event = buffer.combine(scaled.contiguous(), handle, topk_weights=weights, bias=bias,
+                                        config=buffer.get_combine_config(ranks), **events)
+        used = list(bias) if isinstance(bias, tuple) else [bias] if bias is not None else []
+        every = terms + [b.double() for b in used]
+        close(y, sum(every), sum(t.abs() for t in every), "combine: " + what, roundings=len(nodes) + 1)
+        if weights is not None:
+            close(sums, (mine.weights * (mine.ids >= 0)).double(), torch.ones_like(mine.weights).double(),
+                  "combined weights: " + what, bits=23)
+
+
+def matrix(rank, ranks, nodes, experts, sizes):
+    buffer = deep_ep.Buffer(dist.group.WORLD, 1 << 20, 0, ranks_per_node=nodes, explicitly_destroy=True)
+    cases = itertools.product(("random", "rank", "fp8"), (True, False), (False, True), (False, True))
+    for number, (kind, with_topk, is_async, has_previous) in enumerate(cases):
+        tokens = world(ranks, sizes, H, experts, K, salt=number)
+        check_case(buffer, rank, ranks, nodes, tokens, kind, with_topk, is_async, has_previous,
+                   (1, 16)[number % 2], experts)
+    pressure(buffer, rank, ranks, experts, sizes)
+    dist.barrier()
+    buffer.destroy()
+
+
+def pressure(buffer, rank, ranks, experts, sizes):
+    """The same input gives the same bits, whatever happened in between."""
+    mine = Tokens(rank, sizes[rank], H, experts, K, salt=99)
+    seen = None
+    for _ in range(20):
+        found = buffer.get_dispatch_layout(mine.ids, experts)
+        x, ids, weights, _, handle, _ = buffer.dispatch(
+            mine.x, num_tokens_per_rank=found[0], num_tokens_per_rdma_rank=found[1], is_token_in_rank=found[3],
+            num_tokens_per_expert=found[2], topk_idx=mine.ids, topk_weights=mine.weights)
+        y = buffer.combine(x, handle, topk_weights=weights)[0]
+        now = (x, ids, weights, y)
+        for a, b in zip(seen or now, now):
+            equal(a, b, "the same input again")
+        seen = now
+
+
+def oddities(rank, ranks):
+    """What upstream refuses or forgets: ranks without tokens, ids beyond the experts, uneven experts,
+    int32 ids, handles used across types, made-up layouts."""
+    buffer = deep_ep.Buffer(dist.group.WORLD)
+    must(buffer.group_size == ranks and buffer.runtime is not None and not buffer.low_latency_mode, "attributes")
+    experts, sizes = 3 * ranks - 1, [0 if r == 1 else 5 + r for r in range(ranks)]
+    tokens = world(ranks, sizes, H, experts, K, dtype=torch.int32)
+    mine = tokens[rank]
+    ids = torch.where(mine.ids < 0, torch.full_like(mine.ids, experts + 7), mine.ids)
+    found = buffer.get_dispatch_layout(ids, experts)
+    arguments = dict(num_tokens_per_rank=found[0], is_token_in_rank=found[3], num_tokens_per_expert=found[2])
+    x, got_ids, weights, listed, handle, _ = buffer.dispatch(mine.x, topk_idx=ids, topk_weights=mine.weights,
+                                                             **arguments)
+    rows = arrivals(tokens, rank, 3)
+    check_x(x, expected("random", tokens, rows), "uneven experts")
+    must(got_ids.dtype == torch.int32 and len(listed) == 3, "types and list")
+    equal(handle[3], torch.tensor([t for _, t in rows], dtype=torch.int32), "recv_src_idx")
+    other = buffer.dispatch(payload_of("fp8", mine, rank), handle=handle)[0]
+    check_x(other, expected("fp8", tokens, rows), "fp8 with a handle of bf16")
+    y = buffer.combine(x, handle)[0]
+    in_rank = found[3].sum(1, keepdim=True).double()
+    close(y, mine.x.double() * in_rank, mine.x.double().abs() * in_rank, "combine after another type")
+    plain = found[3].clone()  # a layout of the caller's own
+    arguments["is_token_in_rank"] = plain
+    arguments["num_tokens_per_expert"] = torch.nn.functional.pad(found[2], (0, 1))
+    x2, _, _, listed2, _, _ = buffer.dispatch(mine.x, **arguments)
+    equal(x2, x, "without ids")
+    must(listed2 == listed, f"counts without ids: {listed2}, {listed}")
+    for bad, word in ((dict(topk_idx=ids), "both"), (dict(num_worst_tokens=5), "num_worst_tokens")):
+        try:
+            buffer.dispatch(mine.x, **arguments, **bad)
+            must(False, word)
+        except ValueError as error:
+            must(word in str(error), f"{word}: {error}")
+    dist.barrier()
+
+
+class NormalTest(unittest.TestCase):
+    def test_matrix_one_node(self):
+        run(2, matrix, [2], 8, [33, 40])
+
+    def test_matrix_two_nodes(self):
+        run(4, matrix, [2, 2], 8, [20, 1, 33, 7])
+
+    def test_three_ranks_oddities(self):
+        run(3, oddities)
+
+
+if __name__ == "__main__":
+    unittest.main()
