@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ElasticBuffer: by token and expanded, cached, synchronous or worst case, alignment and padding."""
+import itertools
+import unittest
+
+import deep_ep
+import torch
+import torch.distributed as dist
+from ranks import arrivals, close, equal, must, run, world
+
+H, K = 256, 4
+
+
+def expanded_rows(tokens, rank, per_rank, alignment):
+    """[(row, source, token, k)] and the number of rows."""
+    found, end = [], 0
+    for local in range(per_rank):
+        begin = -(-end // alignment) * alignment
+        end = begin
+        for s, given in enumerate(tokens):
+            for t, k in torch.nonzero(given.ids == rank * per_rank + local).tolist():
+                found.append((end, s, t, k))
+                end += 1
+    return found, -(-end // alignment) * alignment
+
+
+def one(buffer, rank, ranks, experts, tokens, expand, sync, alignment, bias):
+    mine, per_rank = tokens[rank], experts // ranks
+    stats = torch.zeros(per_rank, dtype=torch.int32)
+    x, ids, weights, handle, event = buffer.dispatch(
+        mine.x, topk_idx=mine.ids, topk_weights=mine.weights, num_experts=experts, num_max_tokens_per_rank=64,
+        expert_alignment=alignment, do_expand=expand, do_cpu_sync=sync, do_zero_padding=True,
+        cumulative_local_expert_recv_stats=stats, async_with_compute_stream=True)
+    event.current_stream_wait()
+    pairs = [sum(int((g.ids == rank * per_rank + i).sum()) for g in tokens) for i in range(per_rank)]
+    must(stats.tolist() == pairs, "statistics")
+    must(handle.num_recv_tokens_per_expert_list ==
+         ([-(-n // alignment) * alignment for n in pairs] if sync else []), "list")
+    if expand:
+        rows, total = expanded_rows(tokens, rank, per_rank, alignment)
+        must(ids is None and (not sync or x.shape[0] == total), "rows of the expanded layout")
+        factor = torch.zeros(x.shape[0], 1)
+        for row, s, t, k in rows:
+            equal(x[row], tokens[s].x[t], "expanded row")
+            must(float(weights[row]) == float(tokens[s].weights[t, k]), "its weight")
+            factor[row] = float(tokens[s].weights[t, k])
+        used = torch.ones(x.shape[0], dtype=torch.bool)
+        used[[row for row, _, _, _ in rows]] = False
+        must(float(x[used].abs().sum()) == 0, "padding is zero")
+        y_in = (x.float() * factor).bfloat16()
+        want = (mine.x.double() * ((mine.ids >= 0) * mine.weights).sum(1, keepdim=True).double())
+        again = buffer.dispatch(mine.x, handle=handle, do_zero_padding=True)
+        equal(again[0], x, "cached")
+    else:
+        rows = arrivals(tokens, rank, per_rank)
+        equal(x[:len(rows)], torch.stack([tokens[s].x[t] for s, t in rows]) if rows else x[:0], "rows")
+        must(bool((ids[len(rows):] == -1).all()), "tail")
+        y_in = x
+        owner = torch.where(mine.ids >= 0, torch.div(mine.ids, per_rank, rounding_mode="floor"),
+                            torch.full_like(mine.ids, -1))
+        num = torch.stack([(owner == r).any(1) for r in range(ranks)], 1).sum(1, keepdim=True)
+        want = mine.x.double() * num
+    add = mine.x.flip(0).contiguous() if bias else None
+    y = buffer.combine(y_in.contiguous(), handle, bias=add)[0]
+    want = want + (add.double() if bias else 0)
+    close(y, want, want.abs() + (2 * add.double().abs() if bias else 0) + mine.x.double().abs() * K, "combine",
+          roundings=3)
+
+
+def matrix(rank, ranks, nodes):
+    experts = 3 * ranks
+    buffer = deep_ep.ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=64, hidden=H, num_topk=K,
+                                   explicitly_destroy=True, ranks_per_node=nodes)
+    must(buffer.get_physical_domain_size()[1] == len(nodes), "domains")
+    cases = itertools.product((False, True), (True, False), (1, 16), (False, True))
+    for number, (expand, sync, alignment, bias) in enumerate(cases):
+        tokens = world(ranks, [max(1, 9 - r) for r in range(ranks)], H, experts, K, salt=number)
+        one(buffer, rank, ranks, experts, tokens, expand, sync, alignment, bias)
+    try:
+        buffer.engram_fetch()
+        must(False, "another family")
+    except NotImplementedError as error:
+        must("engram_fetch" in str(error), str(error))
+    buffer.barrier()
+    buffer.destroy()
+
+
+class ElasticTest(unittest.TestCase):
+    def test_one_node(self):
+        run(2, matrix, [2])
+
+    def test_two_nodes(self):
+        run(3, matrix, [2, 1])
+
+
+if __name__ == "__main__":
+    unittest.main()
