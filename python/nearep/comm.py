@@ -225,6 +225,27 @@ class Comm(Owner):
         return Fault(found.status, _number(found.rank), _number(found.node), found.op, found.expected,
                      found.arrived, found.idle_ns, found.phase.decode(), found.message.decode())
 
+    def recover(self, *, lost: Sequence[int] = (), num_joining: int = 0, timeout: float = 0.0) -> List[int]:
+        """After a fault: agrees on who lives and goes on with those; collective over them. Operations
+        under way have failed, handles hold no dispatch. lost: ranks known to be gone. Returns the live
+        ranks. Needs a store (Comm() and Comm.from_torch have one)."""
+        flags = (ctypes.c_uint8 * self.num_ranks)()
+        for rank in lost:
+            flags[rank] = 1
+        params = sized(_abi.nep_recover_params, is_lost=ctypes.addressof(flags), num_joining=num_joining,
+                       timeout_ns=int(timeout * 1e9))
+        found = sized(_abi.nep_recovery)
+        self.guarded(lambda: check(lib.nep_comm_recover(self.pointer, ctypes.addressof(params),
+                                                        ctypes.addressof(found))))
+        live = (ctypes.c_uint8 * self.num_ranks).from_address(found.is_live)
+        return [rank for rank in range(self.num_ranks) if live[rank]]
+
+    def newcomers(self) -> int:
+        """How many wait to be let in by recover(). Asks the store."""
+        num = ctypes.c_uint32()
+        self.guarded(lambda: check(lib.nep_comm_newcomers(self.pointer, ctypes.addressof(num))))
+        return num.value
+
     def ep(self, **shape):
         """An Ep on this communicator; collective. See Ep."""
         from .ep import Ep

@@ -139,6 +139,13 @@ class Ep(Owner):
         check(lib.nep_dispatch_send(self.pointer, handle.pointer, self._at["tokens"], stream))
         handle.num_tokens = num_tokens
 
+    def bind_raw(self, handle, x, capacity, scales, source_rank, source_token):
+        """nep_handle_bind_output with addresses: the send half then moves rows to them already."""
+        rows = self.rows
+        rows.x, rows.capacity, rows.scales, rows.topk_slots = x, capacity, scales, None
+        rows.topk_weights, rows.source_rank, rows.source_token = None, source_rank, source_token
+        check(lib.nep_handle_bind_output(handle.pointer, self._at["rows"]))
+
     def recv_raw(self, handle, x, capacity, scales, slots, weights, source_rank, source_token, stream):
         """nep_dispatch_recv with addresses."""
         rows = self.rows
@@ -202,6 +209,13 @@ class Ep(Owner):
         return Counts(found.num_rows, found.num_real_rows, _list(ctypes.c_uint32, found.rows_per_slot, slots),
                       _list(ctypes.c_uint64, found.first_row, slots),
                       _list(ctypes.c_uint32, found.rows_per_source, self.comm.num_ranks))
+
+    def device_counts(self, handle: Handle) -> Memory:
+        """Executor "cuda": rows_per_slot [L] uint32 of this handle's dispatches in device memory, as
+        bytes, filled in stream order without a wait of the host; valid as long as the handle."""
+        found = self.counts_struct
+        check(lib.nep_dispatch_counts_device(self.pointer, handle.pointer, self._at["counts_struct"]))
+        return Memory(found.rows_per_slot, 4 * self.slots_per_rank, handle, True)
 
     def dispatch_recv(self, handle: Handle, x: Any, *, scales: Any = None, topk_slots: Any = None,
                       topk_weights: Any = None, source_rank: Any = None, source_token: Any = None,

@@ -13,7 +13,7 @@ print(f"seed {SEED} (NEP_TEST_SEED)", flush=True)
 DEADLINE = 150
 
 
-def _child(rank, num_ranks, path, work, arguments, pipe):
+def _child(rank, num_ranks, path, work, arguments, pipe, is_together):
     torch.set_num_threads(1)
     os.environ.setdefault("NEP_TIMEOUT", "60s")
     try:
@@ -21,7 +21,8 @@ def _child(rank, num_ranks, path, work, arguments, pipe):
         store = dist.FileStore(path, num_ranks)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks)
         result = work(rank, num_ranks, *arguments)
-        dist.barrier()
+        if is_together:
+            dist.barrier()
         pipe.send((None, result))
         pipe.close()
         os._exit(0)  # no teardown of gloo: peers may be gone already
@@ -31,7 +32,7 @@ def _child(rank, num_ranks, path, work, arguments, pipe):
         os._exit(1)
 
 
-def run(num_ranks, work, *arguments):
+def run(num_ranks, work, *arguments, is_together=True):
     """work(rank, num_ranks, *arguments) on each rank; returns what they return, or raises."""
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -39,7 +40,7 @@ def run(num_ranks, work, *arguments):
         for rank in range(num_ranks):
             ours, theirs = context.Pipe(False)
             child = context.Process(target=_child, args=(rank, num_ranks, os.path.join(folder, "store"), work,
-                                                         arguments, theirs))
+                                                         arguments, theirs, is_together))
             child.start()
             theirs.close()
             pipes.append(ours)

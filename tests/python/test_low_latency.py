@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matrix of upstream's low-latency test: every byte, count, range and scale."""
 import itertools
+import os
 import unittest
 
 import deep_ep
+import nearep
 import torch
 import torch.distributed as dist
 from ranks import close, equal, must, run, world
@@ -194,12 +196,48 @@ def masks(buffer, rank, ranks, experts, sizes):
     buffer.low_latency_clean_mask_buffer()
 
 
+def shrink(rank, ranks):
+    """A rank ends; the others are told, mask it and go on."""
+    os.environ["NEP_TIMEOUT"] = "3s"
+    experts = 2 * ranks
+    buffer = deep_ep.Buffer(dist.group.WORLD, 0, 1 << 20, low_latency_mode=True, enable_shrink=True)
+    tokens = world(ranks, [5] * ranks, H, experts, K)
+    one(buffer, rank, ranks, tokens, experts, FORMATS[0], "hook", False, False, False)
+    dist.barrier()
+    if rank == 1:
+        return "ended"
+    mine = tokens[rank]
+    try:
+        for _ in range(2):  # the loss may show in this step's second half, or in the next step
+            found = buffer.low_latency_dispatch(mine.x, mine.ids, M, experts, use_fp8=False, return_recv_hook=True)
+            found[4]()
+            buffer.low_latency_combine(found[0], mine.ids, mine.weights, found[2])
+        must(False, "nobody noticed that rank 1 has ended")
+    except (nearep.DeadlineError, nearep.PeerLostError) as error:
+        must("[1] are masked" in str(error), str(error))
+    status = torch.empty(ranks, dtype=torch.int32)
+    buffer.low_latency_query_mask_buffer(status)
+    must(status.tolist() == [int(r == 1) for r in range(ranks)], f"masks {status.tolist()}")
+    for _ in range(3):
+        x, count, handle, _, hook = buffer.low_latency_dispatch(mine.x, mine.ids, M, experts, use_fp8=False,
+                                                               return_recv_hook=True)
+        hook()
+        y = buffer.low_latency_combine(x, mine.ids, mine.weights, handle)[0]
+        is_used = (mine.ids >= 0) & (torch.div(mine.ids, 2, rounding_mode="floor") != 1)
+        want = mine.x.double() * (is_used * mine.weights).sum(1, keepdim=True).double()
+        close(y, want, want.abs(), "after the loss", roundings=4)
+    return "alive"
+
+
 class LowLatencyTest(unittest.TestCase):
     def test_matrix_one_node(self):
         run(2, matrix, [2], 6, [M, 11])
 
     def test_matrix_two_nodes(self):
         run(4, matrix, [2, 2], 8, [M, 0, 3, 17])
+
+    def test_a_lost_rank_is_masked(self):
+        self.assertEqual(run(3, shrink, is_together=False), ["alive", "ended", "alive"])
 
     def test_overlap(self):
         run(3, overlap)

@@ -184,7 +184,7 @@ class Buffer(Normal, LowLatency):
             raise ValueError(f"deep_ep: topk_idx has shape {tuple(topk_idx.shape)} of {topk_idx.dtype}; it must "
                              "be [T, K] of int64 or int32")
         with self._streams.on(topk_idx.is_cuda, previous_event, async_finish, allocate_on_comm_stream) as scope:
-            with _on_stream(scope):
+            with scope.torch():
                 if self._seats.placement is None:
                     found = contiguous_layout(topk_idx, num_experts, self._comm.topology)
                 else:
@@ -194,9 +194,3 @@ class Buffer(Normal, LowLatency):
             scope.keep(topk_idx, *found)
             found[3].nearep_routing = Routing(topk_idx, num_experts)
             return (*found, scope.finish())
-
-
-def _on_stream(scope):
-    """torch's own kernels on the communication stream."""
-    stream = getattr(scope, "_stream", None)
-    return torch.cuda.stream(stream)  # None: nothing

@@ -169,6 +169,7 @@ class ElasticBuffer:
         weights = torch.zeros(rows, dtype=torch.float32, device=payload.x.device)
         if zero:
             x.zero_()
+        scope.allocated()
         seat.ep.recv_raw(owned.handle, _pointer(x), rows, _pointer(scales), None, _pointer(weights), None, None,
                          scope.pointer)
         owned.is_idle = True
@@ -232,6 +233,7 @@ class ElasticBuffer:
         biases = list(bias) if isinstance(bias, (tuple, list)) else [bias]
         y = torch.empty(inner.num_tokens, ep.hidden, dtype=x.dtype, device=x.device)
         owned.is_idle = False
+        scope.allocated()
         owned.seat.ep.combine_send_raw(owned.handle, _pointer(x), None, scope.pointer)
         owned.seat.ep.combine_recv_raw(owned.handle, _pointer(y), None,
                                        [_pointer(b) for b in (biases + [None])[:2]], scope.pointer)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Events and streams. On host memory everything has happened when a call returns, so events are
 empty; on a GPU they are torch's."""
+import contextlib
+
 import torch
 
 
@@ -80,6 +82,17 @@ class _HostScope:
     def keep(self, *_):
         """Nothing outlives the call here."""
 
+    def allocated(self):
+        """Nothing to wait for."""
+
+    def torch(self):
+        """Where torch's own kernels on results belong."""
+        return contextlib.nullcontext()
+
+    @staticmethod
+    def contiguous(tensor):
+        return tensor if tensor is None else tensor.contiguous()
+
     def finish(self):
         return EventOverlap(EventHandle() if self._is_async else None)
 
@@ -115,6 +128,24 @@ class _CudaScope:
         if self._scope is not None:
             self._scope.__exit__(*error)
 
+    def allocated(self):
+        """What was allocated, filled or copied on the current stream is there for the communication
+        stream: memory that torch hands out may still be read by what the current stream has queued."""
+        if self._stream is not self._current and not self._allocate:
+            self._stream.wait_stream(self._current)
+
+    def torch(self):
+        """Where torch's own kernels on results belong."""
+        return torch.cuda.stream(self._stream)
+
+    def contiguous(self, tensor):
+        if tensor is None or tensor.is_contiguous():
+            return tensor
+        copied = tensor.contiguous()
+        self.allocated()
+        self.keep(copied)
+        return copied
+
     def keep(self, *tensors):
         """Tensors that the communication stream uses."""
         self._kept += [tensor for tensor in tensors if tensor is not None]
@@ -123,7 +154,8 @@ class _CudaScope:
         if self._stream is self._current:
             return EventOverlap(EventHandle(self._stream) if self._is_async else None)
         for tensor in self._kept:
-            tensor.record_stream(self._current if self._allocate else self._stream)
+            tensor.record_stream(self._stream)
+            tensor.record_stream(self._current)
         if self._is_async:
             return EventOverlap(EventHandle(self._stream), tuple(self._kept))
         self._current.wait_stream(self._stream)

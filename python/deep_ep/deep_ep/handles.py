@@ -13,6 +13,8 @@ class Owned:
         self.seat = seat
         self.handle = seat.free.pop() if seat.free else seat.ep.handle()
         self.is_idle = True
+        if seat.ep.executor == "cuda" and torch.cuda.is_current_stream_capturing():
+            seat.captured.append(self)  # a graph uses it for good
 
     def __del__(self):
         try:

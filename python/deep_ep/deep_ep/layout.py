@@ -33,8 +33,10 @@ def contiguous_layout(topk_idx, num_experts, topology):
     if nodes > 1:
         node_of = torch.tensor(topology.node_of_rank + [nodes], device=topk_idx.device)
         per_node = _members(node_of[rank], nodes).sum(0, dtype=torch.int32)
-    used = topk_idx[(topk_idx >= 0) & (topk_idx < num_experts)]
-    per_expert = torch.bincount(used.long(), minlength=num_experts).int()
+    is_used = rank < ranks
+    at = torch.where(is_used, topk_idx.long(), torch.full_like(rank, num_experts)).view(-1)
+    per_expert = torch.zeros(num_experts + 1, dtype=torch.int32, device=topk_idx.device)  # no wait of the host
+    per_expert = per_expert.scatter_add_(0, at, torch.ones_like(at, dtype=torch.int32))[:num_experts]
     return in_rank.sum(0, dtype=torch.int32), per_node, per_expert, in_rank
 
 

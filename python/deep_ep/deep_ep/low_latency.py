@@ -5,8 +5,10 @@ Outputs have places of known size, so nothing waits for counts on the host befor
 Operations complete in the order in which they were sent: a hook that is called early, or another call,
 first completes what came before. A result of dispatch lives until the second dispatch after it.
 """
+import functools
 import time
 
+import nearep
 import torch
 
 from .events import EventOverlap
@@ -21,7 +23,6 @@ class _Half:
 
     def __init__(self, seat, receive):
         self.seat, self._receive = seat, receive
-        seat.waiting = getattr(seat, "waiting", [])
         seat.waiting.append(self)
 
     def finish(self):
@@ -33,9 +34,23 @@ class _Half:
 
 def settle(seat, most):
     """At most `most` operations of this seat stay open."""
-    waiting = getattr(seat, "waiting", [])
-    while len(waiting) > most:
-        waiting[0].finish()
+    while len(seat.waiting) > most:
+        seat.waiting[0].finish()
+
+
+def shrinking(method):
+    """With enable_shrink, a rank that is lost in this call is masked and the others go on; the call itself
+    has failed on all of them, at the same step or the next half of it, and says so."""
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        try:
+            return method(self, *args, **kwargs)
+        except (nearep.DeadlineError, nearep.PeerLostError) as error:
+            if not self.enable_shrink or getattr(error, "is_told", False):
+                raise
+            told = self._shrink(error)
+        raise told
+    return call
 
 
 class LowLatency:
@@ -59,6 +74,7 @@ class LowLatency:
         lost[list(self._masked)] = True
         return torch.where(lost[rank], torch.full_like(topk_idx, -1), topk_idx)
 
+    @shrinking
     def low_latency_dispatch(self, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
                              cumulative_local_expert_recv_stats=None, dispatch_wait_recv_cost_stats=None,
                              use_fp8=True, round_scale=False, use_ue8m0=False, async_finish=False,
@@ -68,7 +84,7 @@ class LowLatency:
         x: [T <= M, H] bf16; topk_idx [T, K], -1 = none. use_fp8: rows in e4m3 with a scale for each 128
         channels, round_scale: a power of two, use_ue8m0: its exponent, four in an int32.
         cumulative_local_expert_recv_stats i32[L]: rows received are added; dispatch_wait_recv_cost_stats
-        i64[R]: nanoseconds of the receiving half are added to every other rank's entry.
+        i64[R]: on host memory, nanoseconds of the receiving half are added to every other rank's entry.
 
         Returns (recv_x [L, R*M, H] bf16, or (fp8 [L, R*M, H], scales [L, R*M, H/128] f32, or i32
         [L, R*M, H/512], both with tokens contiguous), packed_recv_count i32[L], handle, EventOverlap, hook
@@ -108,13 +124,18 @@ class LowLatency:
         scope = self._streams.on(x.is_cuda, None, is_async, use_comm=not wants_hook)
         owned.is_idle = False
         with scope:
+            if x.is_cuda:
+                ep.bind_raw(owned.handle, _pointer(raw), rows, _pointer(raw_scales), _pointer(sources[1]),
+                            _pointer(sources[0]))
             ep.send_raw(owned.handle, x.shape[0], _pointer(x), None, ids.data_ptr() or 8, _ID_TYPES[ids.dtype],
                         None, 0, scope.pointer)
 
-        def receive():
+        @shrinking
+        def receive(self):
             with self._lock:
-                self._ll_receive(ep, owned, raw, raw_scales, scales, rows, sources, count, stats, x)
-        half = _Half(seat, receive)
+                here = scope if not wants_hook else self._streams.on(x.is_cuda, use_comm=False)
+                self._ll_receive(ep, owned, (raw, raw_scales, rows), scales, sources, count, stats, here)
+        half = _Half(seat, functools.partial(receive, self))
         handle.complete = half.finish
         kind = torch.bfloat16 if ep.wire == "bf16" else FP8
         recv_x = raw.view(kind).view(ep.slots_per_rank, -1, shape[1])
@@ -136,20 +157,26 @@ class LowLatency:
                              dtype=torch.int32 if is_packed else torch.float32)
         return stored.transpose(1, 2)
 
-    def _ll_receive(self, ep, owned, raw, raw_scales, scales, rows, sources, count, stats, x):
+    def _ll_receive(self, ep, owned, landing, scales, sources, count, stats, scope):
         start = time.perf_counter_ns()
-        stream = torch.cuda.current_stream().cuda_stream or None if x.is_cuda else None
+        raw, raw_scales, rows = landing
         ep.recv_raw(owned.handle, _pointer(raw), rows, _pointer(raw_scales), None, None, _pointer(sources[1]),
-                    _pointer(sources[0]), stream)
+                    _pointer(sources[0]), scope.pointer)
         owned.is_idle = True
-        found = ep.dispatch_counts(owned.handle)
-        count.copy_(torch.tensor(found.rows_per_slot, dtype=torch.int32))
-        if scales is not None:
-            scales.copy_(raw_scales.view(scales.dtype).view(scales.shape))
         received, cost = stats
-        if received is not None:
-            received += count
-        if cost is not None:
+        with scope.torch():
+            if count.is_cuda:
+                if not hasattr(owned.handle, "device_count"):
+                    view = torch.as_tensor(ep.device_counts(owned.handle), device=count.device)
+                    owned.handle.device_count = view.view(torch.int32)
+                count.copy_(owned.handle.device_count)
+            else:
+                count.copy_(torch.tensor(ep.dispatch_counts(owned.handle).rows_per_slot, dtype=torch.int32))
+            if scales is not None:
+                scales.copy_(raw_scales.view(scales.dtype).view(scales.shape))
+            if received is not None:
+                received += count
+        if cost is not None and not cost.is_cuda:
             spent = torch.full_like(cost, time.perf_counter_ns() - start)
             spent[self.rank] = 0
             cost += spent
@@ -162,6 +189,7 @@ class LowLatency:
     def _ll_combine_seat(self, handle, top_k):
         return self._seats.low_latency_combine(handle.shape, top_k, handle.owned.seat.ep.executor)
 
+    @shrinking
     def low_latency_combine(self, x, topk_idx, topk_weights, handle, use_logfmt=False, zero_copy=False,
                             async_finish=False, return_recv_hook=False, out=None,
                             combine_wait_recv_cost_stats=None):
@@ -211,23 +239,34 @@ class LowLatency:
                         scope.pointer)
             ep.combine_send_raw(owned.handle, _pointer(x), None, scope.pointer)
 
-        def receive():
+        @shrinking
+        def receive(self):
             with self._lock:
                 start = time.perf_counter_ns()
-                stream = scope.pointer if not wants_hook or not x.is_cuda else \
-                    torch.cuda.current_stream().cuda_stream or None
-                ep.combine_recv_raw(owned.handle, _pointer(y), None, (None, None), stream)
+                here = scope if not wants_hook else self._streams.on(x.is_cuda, use_comm=False)
+                ep.combine_recv_raw(owned.handle, _pointer(y), None, (None, None), here.pointer)
                 owned.is_idle = True
-                if cost is not None:
+                if cost is not None and not cost.is_cuda:
                     spent = torch.full_like(cost, time.perf_counter_ns() - start)
                     spent[self.rank] = 0
                     cost.add_(spent)
                 scope.keep(x, ids, weights, y)
-        half = _Half(seat, receive)
+        half = _Half(seat, functools.partial(receive, self))
         if wants_hook:
             return y, EventOverlap(), half.finish
         half.finish()
         return y, scope.finish(), None
+
+    def _shrink(self, error):
+        with self._lock:
+            live = self._comm.recover()
+            self._seats.forget()
+            lost = sorted(set(range(self.group_size)) - set(live))
+            self._masked.update(lost)
+        told = type(error)(f"{error}; ranks {lost} are masked now and the others can go on: repeat the step on "
+                           "all of them", error.status, error.name)
+        told.is_told = True
+        return told
 
     # ---- masks --------------------------------------------------------------------------------
 

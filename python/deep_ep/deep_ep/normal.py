@@ -110,7 +110,7 @@ class Normal:
         ids = topk_idx
         if not has_topk:
             ids = routing.topk_idx if routing is not None else ids_from_ranks(in_rank, num_experts)
-        ids = ids.contiguous()
+        ids = scope.contiguous(ids)
         seat = self._seats.normal(payload.kind, num_experts, ids.shape[1], payload.x.shape[0],
                                   executor_of(payload.x))
         handle = NormalHandle(Owned(seat), payload.kind,
@@ -139,7 +139,7 @@ class Normal:
         without them. Nothing was sent by the refused call."""
         owned.is_idle = False
         arguments = (owned.handle, payload.x.shape[0], _pointer(payload.x), _pointer(payload.scales))
-        weights = weights.contiguous() if weights is not None else None
+        weights = scope.contiguous(weights)
         tail = (_pointer(weights), 0, scope.pointer)
         if ids is None:
             seat.ep.send_raw(*arguments, None, 0, *tail)
@@ -164,6 +164,7 @@ class Normal:
             weights = torch.empty(rows, top_k, dtype=torch.float32, device=device)
         sources = torch.full((2, rows), -1, dtype=torch.int32, device=device) if worst else \
             torch.empty(2, rows, dtype=torch.int32, device=device)
+        scope.allocated()
         seat.ep.recv_raw(handle.owned.handle, _pointer(x), rows, _pointer(scales), _pointer(slots),
                          _pointer(weights), _pointer(sources[0]), _pointer(sources[1]), scope.pointer)
         handle.owned.is_idle = True
@@ -172,7 +173,9 @@ class Normal:
         handle.source_rank, handle.source_token = sources[0], sources[1]
         scope.keep(x, scales, slots, weights, sources)
         if has_topk:
-            slots = slots.to(handle.routing[0].dtype)
+            with scope.torch():
+                slots = slots.to(handle.routing[0].dtype)
+            scope.keep(slots)
         return payload.give(x, scales), slots, weights, counts
 
     def _twin(self, handle, kind, payload_x):
@@ -198,6 +201,7 @@ class Normal:
                              f"{handle.num_tokens}")
         seat, owned, ids = self._twin(handle, payload.kind, payload.x)
         x, scales = payload.empty(handle.num_rows)
+        scope.allocated()
         self._send(seat, owned, payload, ids, handle.routing[2] if ids is not None else None, scope)
         seat.ep.recv_raw(owned.handle, _pointer(x), handle.num_rows, _pointer(scales), None, None, None, None,
                          scope.pointer)
@@ -231,7 +235,7 @@ class Normal:
 
     def _combine(self, x, handle, weights, biases, scope):
         ep, owned, device = handle.owned.seat.ep, handle.owned, x.device
-        biases = [value.contiguous() if value is not None else None for value in (*biases, None)[:2]]
+        biases = [scope.contiguous(value) for value in (*biases, None)[:2]]
         for value in biases:
             if value is not None and (value.shape != (handle.num_tokens, ep.hidden) or value.dtype != x.dtype):
                 raise ValueError(f"deep_ep: bias has shape {tuple(value.shape)} of {value.dtype}; it must be "
@@ -239,12 +243,13 @@ class Normal:
         y = torch.empty(handle.num_tokens, ep.hidden, dtype=x.dtype, device=device)
         sums = None
         if weights is not None:
-            weights = weights.contiguous()
+            weights = scope.contiguous(weights)
             if weights.dtype != torch.float32 or weights.shape != (handle.num_rows, ep.top_k):
                 raise ValueError(f"deep_ep: topk_weights have shape {tuple(weights.shape)} of {weights.dtype}; "
                                  f"they must be [{handle.num_rows}, {ep.top_k}] of float32")
             sums = torch.empty(handle.num_tokens, ep.top_k, dtype=torch.float32, device=device)
         owned.is_idle = False
+        scope.allocated()
         has = weights is not None
         ep.combine_send_raw(owned.handle, _pointer(x), (weights.data_ptr() or 8) if has else None,
                             scope.pointer)

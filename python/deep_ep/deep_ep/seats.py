@@ -30,6 +30,8 @@ class Seat:
     def __init__(self, ep, num_experts):
         self.ep, self.num_experts = ep, num_experts
         self.free = []
+        self.captured = []
+        self.waiting = []  # halves that are open, oldest first
         self.parity = 0
         self.buffers = []
 
@@ -124,6 +126,11 @@ class Seats:
             seat.buffers[seat.parity] = raw.view(torch.bfloat16).view(
                 ep.slots_per_rank, -1, ep.hidden)
         return seat.buffers[seat.parity]
+
+    def forget(self):
+        """After a recovery: nothing is under way any more."""
+        for seat in self._seats.values():
+            seat.waiting.clear()
 
     def close(self):
         self._seats.clear()
