@@ -3,14 +3,19 @@
  * nep-place compare: every method solved on train, scored on test, three times: all requests of
  * test, those of domains that train has (seen), those of domains that it has not (unseen); each set
  * is a stream of its own with its own homes. Domains are compared by name. The base of every change
- * is the contiguous map with random homes, the mean of 15 draws on that same set.
+ * is the contiguous map with random homes, the mean of 15 draws on that same set. Two references
+ * say how much is left, and are not bounds: the map with copies solved on test itself, and the map
+ * of train with each request at the home that its scored tokens like best. With several ranks a
+ * node a third one shows what ranks inside nodes are worth: the same map packed by load there.
  */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/clock.h"
+#include "placement/repack.h"
 #include "placement/solver.h"
+#include "placement/spectral.h"
 #include "placement/stream.h"
 #include "tools/nep_place.h"
 
@@ -22,23 +27,30 @@ enum method {
     EPLB,
     EPLB_REPLICAS,
     PAPER,
+    SPECTRAL,
     NEAREP,
     NEAREP_REPLICAS,
     NEAREP_ONLINE,
+    FIRST_REFERENCE,
+    ORACLE_HOMES = FIRST_REFERENCE,
+    SOLVED_ON_TEST,
+    PACKED_INSIDE,
     NUM_METHODS
 };
 
-static const char *const names[NUM_METHODS] = {"linear",          "linear_homes", "eplb",
-                                               "eplb_replicas",   "paper",        "nearep",
-                                               "nearep_replicas", "nearep_online"};
+static const char *const names[NUM_METHODS] = {"linear",        "linear_homes",    "eplb",
+                                               "eplb_replicas", "paper",           "spectral",
+                                               "nearep",        "nearep_replicas", "nearep_online",
+                                               "oracle_homes",  "solved_on_test",  "packed_inside"};
 
 enum { ALL, SEEN, UNSEEN, NUM_SETS };
 
 static const char *const set_names[NUM_SETS] = {"all", "seen", "unseen"};
 
 struct cell {
-    struct nep_score score; /* sums over seeds */
-    double change;
+    struct nep_score score; /* sums over seeds, then means */
+    double least;           /* of the seeds' changes, in percent */
+    double most;
     double moved;
 };
 
@@ -52,6 +64,7 @@ struct compare {
     struct nep_map_shape plain; /* slots without replicas */
     struct nep_map_shape more;  /* with */
     double base[NUM_SETS];
+    double base_of_seed[NUM_SETS];
     struct cell cells[NUM_SETS][NUM_METHODS];
     double seconds[NUM_METHODS];
     bool has_replicas;
@@ -132,11 +145,30 @@ static enum nep_status make_eplb(const struct compare *c, const struct nep_map_s
     return status;
 }
 
+static enum nep_status make_packed(const struct compare *c, const struct nep_solve_params *params,
+                                   struct nep_map **map_p)
+{
+    const struct nep_map_shape *shape = params->shape;
+    double *loads = calloc((size_t)shape->num_layers * shape->num_experts, sizeof *loads);
+    struct nep_map *map = NULL;
+    enum nep_status status = loads == NULL ? NEP_ERR_NO_MEMORY : train_loads(c->train, loads);
+    if (status == NEP_OK) {
+        status = nep_map_solve(c->train, params, &map);
+    }
+    if (status == NEP_OK) {
+        status = nep_map_repack(map, loads, map_p);
+    }
+    nep_map_destroy(map);
+    free(loads);
+    return status;
+}
+
 static enum nep_status make_map(const struct compare *c, enum method method, uint64_t seed,
                                 struct nep_map **map_p)
 {
     const struct place_args *args = c->args;
-    bool is_more = method == NEAREP_REPLICAS || method == NEAREP_ONLINE;
+    bool is_more = method == NEAREP_REPLICAS || method == NEAREP_ONLINE ||
+                   (method >= FIRST_REFERENCE && c->has_replicas);
     const struct nep_solve_params params = {.size = sizeof params,
                                             .shape = is_more ? &c->more : &c->plain,
                                             .num_threads = (uint32_t)args->threads,
@@ -150,17 +182,48 @@ static enum nep_status make_map(const struct compare *c, enum method method, uin
         return make_eplb(c, &c->more, map_p);
     case PAPER:
         return nep_solve_paper(c->train, &params, map_p);
+    case SPECTRAL: {
+        struct nep_requests train = nep_requests_all(c->train);
+        return nep_solve_spectral(&train, &c->plain, seed, map_p);
+    }
     case NEAREP:
     case NEAREP_REPLICAS:
     case NEAREP_ONLINE:
+    case ORACLE_HOMES:
         return nep_map_solve(c->train, &params, map_p);
+    case SOLVED_ON_TEST:
+        return nep_map_solve(c->test, &params, map_p);
+    case PACKED_INSIDE:
+        return make_packed(c, &params, map_p);
     default:
         return nep_map_contiguous(&c->plain, map_p);
     }
 }
 
-static enum nep_status score_set(const struct compare *c, enum method method, int set,
-                                 const struct nep_map *map, uint64_t seed, struct cell *cell)
+/* Adds one seed's score. Linear comes first and is the base of the others. */
+static void add_score(struct compare *c, enum method method, int set, const struct nep_score *score,
+                      double moved)
+{
+    struct cell *cell = &c->cells[set][method];
+    if (method == LINEAR) {
+        c->base_of_seed[set] = score->remote_nodes_per_token;
+    }
+    double base = c->base_of_seed[set];
+    double change = base > 0.0 ? 100.0 * (score->remote_nodes_per_token / base - 1.0) : 0.0;
+    bool is_first = cell->score.num_tokens == 0;
+    cell->least = is_first || change < cell->least ? change : cell->least;
+    cell->most = is_first || change > cell->most ? change : cell->most;
+    cell->score.num_tokens = score->num_tokens;
+    cell->score.remote_nodes_per_token += score->remote_nodes_per_token;
+    cell->score.ranks_per_token += score->ranks_per_token;
+    cell->score.local_share += score->local_share;
+    cell->score.imbalance_node += score->imbalance_node;
+    cell->score.imbalance_rank += score->imbalance_rank;
+    cell->moved += moved;
+}
+
+static enum nep_status score_set(struct compare *c, enum method method, int set,
+                                 const struct nep_map *map, uint64_t seed)
 {
     const struct nep_requests *requests = &c->sets[set];
     struct nep_score score;
@@ -173,7 +236,8 @@ static enum nep_status score_set(const struct compare *c, enum method method, in
     if (method == LINEAR || method == EPLB || method == EPLB_REPLICAS) {
         status = nep_score_random_homes(requests, map, BASE_DRAWS, 1000 * seed, &score);
     } else {
-        status = nep_homes_predict(requests, map, homes);
+        status = method == ORACLE_HOMES ? nep_homes_oracle(requests, map, homes)
+                                        : nep_homes_predict(requests, map, homes);
         if (status == NEP_OK && method == NEAREP_ONLINE) {
             status = nep_stream_score(requests, map, homes, &score, &moved);
         } else if (status == NEP_OK) {
@@ -181,16 +245,10 @@ static enum nep_status score_set(const struct compare *c, enum method method, in
         }
     }
     free(homes);
-    if (status != NEP_OK) {
-        return status;
+    if (status == NEP_OK) {
+        add_score(c, method, set, &score, (double)moved);
     }
-    cell->score.remote_nodes_per_token += score.remote_nodes_per_token;
-    cell->score.ranks_per_token += score.ranks_per_token;
-    cell->score.local_share += score.local_share;
-    cell->score.imbalance_node += score.imbalance_node;
-    cell->score.imbalance_rank += score.imbalance_rank;
-    cell->moved += (double)moved;
-    return NEP_OK;
+    return status;
 }
 
 /* --methods is a list of names with commas between them; linear, the base, is always run. */
@@ -206,6 +264,25 @@ static bool is_named(const char *list, const char *name)
     return list == NULL;
 }
 
+static int check_methods(const char *list)
+{
+    for (const char *at = list; at != NULL && *at != '\0';) {
+        size_t length = strcspn(at, ",");
+        bool is_known = false;
+        for (int m = 0; m < NUM_METHODS; m++) {
+            is_known |= strlen(names[m]) == length && strncmp(names[m], at, length) == 0;
+        }
+        if (!is_known) {
+            return place_error(PLACE_UNUSABLE,
+                               "--methods: \"%.*s\" is not a method; see "
+                               "docs/placement.md",
+                               (int)length, at);
+        }
+        at += length + (at[length] == ',');
+    }
+    return PLACE_GO_ON;
+}
+
 static bool is_run(const struct compare *c, enum method method)
 {
     if (method != LINEAR && !is_named(c->args->methods, names[method])) {
@@ -213,6 +290,9 @@ static bool is_run(const struct compare *c, enum method method)
     }
     if (method == NEAREP_ONLINE) {
         return c->args->is_online;
+    }
+    if (method == PACKED_INSIDE) {
+        return c->args->gpus_per_node > 1;
     }
     return c->has_replicas || (method != EPLB_REPLICAS && method != NEAREP_REPLICAS);
 }
@@ -225,7 +305,7 @@ static enum nep_status run_method(struct compare *c, enum method method, uint64_
     c->seconds[method] += (double)(nep_now_ns() - start) / 1e9;
     for (int s = 0; s < NUM_SETS && status == NEP_OK; s++) {
         if (c->sets[s].num > 0) {
-            status = score_set(c, method, s, map, seed, &c->cells[s][method]);
+            status = score_set(c, method, s, map, seed);
         }
     }
     nep_map_destroy(map);
@@ -252,16 +332,18 @@ static void average(struct compare *c)
     }
 }
 
-static void write_json(struct compare *c, int set)
+static void write_methods(struct compare *c, int set, const char *name, int first, int end)
 {
     struct json_out *json = &c->args->json;
-    json_open(json, "methods", '{');
-    for (int m = 0; m < NUM_METHODS; m++) {
+    json_open(json, name, '{');
+    for (int m = first; m < end; m++) {
         if (!is_run(c, m) || c->sets[set].num == 0) {
             continue;
         }
         json_open(json, names[m], '{');
         place_json_score(json, &c->cells[set][m].score, c->base[set]);
+        json_double(json, "change_pct_least", c->cells[set][m].least);
+        json_double(json, "change_pct_most", c->cells[set][m].most);
         json_double(json, "solve_s", c->seconds[m]);
         if (m == NEAREP_ONLINE) {
             json_double(json, "moved_copies", c->cells[set][m].moved);
@@ -269,6 +351,12 @@ static void write_json(struct compare *c, int set)
         json_close(json, '}');
     }
     json_close(json, '}');
+}
+
+static void write_json(struct compare *c, int set)
+{
+    write_methods(c, set, "methods", 0, FIRST_REFERENCE);
+    write_methods(c, set, "references", FIRST_REFERENCE, NUM_METHODS);
 }
 
 static void print_results(struct compare *c)
@@ -289,7 +377,7 @@ static void print_results(struct compare *c)
         if (!is_run(c, m)) {
             continue;
         }
-        fprintf(out, "%-16s", names[m]);
+        fprintf(out, "%s%-16s", m == FIRST_REFERENCE ? "references, not bounds:\n" : "", names[m]);
         for (int s = 0; s < NUM_SETS; s++) {
             const struct nep_score *score = &c->cells[s][m].score;
             if (c->sets[s].num == 0) {
@@ -301,8 +389,16 @@ static void print_results(struct compare *c)
                     score->imbalance_node);
         }
         fprintf(out, " %8.3f", c->seconds[m]);
+        if (c->args->gpus_per_node > 1 && c->sets[ALL].num > 0) {
+            fprintf(out, "  ranks per token %.2f, imbalance of ranks %.3f",
+                    c->cells[ALL][m].score.ranks_per_token, c->cells[ALL][m].score.imbalance_rank);
+        }
         if (m == NEAREP_ONLINE) {
             fprintf(out, "  moved copies %.0f", c->cells[ALL][m].moved);
+        }
+        if (c->args->seeds > 1) {
+            fprintf(out, "  all, %llu seeds: %+.1f to %+.1f", (unsigned long long)c->args->seeds,
+                    c->cells[ALL][m].least, c->cells[ALL][m].most);
         }
         fputc('\n', out);
     }
@@ -356,6 +452,9 @@ static int check_traces(const struct compare *c)
 static int compare(struct compare *c)
 {
     int rc = check_traces(c);
+    if (rc == PLACE_GO_ON) {
+        rc = check_methods(c->args->methods);
+    }
     if (rc == PLACE_GO_ON) {
         rc = place_shape(c->args, c->train, 0.0, c->sizes, &c->plain);
     }
