@@ -69,6 +69,8 @@ static const struct row rows[] = {
      "threads that share the work on a rank's rows, the caller's included; auto: 1"},
     {"NEP_POOL", BYTES, NULL, FIELD(pool_bytes), "64M", true,
      "memory per rank for nep_buffer_alloc where the ep does not say"},
+    {"NEP_STAGING", BYTES, NULL, FIELD(staging_bytes), "512M", true,
+     "device memory per rank for expert outputs that are not in nep_buffer_alloc's memory"},
     {"NEP_HUGE_PAGES", SWITCH, NULL, FIELD(huge_pages), "on", false,
      "try huge pages for regions; small ones where there are none"},
     {"NEP_VERBS_DEVICES", TEXT, NULL, FIELD(verbs_devices), "auto", false,

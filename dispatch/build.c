@@ -11,7 +11,7 @@
 #include <unistd.h>
 
 #include "base/log.h"
-#include "dispatch/ep.h"
+#include "dispatch/device.h"
 #include "transport/bootstrap.h"
 
 /* ---- parameters ----------------------------------------------------------------------------- */
@@ -36,6 +36,8 @@ static enum nep_status agree(struct nep_ep *ep)
         {"num_layers", shape->num_layers},
         {"pool_bytes", shape->pool_bytes},
         {"digest of the map", ep->maps.now.digest},
+        {"executor", ep->params.executor == NEP_EXECUTOR_CUDA},
+        {"staging_bytes", ep->params.staging_bytes},
         {"number of the ep", ep->has_number ? ep->number : 0},
     };
     return nep_bootstrap_agree(&ep->comm->bootstrap, ep->comm->topology.num_ranks, "ep", fields,
@@ -214,6 +216,9 @@ enum nep_status nep_ep_build(struct nep_ep *ep)
         return status;
     }
     fill_tables(ep);
+    if (ep->params.executor == NEP_EXECUTOR_CUDA) {
+        return nep_device_create(ep, &ep->params);
+    }
     status = make_window(ep);
     return nep_bootstrap_common(&comm->bootstrap, rank, num_ranks, status, comm->timeout_ns);
 }

@@ -4,7 +4,7 @@
  * order, each step collective and bounded. A step that fails on one rank is made to fail on all
  * (nep_bootstrap_common), so that nobody waits for a rank that has already given up.
  */
-#include "dispatch/comm.h"
+#include "dispatch/device.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -19,6 +19,19 @@
 
 enum { PUTS_PER_PEER = 256 };
 
+/* The first fault, that of a kernel included. With the lock held. */
+static struct nep_fault find_fault(struct nep_comm *comm)
+{
+    for (struct nep_ep *ep = comm->eps; ep != NULL && comm->fault.status == NEP_OK; ep = ep->next) {
+        struct nep_fault fault;
+        if (ep->device != NULL && nep_device_fault(ep, &fault)) {
+            comm->fault = fault;
+            nep_log(NEP_LOG_ERROR, "rank %u: %s", comm->world.rank, fault.message);
+        }
+    }
+    return comm->fault;
+}
+
 enum nep_status nep_comm_check(struct nep_comm *comm)
 {
     if (comm == NULL) {
@@ -30,7 +43,7 @@ enum nep_status nep_comm_check(struct nep_comm *comm)
                         "possible in the child; create a new one there");
     }
     pthread_mutex_lock(&comm->lock);
-    struct nep_fault fault = comm->fault;
+    struct nep_fault fault = find_fault(comm);
     pthread_mutex_unlock(&comm->lock);
     if (fault.status != NEP_OK) {
         return nep_fail(NEP_ERR_BROKEN, "this communicator broke earlier: %s", fault.message);
@@ -59,7 +72,7 @@ enum nep_status nep_comm_fault(const struct nep_comm *comm, struct nep_fault *fa
     }
     struct nep_comm *open = (struct nep_comm *)comm;
     pthread_mutex_lock(&open->lock);
-    *fault_p = comm->fault;
+    *fault_p = find_fault(open);
     pthread_mutex_unlock(&open->lock);
     fault_p->size = sizeof *fault_p;
     return NEP_OK;

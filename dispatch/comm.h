@@ -43,7 +43,7 @@ struct nep_comm {
     uint32_t spin_limit;
     pid_t pid;            /* a forked child has another one */
     uint64_t eps_used;    /* bit i: ep number i is alive */
-    pthread_mutex_t lock; /* of fault and eps_used */
+    pthread_mutex_t lock; /* of fault, eps_used and eps */
     struct nep_fault fault;
 };
 

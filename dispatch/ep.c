@@ -3,7 +3,7 @@
  * What an ep is for its whole life, and what callers ask of it beside dispatch and combine. What
  * follows from who the members are is made in build.c, again when they change.
  */
-#include "dispatch/ep.h"
+#include "dispatch/device.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -21,7 +21,7 @@ enum nep_status nep_ep_check(struct nep_ep *ep)
         return nep_fail(NEP_ERR_INVALID, "the ep is NULL");
     }
     enum nep_status status = nep_comm_check(ep->comm);
-    if (status == NEP_OK && ep->head == NULL) {
+    if (status == NEP_OK && ep->head == NULL && ep->device == NULL) {
         status = nep_fail(NEP_ERR_BROKEN, "this ep has no window: nep_comm_recover makes it");
     }
     if (status == NEP_OK && ep->is_broken) {
@@ -85,6 +85,8 @@ static enum nep_status make(struct nep_ep *ep, const struct nep_ep_params *param
 {
     struct nep_comm *comm = ep->comm;
     ep->timeout_ns = comm->timeout_ns;
+    ep->params = *params;
+    ep->params.map = NULL;
     enum nep_status status = nep_shape_init(&ep->shape, params, &comm->world, &comm->config);
     if (status == NEP_OK) {
         status = nep_kernels_select(comm->config.simd, &ep->kernels);
@@ -99,6 +101,10 @@ static enum nep_status make(struct nep_ep *ep, const struct nep_ep_params *param
             status = nep_fail(NEP_ERR_NO_MEMORY, "ep: no memory for the load of %llu experts",
                               (unsigned long long)experts);
         }
+    }
+    if (comm->is_joining && params->executor == NEP_EXECUTOR_CUDA && status == NEP_OK) {
+        status = nep_fail(NEP_ERR_UNSUPPORTED, "a newcomer cannot join with tokens in GPU memory: "
+                                               "make a new communicator");
     }
     if (comm->is_joining) {
         /* All that needs others is done by nep_comm_recover. */
@@ -169,6 +175,7 @@ void nep_ep_destroy(struct nep_ep *ep)
     struct nep_comm *comm = ep->comm;
     delist(comm, ep);
     nep_ep_free_window(ep);
+    nep_device_destroy(ep, comm->pid != getpid());
     if (ep->has_number) {
         nep_comm_release_ep(comm, ep->number);
     }
@@ -214,8 +221,12 @@ enum nep_status nep_ep_memory(const struct nep_ep_params *params,
     memory_p->size = sizeof *memory_p;
     nep_plan_memory(&plan, topology->rank, memory_p);
     memory_p->handle_bytes = nep_handle_bytes(&plan, topology->rank);
+    if (copy.executor == NEP_EXECUTOR_CUDA) {
+        *memory_p = (struct nep_memory){.size = sizeof *memory_p};
+        status = nep_device_memory(&plan, &copy, memory_p);
+    }
     nep_plan_fini(&plan);
-    return NEP_OK;
+    return status;
 }
 
 enum nep_status nep_ep_stats(const struct nep_ep *ep, struct nep_stats *stats_p)
@@ -258,11 +269,21 @@ enum nep_status nep_ep_max_rows(const struct nep_ep *ep, uint64_t *rows_p)
     return NEP_OK;
 }
 
+static enum nep_status refuse_ids(const char *what)
+{
+    return nep_fail(NEP_ERR_UNSUPPORTED,
+                    "%s: the ids of this ep are in device memory, where they are not counted",
+                    what);
+}
+
 enum nep_status nep_ep_load(const struct nep_ep *ep, uint32_t layer, uint64_t *pairs)
 {
     if (ep == NULL || pairs == NULL || layer >= ep->shape.num_layers) {
         return nep_fail(NEP_ERR_INVALID,
                         "nep_ep_load: an argument is NULL, or there is no layer %u", layer);
+    }
+    if (ep->device != NULL) {
+        return refuse_ids("nep_ep_load");
     }
     memcpy(pairs, ep->load + (uint64_t)layer * ep->shape.num_experts,
            ep->shape.num_experts * sizeof *pairs);
@@ -274,6 +295,9 @@ enum nep_status nep_ep_record_start(struct nep_ep *ep, const struct nep_recorder
     struct nep_recorder_params copy;
     struct nep_recorder *recorder = NULL;
     enum nep_status status = nep_ep_check(ep);
+    if (status == NEP_OK && ep->device != NULL) {
+        status = refuse_ids("nep_ep_record_start");
+    }
     if (status == NEP_OK) {
         status =
             nep_struct_copy(&copy, sizeof copy, params, sizeof copy.size, "nep_recorder_params");
@@ -308,6 +332,36 @@ void nep_ep_record_stop(struct nep_ep *ep)
 
 /* ---- buffers -------------------------------------------------------------------------------- */
 
+static enum nep_status zero(struct nep_ep *ep, void *buffer, size_t bytes)
+{
+    if (ep->device != NULL) {
+        return nep_device_zero(ep, buffer, bytes);
+    }
+    memset(buffer, 0, bytes);
+    return NEP_OK;
+}
+
+/* Memory that peers do not map, zeroed. */
+static enum nep_status take_private(struct nep_ep *ep, size_t bytes, void **buffer_p)
+{
+    size_t rounded = bytes == 0 ? 4096 : (bytes + 4095) / 4096 * 4096;
+    void *buffer = NULL;
+    enum nep_status status = NEP_OK;
+    if (rounded >= bytes && ep->device != NULL) {
+        status = nep_device_alloc(ep, rounded, &buffer);
+    } else if (rounded >= bytes) {
+        buffer = aligned_alloc(4096, rounded);
+    }
+    if (status == NEP_OK && buffer == NULL) {
+        status = nep_fail(NEP_ERR_NO_MEMORY, "no memory for a buffer of %zu bytes", bytes);
+    }
+    if (status == NEP_OK) {
+        status = zero(ep, buffer, rounded);
+        *buffer_p = buffer;
+    }
+    return status;
+}
+
 enum nep_status nep_buffer_alloc(struct nep_ep *ep, size_t bytes, void **buffer_p)
 {
     enum nep_status status = nep_ep_check(ep);
@@ -328,12 +382,13 @@ enum nep_status nep_buffer_alloc(struct nep_ep *ep, size_t bytes, void **buffer_
                      (unsigned long long)ep->pool.bytes, bytes);
             ep->pool.is_said = true;
         }
-        size_t rounded = bytes == 0 ? 4096 : (bytes + 4095) / 4096 * 4096;
-        buffer = rounded >= bytes ? aligned_alloc(4096, rounded) : NULL;
-        if (buffer == NULL) {
-            return nep_fail(NEP_ERR_NO_MEMORY, "no memory for a buffer of %zu bytes", bytes);
-        }
-        memset(buffer, 0, rounded);
+        status = take_private(ep, bytes, &buffer);
+    } else {
+        status = zero(ep, buffer, bytes);
+    }
+    if (status != NEP_OK) {
+        nep_pool_give(&ep->pool, buffer);
+        return status;
     }
     *buffer_p = buffer;
     return NEP_OK;
@@ -352,7 +407,11 @@ void nep_buffer_free(struct nep_ep *ep, void *buffer)
             return;
         }
     }
-    free(buffer);
+    if (ep->device != NULL) {
+        nep_device_free(ep, buffer);
+    } else {
+        free(buffer);
+    }
 }
 
 /* ---- maps ----------------------------------------------------------------------------------- */
@@ -388,5 +447,11 @@ enum nep_status nep_ep_stage_map(struct nep_ep *ep, const struct nep_map *map, u
                           "a map is staged for operation %llu, but operation %llu is the next one",
                           (unsigned long long)op, (unsigned long long)ep->next_op);
     }
-    return status == NEP_OK ? nep_maps_stage(&ep->maps, map, &ep->shape, op, version_p) : status;
+    if (status == NEP_OK) {
+        status = nep_maps_stage(&ep->maps, map, &ep->shape, op, version_p);
+    }
+    if (status == NEP_OK && ep->device != NULL) {
+        status = nep_device_take_map(ep, &ep->maps.staged[ep->maps.num_staged - 1]);
+    }
+    return status;
 }

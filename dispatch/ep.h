@@ -60,6 +60,7 @@ struct nep_retired_pool {
 };
 
 struct nep_waits;
+struct nep_device;
 
 struct nep_ep {
     struct nep_comm *comm;
@@ -110,6 +111,8 @@ struct nep_ep {
     bool has_inter_window; /* registered with the fabric */
     bool is_broken;
     uint64_t *load; /* [num_layers][E] (token, k) pairs that this rank dispatched, ever */
+    struct nep_ep_params params;   /* as given, without the map */
+    struct nep_device *device;     /* NULL: tokens are in host memory */
     struct nep_recorder *recorder; /* NULL: nothing is recorded */
     uint32_t next_handle;
     struct nep_handle *handles; /* all that are alive */

@@ -8,8 +8,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
-#include "dispatch/ep.h"
+#include "dispatch/device.h"
 
 /* Lays tables out one after the other; with base NULL only the end counts. */
 struct carve {
@@ -128,6 +129,23 @@ enum nep_status nep_ep_renew_handles(struct nep_ep *ep)
     return NEP_OK;
 }
 
+enum nep_status nep_handle_create_for(struct nep_ep *ep, struct nep_handle **handle_p)
+{
+    struct nep_handle *handle = calloc(1, sizeof *handle);
+    if (handle == NULL) {
+        return nep_fail(NEP_ERR_NO_MEMORY, "no memory for a handle");
+    }
+    handle->ep = ep;
+    enum nep_status status =
+        ep->device != NULL ? nep_device_handle_create(handle) : make_tables(ep, handle);
+    if (status != NEP_OK) {
+        free(handle);
+        return status;
+    }
+    *handle_p = handle;
+    return NEP_OK;
+}
+
 enum nep_status nep_handle_create(struct nep_ep *ep, struct nep_handle **handle_p)
 {
     enum nep_status status = nep_ep_check(ep);
@@ -137,16 +155,11 @@ enum nep_status nep_handle_create(struct nep_ep *ep, struct nep_handle **handle_
     if (handle_p == NULL) {
         return nep_fail(NEP_ERR_INVALID, "nep_handle_create: handle_p is NULL");
     }
-    struct nep_handle *handle = calloc(1, sizeof *handle);
-    if (handle == NULL) {
-        return nep_fail(NEP_ERR_NO_MEMORY, "no memory for a handle");
-    }
-    status = make_tables(ep, handle);
+    struct nep_handle *handle = NULL;
+    status = nep_handle_create_for(ep, &handle);
     if (status != NEP_OK) {
-        free(handle);
         return status;
     }
-    handle->ep = ep;
     handle->id = ep->next_handle++;
     handle->next = ep->handles;
     ep->handles = handle;
@@ -160,6 +173,9 @@ void nep_handle_destroy(struct nep_handle *handle)
         return;
     }
     nep_ep_forget(handle->ep, handle);
-    munmap(handle->memory, handle->memory_bytes);
+    nep_device_handle_destroy(handle, handle->ep->comm->pid != getpid());
+    if (handle->memory != NULL) {
+        munmap(handle->memory, handle->memory_bytes);
+    }
     free(handle);
 }

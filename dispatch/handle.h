@@ -64,9 +64,12 @@ struct nep_op {
     struct nep_tokens_out sum;   /* combine, from recv on */
 };
 
+struct nep_device_handle;
+
 struct nep_handle {
     struct nep_ep *ep;
-    struct nep_handle *next; /* of the ep's */
+    struct nep_device_handle *device; /* NULL: tokens are in host memory */
+    struct nep_handle *next;          /* of the ep's */
     uint32_t id;
     enum nep_handle_state state;
     struct nep_op op;
@@ -101,6 +104,8 @@ struct nep_handle {
     uint64_t memory_bytes;
 };
 
+/* A handle of an ep that is being created: not in its list, no number. */
+enum nep_status nep_handle_create_for(struct nep_ep *ep, struct nep_handle **handle_p);
 /* Bytes of one handle, from the plan alone. */
 uint64_t nep_handle_bytes(const struct nep_plan *plan, uint32_t rank);
 

@@ -51,7 +51,6 @@ enum nep_status nep_pool_take(struct nep_pool *pool, uint64_t bytes, void **buff
         if (free_to - free_from >= bytes) {
             enum nep_status status = insert(pool, i, free_from, bytes);
             if (status == NEP_OK) {
-                memset(pool->base + free_from, 0, bytes);
                 *buffer_p = pool->base + free_from;
             }
             return status;

@@ -24,7 +24,8 @@ struct nep_pool {
 
 void nep_pool_init(struct nep_pool *pool, void *base, uint64_t bytes);
 void nep_pool_fini(struct nep_pool *pool);
-/* NULL in *buffer_p when the pool is full: the caller falls back. */
+/* NULL in *buffer_p when the pool is full: the caller falls back. Nothing is zeroed: the pool may
+ * be device memory. */
 enum nep_status nep_pool_take(struct nep_pool *pool, uint64_t bytes, void **buffer_p);
 /* False when it is not from this pool. */
 bool nep_pool_give(struct nep_pool *pool, void *buffer);

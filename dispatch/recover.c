@@ -207,6 +207,14 @@ static enum nep_status check(const struct nep_comm *comm)
                         "ranks can agree on who lives only through a store, and the bootstrap of "
                         "this communicator has no put, get or cas");
     }
+    for (const struct nep_ep *ep = comm->eps; ep != NULL; ep = ep->next) {
+        if (ep->device != NULL) {
+            return nep_fail(
+                NEP_ERR_UNSUPPORTED,
+                "an ep has its tokens in GPU memory, where kernels and graphs hold what "
+                "recovery would take away: destroy it first, and make it anew after");
+        }
+    }
     return NEP_OK;
 }
 

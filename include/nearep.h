@@ -241,6 +241,22 @@ enum nep_layout {
     NEP_LAYOUT_EXPERT_FRONT = 4
 };
 
+/* Where tokens live, and what moves them. */
+enum nep_executor {
+    NEP_EXECUTOR_DEFAULT = 0, /* NEP_EXECUTOR_HOST */
+    NEP_EXECUTOR_HOST = 1,    /* host memory; this library's threads */
+    /*
+     * Memory of the CUDA device that is current when the ep is created; kernels on the caller's
+     * stream (a cudaStream_t as void *, NULL: the default stream). Arrays of single calls are in
+     * device memory then, unless their comment says host. Calls return when their kernels are
+     * launched; what a kernel gives up for is told by nep_comm_fault and by later calls. All may be
+     * captured into a graph, except nep_dispatch_counts; a graph keeps the pointers, the number of
+     * tokens and the map that it was captured with, and routing may change between replays. An ep's
+     * calls are ordered on the device as they were made, by one stream or by events.
+     */
+    NEP_EXECUTOR_CUDA = 2
+};
+
 struct nep_map;
 
 struct nep_ep_params {
@@ -263,6 +279,11 @@ struct nep_ep_params {
     enum nep_scale scale;      /* where wire is NEP_DTYPE_FP8_E4M3 */
     uint32_t row_bytes;        /* where wire is NEP_DTYPE_OPAQUE: of a dispatched row */
     uint32_t scale_bytes;      /* where wire is NEP_DTYPE_OPAQUE: of its scales, may be 0 */
+    enum nep_executor executor;
+    uint32_t num_sms; /* executor cuda: SMs of this rank's kernels; 0: 16, or its share of a device
+                         that ranks share; more than all ranks' kernels fit: refused */
+    uint64_t staging_bytes; /* executor cuda: for expert outputs outside of nep_buffer_alloc's
+                               memory; 0: NEP_STAGING */
 };
 
 struct nep_ep;
@@ -295,9 +316,9 @@ NEP_API enum nep_status nep_ep_memory(const struct nep_ep_params *params,
 
 /*
  * Memory that the ranks of this node map, from the pool of an ep: rows in it move once. Aligned to
- * 4096 bytes, zeroed. When the pool is exhausted, private memory is returned, said once in the log;
- * it works, with one more copy. Owned by the ep; free it with nep_buffer_free. Not on the path of a
- * token.
+ * 4096 bytes, zeroed; device memory where the executor is cuda. When the pool is exhausted, private
+ * memory is returned, said once in the log; it works, with one more copy. Owned by the ep; free it
+ * with nep_buffer_free. Not on the path of a token.
  */
 NEP_API enum nep_status nep_buffer_alloc(struct nep_ep *ep, size_t bytes, void **buffer_p);
 NEP_API void nep_buffer_free(struct nep_ep *ep, void *buffer);
@@ -332,7 +353,8 @@ struct nep_tokens {
     const uint8_t *is_prefill; /* beside it: [T] 1 = of the prompt; NULL: unknown */
 };
 
-/* Outputs of dispatch on this rank. Optional arrays may be NULL. rows = nep_counts.num_rows. */
+/* Outputs of dispatch on this rank. Optional arrays may be NULL. rows = nep_counts.num_rows. On a
+ * GPU x and what peers store are aligned to 16 bytes. */
 struct nep_rows {
     size_t size;
     void *x;           /* [capacity][H] of the wire type, or [capacity][row_bytes] */
@@ -388,14 +410,29 @@ struct nep_tokens_out {
 /*
  * Starts a dispatch: route, layout, COUNTS to every node, and the tiles that credits allow now.
  * Never waits for another node. NEP_ERR_BUSY when S operations are outstanding: complete one first.
- * An id out of range is NEP_ERR_INVALID with token, k and value, and nothing is sent. stream: NULL
- * on host memory.
+ * An id out of range is NEP_ERR_INVALID with token, k and value, and nothing is sent (executor
+ * cuda: a fault of the communicator, since a kernel finds it). stream: NULL on host memory.
  */
 NEP_API enum nep_status nep_dispatch_send(struct nep_ep *ep, struct nep_handle *handle,
                                           const struct nep_tokens *in, void *stream);
-/* Waits (bounded) until every rank's counts are here. Optional before nep_dispatch_recv. */
+/* Waits (bounded) until every rank's counts are here. Optional before nep_dispatch_recv. The arrays
+ * are on the host. */
 NEP_API enum nep_status nep_dispatch_counts(struct nep_ep *ep, struct nep_handle *handle,
                                             struct nep_counts *counts_p);
+/*
+ * Executor cuda: the same arrays in device memory, without a wait. They are valid as long as the
+ * handle and are filled by each of its dispatches, in stream order. num_rows: the most that any
+ * dispatch can bring, unless nep_dispatch_counts was called for this one.
+ */
+NEP_API enum nep_status nep_dispatch_counts_device(struct nep_ep *ep, struct nep_handle *handle,
+                                                   struct nep_counts *counts_p);
+/*
+ * Optional, before nep_dispatch_send: the outputs of this handle's dispatches from now on, which
+ * nep_dispatch_recv must then name again. With the CUDA executor the send half then moves the rows
+ * already; without, the complete half does. NULL: bound no more.
+ */
+NEP_API enum nep_status nep_handle_bind_output(struct nep_handle *handle,
+                                               const struct nep_rows *out);
 /* Completes it: all rows are in `out`. Waits, bounded. */
 NEP_API enum nep_status nep_dispatch_recv(struct nep_ep *ep, struct nep_handle *handle,
                                           const struct nep_rows *out, void *stream);
@@ -427,6 +464,7 @@ struct nep_layout_counts {
     uint32_t *rows_per_slot;   /* [R * L] (token, k) pairs per physical slot */
     uint8_t *is_token_in_rank; /* [T][R] 0 or 1 */
     uint32_t *topk_slots;      /* [T][K] physical slot of each id, UINT32_MAX = unused */
+    void *stream;              /* executor cuda */
 };
 NEP_API enum nep_status nep_ep_layout(struct nep_ep *ep, const struct nep_tokens *in,
                                       const struct nep_layout_counts *counts);

@@ -1,14 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The phases of the CUDA executor inside one node, as functions that put one kernel each on a
- * stream: layout, place, push (together: dispatch), pull, sum (combine). Nothing here allocates or
- * waits on the host, so all of it may be captured into a graph. Pointers in the structures are
- * device pointers unless a comment says otherwise; the structures themselves are read during the
- * call only.
+ * stream. dispatch: layout, place, push, and pull where the own output is not mapped; combine:
+ * stage where the expert outputs are not mapped, ready, sum. push may do place's work itself, and
+ * sum that of ready. Nothing here allocates or waits on the host, so all of it may be captured into
+ * a graph. Pointers in the structures are device pointers unless a comment says otherwise; the
+ * structures themselves are read during the call only.
  *
- * One operation at a time per state, on one stream: dispatch = layout, place, push, combine = sum;
- * every rank of the group in the same order. Kernels of several ranks wait for each other, so all
- * of their blocks must fit on the device together (nep_cuda_geometry refuses what does not).
+ * Every rank of the group begins operations in the same order (layout and ready begin one); up to
+ * window / 2 may be between their beginning and their end. Kernels of several ranks wait for each
+ * other, so all of their blocks must fit on the device together (nep_cuda_geometry refuses what
+ * does not).
  */
 #ifndef NEP_DISPATCH_CUDA_PHASES_H
 #define NEP_DISPATCH_CUDA_PHASES_H
@@ -23,10 +25,7 @@ extern "C" {
 
 struct CUstream_st;
 
-enum {
-    NEP_CUDA_MAX_RANKS = 64,  /* of one group */
-    NEP_CUDA_SLOTS_IN_USE = 2 /* W of docs/protocol.md for one operation outstanding */
-};
+enum { NEP_CUDA_MAX_RANKS = 64 /* of one group */ };
 #define NEP_CUDA_NONE UINT64_MAX /* an offset: there is no such array */
 
 /* ---- launch geometry: no GPU needed --------------------------------------------------------- */
@@ -69,49 +68,83 @@ enum nep_cuda_phase {
     NEP_CUDA_PHASE_COUNTS = 2,
     NEP_CUDA_PHASE_PUSHED = 3,
     NEP_CUDA_PHASE_READY = 4,
-    NEP_CUDA_PHASE_READ = 5
+    NEP_CUDA_PHASE_READ = 5,
+    NEP_CUDA_PHASE_BOUND = 6,
+    NEP_CUDA_PHASE_STAGE = 7
 };
 #define NEP_CUDA_STATUS(kind, phase, who)                                                          \
     ((uint64_t)(kind) << 56 | (uint64_t)(phase) << 48 | (uint64_t)(who))
 enum nep_cuda_status_kind {
     NEP_CUDA_EXPIRED = 1,  /* who: the rank whose word did not come */
     NEP_CUDA_BAD_ID = 2,   /* who: index into topk_ids, 48 bits */
-    NEP_CUDA_OVERFLOW = 3, /* who: the rank whose output is too small */
-    NEP_CUDA_DISAGREE = 4  /* who: the rank whose COUNTS belong to another operation */
+    NEP_CUDA_OVERFLOW = 3, /* who: the rank whose output (phase STAGE: staging) is too small */
+    NEP_CUDA_DISAGREE = 4, /* who: the rank whose COUNTS are of another operation or map */
+    NEP_CUDA_CROWDED = 5   /* who: the rank that has a slot with more rows than it has room for */
 };
 
 /* Device memory of a rank, zeroed before its first operation. */
 struct nep_cuda_state {
     uint64_t op;     /* operations begun */
     uint64_t status; /* sticky: while it is not 0, kernels return at once */
-    uint32_t arrived;
-    uint32_t reserved;
-    uint64_t epoch; /* of layout */
 };
 
-/* Control area in every rank's window, at the same offset, zeroed before the first operation. */
+/* An operation as its kernels find it; in device memory of a handle, zeroed before its first use.
+ * Here, not in arguments: a graph that is replayed begins another operation each time. */
+struct nep_cuda_cell {
+    uint64_t op;
+    uint64_t epoch; /* of layout */
+    uint32_t arrived;
+    uint32_t reserved;
+};
+
+/*
+ * Control area in every rank's window, at the same offset, zeroed before the first operation. W:
+ * slots in use, operation op has slot op % W; all words hold operation numbers and only grow.
+ */
 struct nep_cuda_words {
-    uint64_t counts;  /* [W][R] op */
-    uint64_t pushed;  /* [R] op: that rank's rows are all here */
-    uint64_t ready;   /* [R] op: that rank's expert outputs may be read */
-    uint64_t y;       /* [W][R] their offset in that rank's window */
-    uint64_t read;    /* [R] op: that rank has read what it reads here */
+    uint64_t counts;  /* [W][R] that rank's COUNTS are here */
+    uint64_t bound;   /* [W][R] its outputs are known */
+    uint64_t pushed;  /* [W][R] its rows are all here, or where they are pulled from */
+    uint64_t ready;   /* [W][R] its expert outputs may be read */
+    uint64_t read;    /* [W][R] it has read what it reads here */
+    uint64_t fault;   /* [R] status with which it gave up */
+    uint64_t bind;    /* [W][R] struct nep_cuda_bind */
+    uint64_t lend;    /* [W][R] struct nep_cuda_lend */
     uint64_t message; /* [W][R][message_bytes] */
     uint64_t message_bytes;
     uint64_t bytes;
 };
-struct nep_cuda_words nep_cuda_words_plan(uint32_t num_ranks, uint32_t slots_per_rank);
+struct nep_cuda_words nep_cuda_words_plan(uint32_t num_ranks, uint32_t slots_per_rank,
+                                          uint32_t window);
 
 struct nep_cuda_group {
     char *base; /* rank r's window is at base + r * stride */
     uint64_t stride;
     uint32_t num_ranks;
     uint32_t rank;
+    uint32_t window; /* W */
     uint64_t words_offset;
     struct nep_cuda_words words; /* from nep_cuda_words_plan */
     struct nep_cuda_state *state;
-    uint64_t *status_host; /* pinned, or NULL: the status is stored there as well */
+    uint64_t *status_host; /* pinned, 2 words: status, operation; or NULL */
     uint64_t timeout_ns;   /* of every wait inside a kernel */
+};
+
+/*
+ * Where rows lie that peers pull (from tokens in memory that they do not map) or read (expert
+ * outputs in such memory): offsets in the window, equal on all ranks. Slot op % depth.
+ */
+struct nep_cuda_staging {
+    uint32_t depth;
+    uint64_t x;             /* [depth][M] rows of payload_bytes */
+    uint64_t scales;        /* [depth][M] rows of scale_bytes */
+    uint64_t slots;         /* [depth][M][K] */
+    uint64_t index;         /* [depth][M][K] */
+    uint64_t weights;       /* [depth][M][K] */
+    uint64_t scales_stride; /* of a slot, multiples of 16 */
+    uint64_t y;             /* [depth][y_rows] rows of dtype */
+    uint64_t y_weights;     /* [depth][y_rows][K] */
+    uint64_t y_rows;
 };
 
 struct nep_cuda_shape {
@@ -122,6 +155,7 @@ struct nep_cuda_shape {
     uint32_t num_nodes; /* for the counts per node */
     enum nep_layout layout;
     struct nep_wire wire; /* payload_bytes is a multiple of 16 */
+    struct nep_cuda_staging staging;
 };
 
 /* ---- dispatch -------------------------------------------------------------------------------- */
@@ -135,12 +169,15 @@ struct nep_cuda_term {
     uint32_t reserved;
 };
 
-/* What a handle holds in device memory. Sizes of nep_cuda_routing_bytes. */
+/* What a handle holds in device memory. */
 struct nep_cuda_routing {
+    struct nep_cuda_cell *cell;
     uint32_t *slots;             /* [M][K] physical slot or NEP_SLOT_NONE */
     uint32_t *index;             /* [M][K] how many rows of this rank come before in the bucket */
+    float *weights;              /* [M][K] */
     uint32_t *counts;            /* rows per rank [R], per node [N], per slot [R * L] */
     uint32_t *first;             /* [R] or [R * L]: where this rank's rows of a bucket begin */
+    uint64_t *totals;            /* [R] rows of each rank's output */
     struct nep_cuda_term *terms; /* [M][K] */
     uint32_t *num_terms;         /* [M] */
     uint64_t *block_counts;      /* [layout_blocks][R + N + R * L], zeroed before the first use */
@@ -152,21 +189,26 @@ struct nep_cuda_input {
     const void *x;       /* [T] rows of wire.in_bytes or, where scales are given, payload_bytes */
     const void *scales;  /* [T] rows of scale_bytes; NULL: none, or cast here */
     const void *ids;     /* [T][K]; NULL: the slots that the routing holds */
-    const float *weight; /* [T][K]; NULL: 1 */
+    const float *weight; /* [T][K]; NULL: 1, or those that the routing holds */
     enum nep_id_type id_type;
     uint32_t num_tokens;
+    /* offsets in the window where x and scales lie as they travel; NONE: they must be staged */
+    uint64_t x_offset;
+    uint64_t scales_offset;
+    uint64_t digest;          /* of the map; all ranks must have the same */
     struct nep_copies copies; /* its tables in device memory */
 };
 
-/* Offsets in this rank's window; NEP_CUDA_NONE where there is no such array. */
+/* This rank's outputs. Optional arrays may be NULL. */
 struct nep_cuda_output {
-    uint64_t x;
-    uint64_t scales;
-    uint64_t topk_slots;
-    uint64_t topk_weights;
-    uint64_t source_rank;
-    uint64_t source_token;
+    char *x;
+    char *scales;
+    int32_t *topk_slots;
+    float *topk_weights;
+    uint32_t *source_rank;
+    uint32_t *source_token;
     uint64_t capacity; /* rows */
+    int is_mapped;     /* all of them lie in the window: peers push; else this rank pulls */
 };
 
 struct nep_cuda_dispatch {
@@ -174,48 +216,40 @@ struct nep_cuda_dispatch {
     const struct nep_cuda_shape *shape;
     const struct nep_cuda_geometry *geometry;
     const struct nep_cuda_input *in;
-    const struct nep_cuda_output *out;
+    const struct nep_cuda_output *out; /* layout: NULL while it is not known */
     const struct nep_cuda_routing *routing;
 };
 
 /* Loads the kernels and raises their shared memory limits. Before the first launch, per device. */
 enum nep_status nep_cuda_load(void);
-/* Begins the operation: slots, counts, indexes; COUNTS to every rank of the group. */
+/* Begins the operation: slots, counts, indexes; COUNTS, and outputs if known, to every rank. */
 enum nep_status nep_cuda_layout(const struct nep_cuda_dispatch *dispatch,
                                 struct CUstream_st *stream);
+/* Slots and counts alone; nothing is begun or sent. */
+enum nep_status nep_cuda_count(const struct nep_cuda_dispatch *dispatch,
+                               struct CUstream_st *stream);
+/* is_in[T][R]: whether a token goes to a rank, from the slots of a routing. */
+enum nep_status nep_cuda_is_in(const struct nep_cuda_dispatch *dispatch, uint8_t *is_in,
+                               struct CUstream_st *stream);
 /* Waits for all COUNTS; from them the first row of every bucket, and what comes to this rank. */
 enum nep_status nep_cuda_place(const struct nep_cuda_dispatch *dispatch,
                                struct CUstream_st *stream);
+enum nep_cuda_push_flags {
+    NEP_CUDA_PUSH_PLACES = 1, /* do place's work first */
+    NEP_CUDA_PUSH_BINDS = 2,  /* say where the outputs are: layout did not know */
+    NEP_CUDA_PUSH_WAITS = 4   /* end when the rows of all ranks are here */
+};
 /*
- * Every row to its final places, and who reads what in combine. is_waiting: ends when the rows of
- * all ranks are here.
+ * Every row to its final places or, for ranks that pull, to the staging area where it does not lie
+ * in mapped memory already; and who reads what in combine.
  */
-enum nep_status nep_cuda_push(const struct nep_cuda_dispatch *dispatch, int is_waiting,
+enum nep_status nep_cuda_push(const struct nep_cuda_dispatch *dispatch, unsigned flags,
                               struct CUstream_st *stream);
-
-/* Row `row` of sources[source] to row `pos` of the outputs. */
-struct nep_cuda_move {
-    uint32_t source;
-    uint32_t row;
-    uint32_t pos;
-    uint32_t reserved;
-};
-
-/* Rows from where they lie (tiles, inputs of others) to rows of this rank's output. */
-struct nep_cuda_pull {
-    const struct nep_cuda_geometry *geometry;
-    const void *const *sources; /* addresses of rows */
-    uint64_t stride;            /* of rows there */
-    const struct nep_cuda_move *moves;
-    const uint32_t *num_moves; /* in device memory; at most max_moves */
-    uint32_t max_moves;
-    uint32_t payload_bytes; /* a multiple of 16, as is stride */
-    uint32_t scale_bytes;   /* behind the payload in a source's row */
-    void *x;
-    void *scales;
-    const struct nep_cuda_state *state;
-};
-enum nep_status nep_cuda_pull(const struct nep_cuda_pull *pull, struct CUstream_st *stream);
+/* Waits for the rows of all ranks. */
+enum nep_status nep_cuda_await(const struct nep_cuda_dispatch *dispatch,
+                               struct CUstream_st *stream);
+/* Waits for the rows of all ranks and takes them to the own output. */
+enum nep_status nep_cuda_pull(const struct nep_cuda_dispatch *dispatch, struct CUstream_st *stream);
 
 /* ---- combine --------------------------------------------------------------------------------- */
 
@@ -224,16 +258,32 @@ struct nep_cuda_combine {
     const struct nep_cuda_shape *shape;
     const struct nep_cuda_geometry *geometry;
     const struct nep_cuda_routing *routing;
-    uint64_t rows;       /* offset of this rank's expert outputs in its window */
-    void *y;             /* [T] rows of dtype */
+    /* where this rank's expert outputs are */
+    uint64_t rows;    /* offset in its window; NONE: staged */
+    uint64_t weights; /* of their top-k weights; NONE: there are none, or staged */
+    const void *in;   /* to be staged from here */
+    const float *in_weights;
+    int has_weights; /* on all ranks */
+    /* results */
+    void *y; /* [T] rows of dtype */
+    const void *bias[2];
+    float *topk_weights; /* [T][K] */
     uint32_t num_tokens; /* of the dispatch */
     enum nep_dtype dtype;
     uint32_t hidden;
 };
-/*
- * Says that this rank's rows are there, waits for the others', sums, and waits until all have read.
- */
-enum nep_status nep_cuda_sum(const struct nep_cuda_combine *combine, struct CUstream_st *stream);
+/* Begins the operation: copies the rows to be staged. */
+enum nep_status nep_cuda_stage(const struct nep_cuda_combine *combine, struct CUstream_st *stream);
+/* Says that this rank's rows may be read; begins the operation if stage did not. */
+enum nep_status nep_cuda_ready(const struct nep_cuda_combine *combine, int is_begun,
+                               struct CUstream_st *stream);
+enum nep_cuda_sum_flags {
+    NEP_CUDA_SUM_SAYS = 1, /* do ready's work first */
+    NEP_CUDA_SUM_BEGUN = 2 /* stage or ready has begun the operation */
+};
+/* Waits for the others' rows, sums, and waits until all have read. */
+enum nep_status nep_cuda_sum(const struct nep_cuda_combine *combine, unsigned flags,
+                             struct CUstream_st *stream);
 
 #ifdef __cplusplus
 }

@@ -13,7 +13,11 @@ enum {
     ROW_THREADS = 1024,
     ALONE_BYTES = 116 * 1024, /* two of these exceed the 164 to 228 KiB of an SM */
     LAYOUT_BLOCKS = 16,
-    LAYOUT_WARPS = 16
+    LAYOUT_WARPS = 16,
+    /* of the structures in device/wait.cuh, which checks them */
+    BIND_BYTES = 64,
+    LEND_BYTES = 16,
+    HEAD_BYTES = 48
 };
 
 enum nep_status nep_cuda_geometry(const struct nep_cuda_limits *limits, uint32_t num_sms,
@@ -76,19 +80,23 @@ static uint64_t round_up(uint64_t bytes, uint64_t to)
     return (bytes + to - 1) / to * to;
 }
 
-struct nep_cuda_words nep_cuda_words_plan(uint32_t num_ranks, uint32_t slots_per_rank)
+struct nep_cuda_words nep_cuda_words_plan(uint32_t num_ranks, uint32_t slots_per_rank,
+                                          uint32_t window)
 {
     const uint64_t word = sizeof(uint64_t);
-    const uint64_t w = NEP_CUDA_SLOTS_IN_USE;
+    const uint64_t slots = (uint64_t)window * num_ranks;
     struct nep_cuda_words words = {.counts = 0};
     /* Fields that different ranks write at once lie on lines of their own. */
-    words.pushed = round_up(words.counts + w * num_ranks * word, 128);
-    words.ready = round_up(words.pushed + num_ranks * word, 128);
-    words.y = round_up(words.ready + num_ranks * word, 128);
-    words.read = round_up(words.y + w * num_ranks * word, 128);
-    words.message = round_up(words.read + num_ranks * word, 128);
+    words.bound = round_up(words.counts + slots * word, 128);
+    words.pushed = round_up(words.bound + slots * word, 128);
+    words.ready = round_up(words.pushed + slots * word, 128);
+    words.read = round_up(words.ready + slots * word, 128);
+    words.fault = round_up(words.read + slots * word, 128);
+    words.bind = round_up(words.fault + num_ranks * word, 128);
+    words.lend = round_up(words.bind + slots * BIND_BYTES, 128);
+    words.message = round_up(words.lend + slots * LEND_BYTES, 128);
     uint64_t rows = num_ranks + (uint64_t)num_ranks * slots_per_rank;
-    words.message_bytes = round_up(sizeof(struct nep_cuda_output) + 2 * word + rows * 4, 128);
-    words.bytes = round_up(words.message + w * num_ranks * words.message_bytes, 4096);
+    words.message_bytes = round_up(HEAD_BYTES + rows * 4, 128);
+    words.bytes = round_up(words.message + slots * words.message_bytes, 4096);
     return words;
 }

@@ -33,6 +33,8 @@ struct layout_args {
     uint32_t num_nodes;
     uint32_t num_buckets;
     bool is_rank_layout;
+    bool is_bound;
+    bool is_quiet; /* counts alone: nothing begins */
 };
 
 /* Sections of the counts. */
@@ -51,12 +53,12 @@ __device__ __forceinline__ uint32_t num_counts(const layout_args &a)
     return slot_section(a) + a.group.num_ranks * a.slots_per_rank;
 }
 
-__device__ __forceinline__ int32_t take_id(const layout_args &a, uint64_t at)
+__device__ __forceinline__ int32_t take_id(const layout_args &a, uint64_t op, uint64_t at)
 {
     int64_t id = a.in.id_type == NEP_IDS_INT64 ? ((const int64_t *)a.in.ids)[at]
                                                : ((const int32_t *)a.in.ids)[at];
     if (id < -1 || id >= (int64_t)a.in.copies.num_experts) {
-        nep_give_up(a.group, NEP_CUDA_STATUS(NEP_CUDA_BAD_ID, NEP_CUDA_PHASE_LAYOUT, at));
+        nep_give_up(a.group, op, NEP_CUDA_STATUS(NEP_CUDA_BAD_ID, NEP_CUDA_PHASE_LAYOUT, at));
         return -1;
     }
     return (int32_t)id;
@@ -69,7 +71,7 @@ __device__ __forceinline__ bool is_looked_up(const layout_args &a)
 }
 
 /* Slots of the block's tokens [begin, end), where there is a choice. */
-__device__ void route(const layout_args &a, uint32_t begin, uint32_t end)
+__device__ void route(const layout_args &a, uint64_t op, uint32_t begin, uint32_t end)
 {
     if (a.in.ids == nullptr || a.in.copies.is_single) {
         return;
@@ -77,7 +79,7 @@ __device__ void route(const layout_args &a, uint32_t begin, uint32_t end)
     for (uint32_t t = begin + threadIdx.x; t < end; t += blockDim.x) {
         int32_t ids[NEP_CHOOSE_MAX_K];
         for (uint32_t k = 0; k < a.top_k; k++) {
-            ids[k] = take_id(a, (uint64_t)t * a.top_k + k);
+            ids[k] = take_id(a, op, (uint64_t)t * a.top_k + k);
         }
         nep_choose_one(&a.in.copies, a.group.rank, t, ids, a.top_k,
                        a.routing.slots + (uint64_t)t * a.top_k);
@@ -100,7 +102,8 @@ __device__ __forceinline__ uint32_t same(uint32_t key)
 }
 
 /* What a pair is known by: an id, or its slot; -1: there is none. Loaded one step ahead. */
-__device__ __forceinline__ int32_t peek(const layout_args &a, uint32_t token, uint32_t end)
+__device__ __forceinline__ int32_t peek(const layout_args &a, uint64_t op, uint32_t token,
+                                        uint32_t end)
 {
     uint32_t lane = threadIdx.x % 32;
     uint32_t t = token + lane / a.top_k;
@@ -108,7 +111,7 @@ __device__ __forceinline__ int32_t peek(const layout_args &a, uint32_t token, ui
         return -1;
     }
     uint64_t at = (uint64_t)t * a.top_k + lane % a.top_k;
-    return is_looked_up(a) ? take_id(a, at) : (int32_t)a.routing.slots[at];
+    return is_looked_up(a) ? take_id(a, op, at) : (int32_t)a.routing.slots[at];
 }
 
 __device__ __forceinline__ pair take_pair(const layout_args &a, uint32_t token, uint32_t end,
@@ -153,15 +156,15 @@ __device__ __forceinline__ pair take_pair(const layout_args &a, uint32_t token, 
 }
 
 /* Rows before each row inside its warp, into index; the warp's totals into hist. */
-__device__ void index_in_warp(const layout_args &a, uint32_t begin, uint32_t end, uint32_t *hist,
-                              uint32_t *counts)
+__device__ void index_in_warp(const layout_args &a, uint64_t op, uint32_t begin, uint32_t end,
+                              uint32_t *hist, uint32_t *counts)
 {
     uint32_t lane = threadIdx.x % 32;
     uint32_t step = 32 / a.top_k;
-    int32_t next = peek(a, begin, end);
+    int32_t next = peek(a, op, begin, end);
     for (uint32_t token = begin; token < end; token += step) {
         int32_t now = next;
-        next = peek(a, token + step, end);
+        next = peek(a, op, token + step, end);
         pair p = take_pair(a, token, end, now, counts);
         bool has_row = p.bucket != NEP_SLOT_NONE;
         uint32_t mask = same(has_row ? p.bucket : 0x80000000u + lane);
@@ -180,7 +183,7 @@ __device__ void index_in_warp(const layout_args &a, uint32_t begin, uint32_t end
 }
 
 /* What earlier blocks counted under this number; false: expired. Eight loads in flight. */
-__device__ bool count_before(const layout_args &a, uint64_t epoch, uint32_t number,
+__device__ bool count_before(const layout_args &a, uint64_t op, uint64_t epoch, uint32_t number,
                              uint32_t *before_p)
 {
     const uint64_t *words = a.routing.block_counts + number;
@@ -210,7 +213,7 @@ __device__ bool count_before(const layout_args &a, uint64_t epoch, uint32_t numb
             if (start == 0) {
                 start = nep_globaltimer();
             } else if (nep_globaltimer() - start > a.group.timeout_ns) {
-                nep_give_up(a.group,
+                nep_give_up(a.group, op,
                             NEP_CUDA_STATUS(NEP_CUDA_EXPIRED, NEP_CUDA_PHASE_LAYOUT, a.group.rank));
                 return false;
             }
@@ -224,22 +227,35 @@ __device__ bool count_before(const layout_args &a, uint64_t epoch, uint32_t numb
 __device__ void send_counts(const layout_args &a, const uint32_t *totals, uint64_t op)
 {
     uint32_t num_ranks = a.group.num_ranks;
-    uint32_t num_slots = num_ranks * a.slots_per_rank;
+    uint32_t num = num_ranks + num_ranks * a.slots_per_rank;
+    if (a.is_bound) {
+        nep_bind_all(a.group, a.out, op);
+    }
     for (uint32_t r = 0; r < num_ranks; r++) {
-        char *to = nep_message_at(a.group, r, op, a.group.rank);
-        struct nep_cuda_message *head = (struct nep_cuda_message *)to;
+        struct nep_cuda_message *head = nep_message_at(a.group, r, op, a.group.rank);
         uint32_t *rows = (uint32_t *)(head + 1);
         if (threadIdx.x == 0) {
-            head->out = a.out;
-            head->op = op;
-            head->num_tokens = a.in.num_tokens;
+            *head = {op, a.in.digest, a.in.num_tokens, a.in.x_offset, a.in.scales_offset, 0};
         }
-        for (uint32_t i = threadIdx.x; i < num_ranks + num_slots; i += blockDim.x) {
+        for (uint32_t i = threadIdx.x; i < num; i += blockDim.x) {
             rows[i] = totals[i < num_ranks ? i : slot_section(a) + i - num_ranks];
         }
     }
     __syncthreads();
-    nep_tell_all(a.group, a.group.words.counts, op % NEP_CUDA_SLOTS_IN_USE * num_ranks, op);
+    nep_tell_all(a.group, a.group.words.counts, op);
+}
+
+/* The weights of a fresh routing stay with it; a held one takes new ones where there are some. */
+__device__ void keep_weights(const layout_args &a)
+{
+    if (a.in.weight == nullptr && a.in.ids == nullptr) {
+        return;
+    }
+    uint32_t pairs = a.in.num_tokens * a.top_k;
+    for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < pairs;
+         i += gridDim.x * blockDim.x) {
+        a.routing.weights[i] = a.in.weight != nullptr ? a.in.weight[i] : 1.0f;
+    }
 }
 
 __global__ void __launch_bounds__(LAYOUT_MAX_THREADS)
@@ -247,11 +263,10 @@ __global__ void __launch_bounds__(LAYOUT_MAX_THREADS)
 {
     extern __shared__ uint32_t shared[];
     uint64_t op = 0;
-    uint64_t epoch = nep_ld_relaxed_gpu(&a.group.state->epoch) + 1;
-    if (!nep_begin(a.group, &op)) {
+    uint64_t epoch = nep_ld_relaxed_gpu(&a.routing.cell->epoch) + 1;
+    if (!nep_begin_next(a.group, &op)) {
         return;
     }
-    op++;
     uint32_t warp = threadIdx.x / 32;
     uint32_t num_warps = blockDim.x / 32;
     uint32_t *counts = shared;
@@ -267,8 +282,8 @@ __global__ void __launch_bounds__(LAYOUT_MAX_THREADS)
     uint32_t begin = min(block_end, block_begin + warp * per_warp);
     uint32_t end = min(block_end, begin + per_warp);
     __syncthreads();
-    route(a, block_begin, block_end);
-    index_in_warp(a, begin, end, hists + warp * a.num_buckets, counts);
+    route(a, op, block_begin, block_end);
+    index_in_warp(a, op, begin, end, hists + warp * a.num_buckets, counts);
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < num_counts(a); i += blockDim.x) {
         nep_st_relaxed_gpu(a.routing.block_counts + (uint64_t)blockIdx.x * num_counts(a) + i,
@@ -279,7 +294,7 @@ __global__ void __launch_bounds__(LAYOUT_MAX_THREADS)
     for (uint32_t i = threadIdx.x; i < num_counts(a); i += blockDim.x) {
         bool is_bucket = i >= bucket_section && i - bucket_section < a.num_buckets;
         uint32_t before = 0;
-        if ((!is_bucket && !is_last) || !count_before(a, epoch, i, &before)) {
+        if ((!is_bucket && !is_last) || !count_before(a, op, epoch, i, &before)) {
             continue;
         }
         uint32_t run = before;
@@ -295,9 +310,10 @@ __global__ void __launch_bounds__(LAYOUT_MAX_THREADS)
         }
     }
     __syncthreads();
-    if (is_last && !nep_is_stuck(a.group)) {
+    if (is_last && !a.is_quiet && !nep_is_stuck(a.group)) {
         send_counts(a, counts, op);
     }
+    keep_weights(a);
     for (uint64_t p = (uint64_t)begin * a.top_k + threadIdx.x % 32; p < (uint64_t)end * a.top_k;
          p += 32) {
         uint32_t slot = a.routing.slots[p];
@@ -306,9 +322,26 @@ __global__ void __launch_bounds__(LAYOUT_MAX_THREADS)
             a.routing.index[p] += hists[warp * a.num_buckets + bucket];
         }
     }
-    if (nep_is_last_block(a.group) && threadIdx.x == 0) {
-        a.group.state->epoch = epoch;
-        a.group.state->op = op;
+    if (nep_is_last_block(a.routing.cell) && threadIdx.x == 0) {
+        a.routing.cell->epoch = epoch;
+        if (!a.is_quiet) {
+            nep_begun(a.group, a.routing.cell, op);
+        }
+    }
+}
+
+/* A thread per token and rank. */
+__global__ void is_in_kernel(const uint32_t *slots, uint32_t num_tokens, uint32_t top_k,
+                             uint32_t num_ranks, uint32_t slots_per_rank, uint8_t *is_in)
+{
+    uint64_t num = (uint64_t)num_tokens * num_ranks;
+    for (uint64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < num; i += gridDim.x * blockDim.x) {
+        const uint32_t *of = slots + i / num_ranks * top_k;
+        uint8_t is = 0;
+        for (uint32_t k = 0; k < top_k; k++) {
+            is |= of[k] != NEP_SLOT_NONE && of[k] / slots_per_rank == i % num_ranks;
+        }
+        is_in[i] = is;
     }
 }
 
@@ -316,11 +349,12 @@ __global__ void __launch_bounds__(LAYOUT_MAX_THREADS)
 
 enum nep_status nep_cuda_load_layout(void)
 {
-    return nep_cuda_load_kernel((const void *)layout_kernel, "layout");
+    enum nep_status status = nep_cuda_load_kernel((const void *)is_in_kernel, "is_in");
+    return status == NEP_OK ? nep_cuda_load_kernel((const void *)layout_kernel, "layout") : status;
 }
 
-extern "C" enum nep_status nep_cuda_layout(const struct nep_cuda_dispatch *dispatch,
-                                           struct CUstream_st *stream)
+static enum nep_status launch(const struct nep_cuda_dispatch *dispatch, bool is_quiet,
+                              struct CUstream_st *stream)
 {
     const struct nep_cuda_shape *shape = dispatch->shape;
     uint32_t num_ranks = dispatch->group->num_ranks;
@@ -337,12 +371,16 @@ extern "C" enum nep_status nep_cuda_layout(const struct nep_cuda_dispatch *dispa
     args.group = *dispatch->group;
     args.routing = *dispatch->routing;
     args.in = *dispatch->in;
-    args.out = *dispatch->out;
+    args.is_bound = dispatch->out != nullptr;
+    if (args.is_bound) {
+        args.out = *dispatch->out;
+    }
     args.slots_per_rank = shape->slots_per_rank;
     args.top_k = shape->top_k;
     args.num_nodes = shape->num_nodes;
     args.num_buckets = is_rank_layout ? num_ranks : num_ranks * shape->slots_per_rank;
     args.is_rank_layout = is_rank_layout;
+    args.is_quiet = is_quiet;
     const struct nep_cuda_geometry *geometry = dispatch->geometry;
     /* One pair per thread and two steps at least; a single block waits for no other. */
     uint64_t pairs = (uint64_t)dispatch->in->num_tokens * shape->top_k;
@@ -353,4 +391,26 @@ extern "C" enum nep_status nep_cuda_layout(const struct nep_cuda_dispatch *dispa
     layout_kernel<<<(uint32_t)blocks, geometry->layout_threads, geometry->layout_shared_bytes,
                     stream>>>(args);
     return nep_cuda_check(cudaGetLastError(), "launch of layout");
+}
+
+extern "C" enum nep_status nep_cuda_layout(const struct nep_cuda_dispatch *dispatch,
+                                           struct CUstream_st *stream)
+{
+    return launch(dispatch, false, stream);
+}
+
+extern "C" enum nep_status nep_cuda_count(const struct nep_cuda_dispatch *dispatch,
+                                          struct CUstream_st *stream)
+{
+    return launch(dispatch, true, stream);
+}
+
+extern "C" enum nep_status nep_cuda_is_in(const struct nep_cuda_dispatch *dispatch, uint8_t *is_in,
+                                          struct CUstream_st *stream)
+{
+    const struct nep_cuda_geometry *geometry = dispatch->geometry;
+    is_in_kernel<<<geometry->blocks, 256, 0, stream>>>(
+        dispatch->routing->slots, dispatch->in->num_tokens, dispatch->shape->top_k,
+        dispatch->group->num_ranks, dispatch->shape->slots_per_rank, is_in);
+    return nep_cuda_check(cudaGetLastError(), "launch of is_in");
 }

@@ -5,44 +5,43 @@
  * part also stores what goes beside a row and writes down, sorted by rank, which rows combine will
  * add up for this token: positions are known here and nowhere else as cheaply.
  *
+ * Ranks whose outputs lie in memory that is not mapped pull their rows (pull.cu). For them a row is
+ * stored once more, into the own staging area, unless it lies in mapped memory as it travels; so
+ * are slots, indexes and weights, from which they find their rows.
+ *
  * Plain 16-byte accesses, four in flight per thread. Rejected: bulk copies through shared memory,
- * at most 4 % faster in measurements, and not on sm_80; pulling by the receiver, which reads a row
- * once per destination and was 5 to 44 % slower.
+ * at most 4 % faster in measurements, and not on sm_80; pulling by the receiver always, which reads
+ * a row once per destination and was 5 to 44 % slower.
  */
 #include "dispatch/cuda/device/launch.cuh"
 #include "dispatch/cuda/device/number.cuh"
-#include "dispatch/cuda/device/wait.cuh"
+#include "dispatch/cuda/device/place.cuh"
+#include "dispatch/cuda/device/rows.cuh"
 
 namespace
 {
 
-enum { PUSH_THREADS = 1024, FLIGHT = 4 };
+enum { PUSH_THREADS = 1024 };
 
 struct push_args {
     struct nep_cuda_group group;
     struct nep_cuda_routing routing;
+    struct nep_place_args place;
+    struct nep_cuda_output out;
+    struct nep_cuda_staging staging;
     struct nep_wire wire;
     const char *x;
     const char *scales;
-    const float *weight;
     uint32_t num_tokens;
     uint32_t parts;
     uint32_t units; /* 16-byte pieces of a payload row */
     uint32_t slots_per_rank;
     uint32_t top_k;
+    uint32_t num_buckets;
+    unsigned flags;
     bool is_rank_layout;
     bool is_cast;
-    bool is_waiting;
-};
-
-/* A pair of a token as its lane holds it. */
-struct target {
-    uint32_t slot; /* NEP_SLOT_NONE: none */
-    uint32_t rank;
-    uint32_t pos;
-    uint32_t first; /* lane that holds this row */
-    bool has_row;   /* this lane does */
-    char *row;      /* its place */
+    bool is_lent; /* rows lie in mapped memory: pulled from there */
 };
 
 struct warp_item {
@@ -50,6 +49,14 @@ struct warp_item {
     uint32_t part;
     uint32_t slot; /* as loaded ahead */
     uint32_t index;
+};
+
+/* Staging areas of this operation; rows NULL: nobody pulls, or not from there. */
+struct stage {
+    bool is_pulled; /* somebody pulls */
+    char *rows;
+    char *scales;
+    uint64_t pairs; /* offset of this operation's [M][K] tables, in entries */
 };
 
 __device__ __forceinline__ warp_item item_at(const push_args &a, uint64_t item)
@@ -66,59 +73,6 @@ __device__ __forceinline__ warp_item item_at(const push_args &a, uint64_t item)
         w.index = a.routing.index[at];
     }
     return w;
-}
-
-__device__ __forceinline__ target find_target(const push_args &a, const warp_item &w,
-                                              const uint32_t *first_rows,
-                                              const struct nep_cuda_output *outs)
-{
-    target t;
-    uint32_t lane = threadIdx.x % 32;
-    t.slot = w.slot;
-    bool is_used = w.slot != NEP_SLOT_NONE;
-    t.rank = is_used ? w.slot / a.slots_per_rank : 0;
-    t.first = lane;
-    if (a.is_rank_layout) {
-        t.first = __ffs(__match_any_sync(0xffffffffu, is_used ? t.rank : 0x80000000u + lane)) - 1;
-    }
-    t.has_row = is_used && t.first == lane;
-    t.pos = 0;
-    t.row = nullptr;
-    if (is_used) {
-        t.pos = first_rows[a.is_rank_layout ? t.rank : w.slot] + w.index;
-        t.row =
-            nep_window(a.group, t.rank) + outs[t.rank].x + (uint64_t)t.pos * a.wire.payload_bytes;
-    }
-    return t;
-}
-
-__device__ __forceinline__ char *lane_row(char *row, uint32_t lane)
-{
-    return (char *)__shfl_sync(0xffffffffu, (unsigned long long)row, lane);
-}
-
-/* Pieces [begin, end) of a row as it is. */
-__device__ __forceinline__ void copy_row(const char *from, const target &t, uint32_t rows,
-                                         uint32_t begin, uint32_t end)
-{
-    for (uint32_t c = begin + threadIdx.x % 32; c - threadIdx.x % 32 < end; c += 32 * FLIGHT) {
-        uint4 v[FLIGHT];
-#pragma unroll
-        for (int i = 0; i < FLIGHT; i++) {
-            if (c + 32 * i < end) {
-                v[i] = nep_ld16(from + 16 * (uint64_t)(c + 32 * i));
-            }
-        }
-        for (uint32_t m = rows; m != 0; m &= m - 1) {
-            uint4 *to = (uint4 *)lane_row(t.row, __ffs(m) - 1);
-#pragma unroll
-            for (int i = 0; i < FLIGHT; i++) {
-                if (c + 32 * i < end) {
-                    to[c + 32 * i] = v[i];
-                }
-            }
-        }
-    }
 }
 
 /* 16 elements of the caller's row as floats. */
@@ -143,31 +97,38 @@ __device__ __forceinline__ void load_elements(const char *from, enum nep_dtype d
     }
 }
 
+__device__ __forceinline__ void put_scale(const push_args &a, char *scales, uint32_t block,
+                                          float scale)
+{
+    if (a.wire.scale == NEP_SCALE_UE8M0) {
+        ((uint8_t *)scales)[block] = (uint8_t)(__float_as_uint(scale) >> 23);
+    } else {
+        ((float *)scales)[block] = scale;
+    }
+}
+
 /* By the lane whose piece begins a block. */
-__device__ __forceinline__ void store_scale(const push_args &a, const target &t, uint32_t rows,
-                                            const struct nep_cuda_output *outs, uint32_t unit,
-                                            float scale)
+__device__ __forceinline__ void store_scale(const push_args &a, const struct nep_places *places,
+                                            const nep_target &t, uint32_t rows, char *more,
+                                            uint32_t unit, float scale)
 {
     for (uint32_t m = rows; m != 0; m &= m - 1) {
         uint32_t from = __ffs(m) - 1;
         uint32_t rank = __shfl_sync(0xffffffffu, t.rank, from);
         uint32_t pos = __shfl_sync(0xffffffffu, t.pos, from);
-        char *to =
-            nep_window(a.group, rank) + outs[rank].scales + (uint64_t)pos * a.wire.scale_bytes;
         if (unit % 8 == 0) {
-            uint32_t block = unit / 8;
-            if (a.wire.scale == NEP_SCALE_UE8M0) {
-                ((uint8_t *)to)[block] = (uint8_t)(__float_as_uint(scale) >> 23);
-            } else {
-                ((float *)to)[block] = scale;
-            }
+            put_scale(a, places[rank].scales + (uint64_t)pos * a.wire.scale_bytes, unit / 8, scale);
         }
+    }
+    if (more != nullptr && unit % 8 == 0) {
+        put_scale(a, more, unit / 8, scale);
     }
 }
 
 /* The same with the cast: a lane has 16 elements, eight lanes the 128 that share a scale. */
-__device__ void cast_row(const push_args &a, const char *from, const target &t, uint32_t rows,
-                         const struct nep_cuda_output *outs, uint32_t begin, uint32_t end)
+__device__ void cast_row(const push_args &a, const char *from, const struct nep_places *places,
+                         const nep_target &t, uint32_t rows, char *more, char *more_scales,
+                         uint32_t begin, uint32_t end)
 {
     uint32_t lane = threadIdx.x % 32;
     for (uint32_t first = begin; first < end; first += 32) {
@@ -198,77 +159,21 @@ __device__ void cast_row(const push_args &a, const char *from, const target &t, 
             }
         }
         for (uint32_t m = rows; m != 0; m &= m - 1) {
-            uint4 *to = (uint4 *)lane_row(t.row, __ffs(m) - 1);
+            uint4 *to = (uint4 *)nep_lane_row(t.row, __ffs(m) - 1);
             if (is_in) {
                 to[unit] = make_uint4(q[0], q[1], q[2], q[3]);
             }
         }
-        store_scale(a, t, rows, outs, is_in ? unit : 1, scale);
-    }
-}
-
-__device__ __forceinline__ void copy_scales(const push_args &a, const warp_item &w, const target &t,
-                                            uint32_t rows, const struct nep_cuda_output *outs)
-{
-    const char *from = a.scales + (uint64_t)w.token * a.wire.scale_bytes;
-    uint32_t lane = threadIdx.x % 32;
-    bool is_wide = (a.wire.scale_bytes | (uint64_t)a.scales) % 4 == 0;
-    for (uint32_t m = rows; m != 0; m &= m - 1) {
-        uint32_t source = __ffs(m) - 1;
-        uint32_t rank = __shfl_sync(0xffffffffu, t.rank, source);
-        uint32_t pos = __shfl_sync(0xffffffffu, t.pos, source);
-        char *to =
-            nep_window(a.group, rank) + outs[rank].scales + (uint64_t)pos * a.wire.scale_bytes;
-        for (uint32_t i = lane; is_wide && i < a.wire.scale_bytes / 4; i += 32) {
-            ((uint32_t *)to)[i] = ((const uint32_t *)from)[i];
+        if (more != nullptr && is_in) {
+            ((uint4 *)more)[unit] = make_uint4(q[0], q[1], q[2], q[3]);
         }
-        for (uint32_t i = lane; !is_wide && i < a.wire.scale_bytes; i += 32) {
-            to[i] = from[i];
-        }
-    }
-}
-
-/* What lies beside the rows at their receivers. */
-__device__ void store_beside(const push_args &a, const warp_item &w, const target &t, uint32_t rows,
-                             const struct nep_cuda_output *outs, float weight)
-{
-    uint32_t lane = threadIdx.x % 32;
-    if (t.has_row) {
-        const struct nep_cuda_output &out = outs[t.rank];
-        char *window = nep_window(a.group, t.rank);
-        if (out.source_rank != NEP_CUDA_NONE) {
-            ((uint32_t *)(window + out.source_rank))[t.pos] = a.group.rank;
-        }
-        if (out.source_token != NEP_CUDA_NONE) {
-            ((uint32_t *)(window + out.source_token))[t.pos] = w.token;
-        }
-        if (!a.is_rank_layout && out.topk_weights != NEP_CUDA_NONE) {
-            ((float *)(window + out.topk_weights))[t.pos] = weight;
-        }
-    }
-    if (!a.is_rank_layout) {
-        return;
-    }
-    for (uint32_t m = rows; m != 0; m &= m - 1) {
-        uint32_t from = __ffs(m) - 1;
-        uint32_t rank = __shfl_sync(0xffffffffu, t.rank, from);
-        uint64_t at = (uint64_t)__shfl_sync(0xffffffffu, t.pos, from) * a.top_k + lane;
-        const struct nep_cuda_output &out = outs[rank];
-        char *window = nep_window(a.group, rank);
-        bool is_there = t.slot != NEP_SLOT_NONE && t.rank == rank;
-        if (lane < a.top_k && out.topk_slots != NEP_CUDA_NONE) {
-            ((int32_t *)(window + out.topk_slots))[at] =
-                is_there ? (int32_t)(t.slot - rank * a.slots_per_rank) : -1;
-        }
-        if (lane < a.top_k && out.topk_weights != NEP_CUDA_NONE) {
-            ((float *)(window + out.topk_weights))[at] = is_there ? weight : 0.0f;
-        }
+        store_scale(a, places, t, rows, more_scales, is_in ? unit : 1, scale);
     }
 }
 
 /* The token's addends in the order of the tree: ranks ascending, k ascending inside. */
-__device__ void store_terms(const push_args &a, const warp_item &w, const target &t, uint32_t rows,
-                            float weight)
+__device__ void store_terms(const push_args &a, const warp_item &w, const nep_target &t,
+                            uint32_t rows, float weight)
 {
     uint32_t lane = threadIdx.x % 32;
     uint32_t order = 0;
@@ -296,13 +201,35 @@ __device__ void store_terms(const push_args &a, const warp_item &w, const target
     }
 }
 
-__device__ __forceinline__ void push_item(const push_args &a, const warp_item &w,
-                                          const uint32_t *first_rows,
-                                          const struct nep_cuda_output *outs)
+/* What peers find their rows by. */
+__device__ __forceinline__ void stage_pairs(const push_args &a, const warp_item &w,
+                                            const stage &stage, float weight)
 {
     uint32_t lane = threadIdx.x % 32;
-    target t = find_target(a, w, first_rows, outs);
-    uint32_t rows = __ballot_sync(0xffffffffu, t.has_row);
+    if (!stage.is_pulled || lane >= a.top_k) {
+        return;
+    }
+    char *window = nep_window(a.group, a.group.rank);
+    uint64_t at = stage.pairs + (uint64_t)w.token * a.top_k + lane;
+    ((uint32_t *)(window + a.staging.slots))[at] = w.slot;
+    ((uint32_t *)(window + a.staging.index))[at] = w.index;
+    ((float *)(window + a.staging.weights))[at] = weight;
+}
+
+__device__ __forceinline__ void push_item(const push_args &a, const warp_item &w,
+                                          const uint32_t *first_rows,
+                                          const nep_rows_args &rows_args, const stage &stage)
+{
+    uint32_t lane = threadIdx.x % 32;
+    nep_target t = nep_find_target(rows_args, w.slot, w.index, first_rows);
+    uint32_t all = __ballot_sync(0xffffffffu, t.has_row);
+    uint32_t rows = __ballot_sync(0xffffffffu, t.has_row && t.row != nullptr);
+    char *more = rows != all && stage.rows != nullptr
+                     ? stage.rows + (uint64_t)w.token * a.wire.payload_bytes
+                     : nullptr;
+    char *more_scales = more != nullptr && a.wire.scale_bytes != 0
+                            ? stage.scales + (uint64_t)w.token * a.wire.scale_bytes
+                            : nullptr;
     uint32_t per_part = (a.units + a.parts - 1) / a.parts;
     if (a.is_cast) {
         per_part = (per_part + 7) / 8 * 8; /* blocks of one scale stay together */
@@ -312,44 +239,90 @@ __device__ __forceinline__ void push_item(const push_args &a, const warp_item &w
     uint32_t row_bytes = a.is_cast ? a.wire.in_bytes : a.wire.payload_bytes;
     const char *from = a.x + (uint64_t)w.token * row_bytes;
     if (w.part == 0) {
-        float weight = 1.0f;
-        if (a.weight != nullptr && lane < a.top_k) {
-            weight = a.weight[(uint64_t)w.token * a.top_k + lane];
+        float weight = 0;
+        if (lane < a.top_k) {
+            weight = a.routing.weights[(uint64_t)w.token * a.top_k + lane];
         }
-        store_terms(a, w, t, rows, weight);
-        store_beside(a, w, t, rows, outs, weight);
+        store_terms(a, w, t, all, weight);
+        nep_store_beside(rows_args, w.token, t, rows, weight);
+        stage_pairs(a, w, stage, weight);
         if (a.scales != nullptr && !a.is_cast) {
-            copy_scales(a, w, t, rows, outs);
+            nep_copy_scales(rows_args, a.scales + (uint64_t)w.token * a.wire.scale_bytes, t, rows,
+                            more_scales);
         }
     }
-    if (rows == 0) {
+    if (rows == 0 && more == nullptr) {
         return;
     }
     if (a.is_cast) {
-        cast_row(a, from, t, rows, outs, begin, end);
+        cast_row(a, from, rows_args.places, t, rows, more, more_scales, begin, end);
     } else {
-        copy_row(from, t, rows, begin, end);
+        nep_copy_row(from, t, rows, more, begin, end);
     }
+}
+
+/* By all threads of a block, before rows move: positions, outputs, staging. False: give up. */
+__device__ __forceinline__ bool prepare(const push_args &a, uint64_t op, uint32_t *first_rows,
+                                        struct nep_places *places, uint64_t *totals, stage *stage_p)
+{
+    uint32_t num_ranks = a.group.num_ranks;
+    if ((a.flags & NEP_CUDA_PUSH_BINDS) != 0 && blockIdx.x == 0) {
+        nep_bind_all(a.group, a.out, op);
+    }
+    if ((a.flags & NEP_CUDA_PUSH_PLACES) != 0) {
+        nep_place place = {a.group, a.routing, a.place, op, first_rows, totals, blockIdx.x == 0};
+        if (!nep_place_block(place)) {
+            return false;
+        }
+    } else {
+        for (uint32_t i = threadIdx.x; i < a.num_buckets; i += blockDim.x) {
+            first_rows[i] = a.routing.first[i];
+        }
+        for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
+            totals[r] = a.routing.totals[r];
+        }
+    }
+    if (!nep_wait_all(a.group, a.group.words.bound, op, NEP_CUDA_PHASE_BOUND)) {
+        return false;
+    }
+    bool fits = true;
+    bool is_pulled = false;
+    for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
+        places[r] = r == a.group.rank ? nep_own_places(a.out) : nep_places_at(a.group, op, r);
+        is_pulled = places[r].x == nullptr && totals[r] != 0;
+        if (totals[r] > nep_bind_at(a.group, a.group.rank, op, r)->capacity) {
+            nep_give_up(a.group, op, NEP_CUDA_STATUS(NEP_CUDA_OVERFLOW, NEP_CUDA_PHASE_BOUND, r));
+            fits = false;
+        }
+    }
+    fits = __syncthreads_and(fits) != 0;
+    is_pulled = __syncthreads_or(is_pulled) != 0;
+    uint64_t slot = op % a.staging.depth;
+    char *window = nep_window(a.group, a.group.rank);
+    stage_p->is_pulled = is_pulled;
+    stage_p->pairs = slot * a.place.max_tokens * a.top_k;
+    stage_p->rows =
+        !is_pulled || a.is_lent
+            ? nullptr
+            : window + a.staging.x + slot * a.place.max_tokens * (uint64_t)a.wire.payload_bytes;
+    stage_p->scales = window + a.staging.scales + slot * a.staging.scales_stride;
+    return fits;
 }
 
 __global__ void __launch_bounds__(PUSH_THREADS, 1) push_kernel(const __grid_constant__ push_args a)
 {
     extern __shared__ uint32_t first_rows[];
-    __shared__ struct nep_cuda_output outs[NEP_CUDA_MAX_RANKS];
+    __shared__ struct nep_places places[NEP_CUDA_MAX_RANKS];
+    __shared__ uint64_t totals[NEP_CUDA_MAX_RANKS];
     uint64_t op = 0;
-    if (!nep_begin(a.group, &op)) {
+    stage stage;
+    if (!nep_begin(a.group, a.routing.cell, &op) ||
+        !prepare(a, op, first_rows, places, totals, &stage)) {
         return;
     }
-    uint32_t num_ranks = a.group.num_ranks;
-    uint32_t num_buckets = a.is_rank_layout ? num_ranks : num_ranks * a.slots_per_rank;
-    for (uint32_t i = threadIdx.x; i < num_buckets; i += blockDim.x) {
-        first_rows[i] = a.routing.first[i];
-    }
-    for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
-        outs[r] =
-            ((const struct nep_cuda_message *)nep_message_at(a.group, a.group.rank, op, r))->out;
-    }
-    __syncthreads();
+    const nep_rows_args rows_args = {places,          a.group.rank,         a.slots_per_rank,
+                                     a.top_k,         a.wire.payload_bytes, a.wire.scale_bytes,
+                                     a.is_rank_layout};
     /* Rows go round the blocks first: a few tokens then keep every SM busy. */
     uint64_t stride = (uint64_t)gridDim.x * (blockDim.x / 32);
     uint64_t num_items = (uint64_t)a.num_tokens * a.parts;
@@ -358,14 +331,24 @@ __global__ void __launch_bounds__(PUSH_THREADS, 1) push_kernel(const __grid_cons
     for (; item < num_items; item += stride) {
         warp_item now = next;
         next = item_at(a, item + stride);
-        push_item(a, now, first_rows, outs);
+        push_item(a, now, first_rows, rows_args, stage);
     }
-    if (!nep_is_last_block(a.group)) {
+    if (!nep_is_last_block(a.routing.cell)) {
         return;
     }
-    nep_tell_all(a.group, a.group.words.pushed, 0, op);
-    if (a.is_waiting) {
-        nep_wait_all(a.group, a.group.words.pushed, 0, op, NEP_CUDA_PHASE_PUSHED);
+    nep_tell_all(a.group, a.group.words.pushed, op);
+    if ((a.flags & NEP_CUDA_PUSH_WAITS) != 0) {
+        nep_wait_all(a.group, a.group.words.pushed, op, NEP_CUDA_PHASE_PUSHED);
+    }
+}
+
+/* What ends a dispatch whose push did not wait. */
+__global__ void await_kernel(const __grid_constant__ struct nep_cuda_group group,
+                             const struct nep_cuda_cell *cell)
+{
+    uint64_t op = 0;
+    if (nep_begin(group, cell, &op)) {
+        nep_wait_all(group, group.words.pushed, op, NEP_CUDA_PHASE_PUSHED);
     }
 }
 
@@ -373,37 +356,52 @@ __global__ void __launch_bounds__(PUSH_THREADS, 1) push_kernel(const __grid_cons
 
 enum nep_status nep_cuda_load_push(void)
 {
-    return nep_cuda_load_kernel((const void *)push_kernel, "push");
+    enum nep_status status = nep_cuda_load_kernel((const void *)await_kernel, "await");
+    return status == NEP_OK ? nep_cuda_load_kernel((const void *)push_kernel, "push") : status;
 }
 
-extern "C" enum nep_status nep_cuda_push(const struct nep_cuda_dispatch *dispatch, int is_waiting,
+extern "C" enum nep_status nep_cuda_push(const struct nep_cuda_dispatch *dispatch, unsigned flags,
                                          struct CUstream_st *stream)
 {
     const struct nep_cuda_shape *shape = dispatch->shape;
     const struct nep_cuda_input *in = dispatch->in;
     const struct nep_wire *wire = &shape->wire;
-    if (wire->payload_bytes % 16 != 0 || ((uintptr_t)in->x | dispatch->out->x) % 16 != 0) {
+    if (wire->payload_bytes % 16 != 0 ||
+        ((uintptr_t)in->x | (uintptr_t)dispatch->out->x) % 16 != 0) {
         return nep_fail(NEP_ERR_INVALID,
-                        "push: rows of %u bytes at %p to offset %llu: all must be multiples of 16",
-                        wire->payload_bytes, in->x, (unsigned long long)dispatch->out->x);
+                        "rows of %u bytes at %p to %p: all must be multiples of 16 on a GPU",
+                        wire->payload_bytes, in->x, (void *)dispatch->out->x);
     }
     push_args args = {};
     args.group = *dispatch->group;
     args.routing = *dispatch->routing;
+    args.place = nep_place_args_of(dispatch);
+    args.out = *dispatch->out;
+    args.staging = shape->staging;
     args.wire = *wire;
     args.x = (const char *)in->x;
     args.scales = (const char *)in->scales;
-    args.weight = in->weight;
     args.num_tokens = in->num_tokens;
     args.units = wire->payload_bytes / 16;
     args.is_cast = wire->type != wire->dtype && in->scales == nullptr;
+    args.is_lent = in->x_offset != NEP_CUDA_NONE;
     args.parts = nep_cuda_row_parts(dispatch->geometry, in->num_tokens, args.units,
-                                    args.is_cast ? 32 : 32 * FLIGHT);
+                                    args.is_cast ? 32 : 32 * NEP_ROWS_FLIGHT);
     args.slots_per_rank = shape->slots_per_rank;
     args.top_k = shape->top_k;
     args.is_rank_layout = shape->layout == NEP_LAYOUT_RANK;
-    args.is_waiting = is_waiting != 0;
+    args.num_buckets =
+        dispatch->group->num_ranks * (args.is_rank_layout ? 1 : shape->slots_per_rank);
+    args.flags = flags;
     const struct nep_cuda_geometry *geometry = dispatch->geometry;
     push_kernel<<<geometry->blocks, PUSH_THREADS, geometry->shared_bytes, stream>>>(args);
     return nep_cuda_check(cudaGetLastError(), "launch of push");
+}
+
+extern "C" enum nep_status nep_cuda_await(const struct nep_cuda_dispatch *dispatch,
+                                          struct CUstream_st *stream)
+{
+    await_kernel<<<1, NEP_CUDA_MAX_RANKS, dispatch->geometry->shared_bytes, stream>>>(
+        *dispatch->group, dispatch->routing->cell);
+    return nep_cuda_check(cudaGetLastError(), "launch of await");
 }

@@ -28,6 +28,8 @@ CONTRACT_CREATE = {
     "dispatch/comm.c": CONTRACT | {
         "transport/bootstrap.h", "transport/rendezvous.h", "transport/topology.h"},
     "dispatch/ep.c": CONTRACT | {"transport/bootstrap.h"},
+    "dispatch/cuda/exec.c": CONTRACT | {"transport/bootstrap.h"},
+    "dispatch/cuda/windows.c": CONTRACT | {"transport/bootstrap.h"},
 }
 # Headers of others that only one place may know.
 OUTSIDE = [

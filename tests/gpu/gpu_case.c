@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Every rank knows every rank's inputs, because all come from a key; so each checks its own outputs
- * alone. A window: control words, x, its scales, the outputs of dispatch, the expert outputs.
+ * alone. Graphs are captured at the first round and replayed with the routing of later ones.
  */
 #include "tests/gpu/gpu_case.h"
 
@@ -9,15 +9,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "dispatch/host/kernels.h"
+#include "placement/placement.h"
 
 enum { POISON = 0xee };
-
-static uint64_t line_up(uint64_t bytes)
-{
-    return (bytes + 255) / 256 * 256;
-}
 
 static void *host(uint64_t bytes)
 {
@@ -35,18 +32,15 @@ static void *device(struct gpu_case *c, uint64_t bytes)
     return memory;
 }
 
-static void *device_copy(struct gpu_case *c, const void *from, uint64_t bytes)
+/* Memory that peers map, or not. */
+static void *shared(struct gpu_case *c, uint64_t bytes, bool is_private)
 {
-    void *memory = device(c, bytes);
-    gpu_must((int)cudaMemcpy(memory, from, bytes, cudaMemcpyHostToDevice), "copy");
+    void *memory = NULL;
+    if (is_private) {
+        return device(c, bytes);
+    }
+    gpu_must_nep(nep_buffer_alloc(c->ep, bytes, &memory), "a buffer");
     return memory;
-}
-
-static void fetch(struct gpu_case *c, void *to, const void *from, uint64_t bytes)
-{
-    gpu_must((int)cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, c->world->stream),
-             "fetch");
-    gpu_must((int)cudaStreamSynchronize(c->world->stream), "fetch");
 }
 
 static void put(struct gpu_case *c, void *to, const void *from, uint64_t bytes)
@@ -89,18 +83,27 @@ struct gpu_shape gpu_shape_random(uint64_t key, uint32_t num_ranks)
     s.has_weights = nep_ref_rng_below(&rng, 4) != 0;
     s.is_int64 = nep_ref_rng_below(&rng, 2);
     s.is_graph = nep_ref_rng_below(&rng, 2);
+    s.is_x_private = nep_ref_rng_below(&rng, 3) == 0;
+    s.is_out_private = nep_ref_rng_below(&rng, 3) == 0;
+    s.is_y_private = nep_ref_rng_below(&rng, 3) == 0;
+    s.has_bias = nep_ref_rng_below(&rng, 3) == 0;
+    s.has_weights_back = s.layout == NEP_LAYOUT_RANK && nep_ref_rng_below(&rng, 2);
+    s.calls =
+        (enum gpu_calls)nep_ref_rng_below(&rng, s.is_graph ? GPU_CALLS_COUNTS : GPU_NUM_CALLS);
     return s;
 }
 
 void gpu_shape_print(const struct gpu_shape *s)
 {
     printf("key %llx: %u ranks, %u SMs, L %u, E %u, K %u, H %u, M %u, align %u, layout %d, type %d "
-           "wire %d scale %d%s%s%s%s%s\n",
+           "wire %d scale %d calls %d%s%s%s%s%s%s%s%s%s%s\n",
            (unsigned long long)s->key, s->num_ranks, s->num_sms, s->slots_per_rank, s->num_experts,
            s->top_k, s->hidden, s->max_tokens, s->alignment, (int)s->layout, (int)s->dtype,
-           (int)s->wire, (int)s->scale, s->is_cast_before ? " cast-before" : "",
+           (int)s->wire, (int)s->scale, (int)s->calls, s->is_cast_before ? " cast-before" : "",
            s->is_wild ? " wild" : "", s->has_weights ? " weights" : "", s->is_int64 ? " int64" : "",
-           s->is_graph ? " graph" : "");
+           s->is_graph ? " graph" : "", s->is_x_private ? " x-private" : "",
+           s->is_out_private ? " out-private" : "", s->is_y_private ? " y-private" : "",
+           s->has_bias ? " bias" : "", s->has_weights_back ? " weights-back" : "");
 }
 
 static uint64_t capacity_of(const struct gpu_shape *s)
@@ -120,40 +123,13 @@ static uint64_t y_row_bytes(const struct gpu_shape *s)
     return (uint64_t)s->hidden * nep_ref_dtype_bytes(s->dtype);
 }
 
-/* Lays out a window; fills c where it is not NULL. */
-static uint64_t plan(const struct gpu_shape *s, struct gpu_case *c)
+uint64_t gpu_shape_bytes(const struct gpu_shape *s)
 {
     uint64_t rows = capacity_of(s);
     uint64_t scales = nep_scales_row_bytes(s->hidden, s->scale);
-    uint64_t at = nep_cuda_words_plan(s->num_ranks, s->slots_per_rank).bytes;
-    uint64_t x = at;
-    at = line_up(at + s->max_tokens * y_row_bytes(s));
-    uint64_t in_scales = at;
-    at = line_up(at + s->max_tokens * scales);
-    struct nep_cuda_output out = {.capacity = rows};
-    out.x = at;
-    at = line_up(at + rows * y_row_bytes(s));
-    out.scales = at;
-    at = line_up(at + rows * scales);
-    uint64_t *const beside[] = {&out.topk_slots, &out.topk_weights, &out.source_rank,
-                                &out.source_token};
-    for (uint32_t i = 0; i < 4; i++) {
-        *beside[i] = at;
-        at = line_up(at + rows * 4 * (i < 2 ? s->top_k : 1));
-    }
-    if (c != NULL) {
-        c->x_offset = x;
-        c->in_scales_offset = in_scales;
-        c->y_offset = at;
-        c->out = out;
-        c->rows_capacity = rows;
-    }
-    return line_up(at + rows * y_row_bytes(s));
-}
-
-uint64_t gpu_shape_window_bytes(const struct gpu_shape *shape)
-{
-    return plan(shape, NULL);
+    uint64_t k = s->layout == NEP_LAYOUT_RANK ? s->top_k : 1;
+    return rows * (2 * y_row_bytes(s) + scales + 16 * k + 16) +
+           s->max_tokens * (y_row_bytes(s) + scales) + 16 * 4096;
 }
 
 /* What the caller's row is made of. */
@@ -161,6 +137,12 @@ void gpu_case_x_row(void *ctx, uint32_t rank, uint32_t token, void *row)
 {
     const struct gpu_case *c = ctx;
     uint64_t key = nep_ref_mix(c->shape.key, (uint64_t)rank << 32 | token);
+    nep_ref_gen_row(key, c->shape.is_wild, c->shape.dtype, c->shape.hidden, row);
+}
+
+void gpu_case_bias_row(const struct gpu_case *c, uint32_t which, uint32_t token, void *row)
+{
+    uint64_t key = nep_ref_mix(c->shape.key + 99 + which, (uint64_t)c->world->rank << 32 | token);
     nep_ref_gen_row(key, c->shape.is_wild, c->shape.dtype, c->shape.hidden, row);
 }
 
@@ -200,26 +182,38 @@ static void upload_x(struct gpu_case *c)
             gpu_case_x_row(c, c->world->rank, t, rows + t * stride);
         }
     }
-    char *window = c->world->base + c->world->rank * c->world->stride;
-    put(c, window + c->x_offset, rows, s->max_tokens * stride);
-    put(c, window + c->in_scales_offset, all_scales, s->max_tokens * scales);
+    put(c, (void *)c->in.x, rows, s->max_tokens * stride);
+    if (s->is_cast_before) {
+        put(c, (void *)c->in.scales, all_scales, s->max_tokens * scales);
+    }
     free(rows);
     free(all_scales);
     free(raw);
 }
 
-/* Every expert has a copy; the other slots are copies of experts drawn. */
-static void make_copies(struct gpu_case *c)
+static void upload_bias(struct gpu_case *c)
+{
+    const struct gpu_shape *s = &c->shape;
+    char *rows = host(s->max_tokens * y_row_bytes(s));
+    for (uint32_t b = 0; b < 2; b++) {
+        for (uint32_t t = 0; t < s->max_tokens; t++) {
+            gpu_case_bias_row(c, b, t, rows + t * y_row_bytes(s));
+        }
+        void *bias = device(c, s->max_tokens * y_row_bytes(s));
+        put(c, bias, rows, s->max_tokens * y_row_bytes(s));
+        c->result.bias[b] = bias;
+    }
+    free(rows);
+}
+
+/* A map file: every expert has a copy, the other slots are copies of experts drawn. */
+static void make_map(struct gpu_case *c)
 {
     const struct gpu_shape *s = &c->shape;
     struct nep_ref_rng rng = {nep_ref_mix(s->key, 1)};
     uint32_t num_slots = s->slots_per_rank * s->num_ranks;
     uint32_t *expert = host(num_slots * sizeof *expert);
-    c->copy_begin = host((s->num_experts + 1) * sizeof(uint32_t));
-    c->copy_slot = host(num_slots * sizeof(uint32_t));
-    c->copy_node = host(num_slots * sizeof(uint32_t));
-    c->copy_weight = host(num_slots * sizeof(uint16_t));
-    c->node_of_rank = host(s->num_ranks * sizeof(uint32_t));
+    char path[64];
     for (uint32_t i = 0; i < num_slots; i++) {
         expert[i] = i < s->num_experts ? i : nep_ref_rng_below(&rng, s->num_experts);
     }
@@ -229,122 +223,97 @@ static void make_copies(struct gpu_case *c)
         expert[j] = expert[i - 1];
         expert[i - 1] = swap;
     }
-    uint32_t num = 0;
+    snprintf(path, sizeof path, "/tmp/gpu_case.%d.%u", (int)getpid(), c->world->rank);
+    FILE *file = fopen(path, "w");
+    gpu_must(file == NULL, path);
+    fprintf(file, "nepmap 1\nlayers 1 experts %u nodes 1 ranks_per_node %u slots_per_rank %u\n",
+            s->num_experts, s->num_ranks, s->slots_per_rank);
     for (uint32_t e = 0; e < s->num_experts; e++) {
-        c->copy_begin[e] = num;
+        fprintf(file, "0 %u", e);
         for (uint32_t i = 0; i < num_slots; i++) {
             if (expert[i] == e) {
-                c->copy_weight[num] = (uint16_t)(1 + nep_ref_rng_below(&rng, 65535));
-                c->copy_slot[num++] = i;
+                fprintf(file, " %u:%u*%u", i / s->slots_per_rank, i % s->slots_per_rank,
+                        1 + nep_ref_rng_below(&rng, 65535));
             }
         }
+        fprintf(file, "\n");
     }
-    c->copy_begin[s->num_experts] = num;
+    fclose(file);
+    gpu_must_nep(nep_map_load(path, &c->map), "map");
+    gpu_must_nep(nep_map_copies(c->map, 0, &c->copies), "map");
+    c->copies.node_of_rank = c->node_of_rank;
+    unlink(path);
     free(expert);
 }
 
-static struct nep_copies host_copies(const struct gpu_case *c)
+static void make_ep(struct gpu_case *c)
 {
     const struct gpu_shape *s = &c->shape;
-    return (struct nep_copies){
+    const struct nep_ep_params params = {
+        .size = sizeof params,
         .num_experts = s->num_experts,
-        .num_ranks = s->num_ranks,
-        .num_nodes = 1,
-        .slots_per_rank = s->slots_per_rank,
-        .begin = c->copy_begin,
-        .slot = c->copy_slot,
-        .node = c->copy_node,
-        .weight = c->copy_weight,
-        .node_of_rank = c->node_of_rank,
-        .is_single = s->num_experts == s->num_ranks * s->slots_per_rank,
-    };
-}
-
-static void make_group(struct gpu_case *c)
-{
-    const struct gpu_shape *s = &c->shape;
-    struct gpu_world *world = c->world;
-    c->group = (struct nep_cuda_group){
-        .base = world->base,
-        .stride = world->stride,
-        .num_ranks = s->num_ranks,
-        .rank = world->rank,
-        .words = nep_cuda_words_plan(s->num_ranks, s->slots_per_rank),
-        .state = device(c, sizeof(struct nep_cuda_state)),
-        .timeout_ns = 5000000000ull,
-    };
-    c->cuda_shape = (struct nep_cuda_shape){
         .slots_per_rank = s->slots_per_rank,
         .top_k = s->top_k,
+        .hidden = s->hidden,
         .max_tokens = s->max_tokens,
-        .alignment = s->alignment,
-        .num_nodes = 1,
+        .dtype = s->dtype,
+        .wire = s->wire,
         .layout = s->layout,
+        .expert_alignment = s->alignment,
+        .map = c->map,
+        .pool_bytes = gpu_shape_bytes(s) + (4 << 20),
+        .scale = s->scale,
+        .executor = NEP_EXECUTOR_CUDA,
+        .num_sms = s->num_sms,
     };
-    enum nep_dtype dtype = s->is_cast_before ? NEP_DTYPE_FP8_E4M3 : s->dtype;
-    gpu_must(nep_wire_init(&c->cuda_shape.wire, dtype, s->wire, s->hidden, s->scale) != NEP_OK,
-             "wire");
-    int sms = 0;
-    int shared = 0;
-    gpu_must((int)cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0), "SMs");
-    gpu_must((int)cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0),
-             "shared memory");
-    /* 20 KiB of it are static in the largest kernel. */
-    struct nep_cuda_limits limits = {(uint32_t)sms, s->num_ranks, (uint32_t)shared - 20 * 1024};
-    uint32_t num_slots = s->num_ranks * s->slots_per_rank;
-    uint32_t buckets = s->layout == NEP_LAYOUT_RANK ? s->num_ranks : num_slots;
-    gpu_must(nep_cuda_geometry(&limits, s->num_sms, buckets, s->num_ranks + 1 + num_slots,
-                               &c->geometry) != NEP_OK,
-             "geometry");
+    gpu_must_nep(nep_ep_create(c->world->comm, &params, &c->ep), "ep");
+    gpu_must_nep(nep_handle_create(c->ep, &c->handle), "handle");
+    gpu_must_nep(nep_wire_init(&c->wire, s->dtype, s->wire, s->hidden, s->scale), "wire");
 }
 
-static void make_device(struct gpu_case *c)
+static void make_buffers(struct gpu_case *c)
 {
     const struct gpu_shape *s = &c->shape;
     uint64_t pairs = (uint64_t)s->max_tokens * s->top_k;
-    uint32_t num_slots = s->num_ranks * s->slots_per_rank;
-    uint32_t num_counts = s->num_ranks + 1 + num_slots;
-    c->routing = (struct nep_cuda_routing){
-        .slots = device(c, pairs * 4),
-        .index = device(c, pairs * 4),
-        .counts = device(c, num_counts * 4),
-        .first = device(c, num_slots * 4),
-        .terms = device(c, pairs * sizeof(struct nep_cuda_term)),
-        .num_terms = device(c, s->max_tokens * 4),
-        .block_counts = device(c, (uint64_t)c->geometry.layout_blocks * num_counts * 8),
-        .received = device(c, (2 + s->slots_per_rank) * 8),
-        .received_rows = device(c, (s->slots_per_rank + s->num_ranks) * 4),
-    };
-    struct nep_copies copies = host_copies(c);
-    uint32_t num = c->copy_begin[s->num_experts];
-    copies.begin = device_copy(c, c->copy_begin, (s->num_experts + 1) * 4);
-    copies.slot = device_copy(c, c->copy_slot, num * 4);
-    copies.node = device_copy(c, c->copy_node, num * 4);
-    copies.weight = device_copy(c, c->copy_weight, num * 2);
-    copies.node_of_rank = device_copy(c, c->node_of_rank, s->num_ranks * 4);
-    char *window = c->world->base + c->world->rank * c->world->stride;
+    uint64_t rows = capacity_of(s);
+    uint64_t k = s->layout == NEP_LAYOUT_RANK ? s->top_k : 1;
+    bool is_private = s->is_out_private;
+    c->capacity = rows;
     c->ids_device = device(c, pairs * 8);
     c->weights_device = device(c, pairs * 4);
-    c->in = (struct nep_cuda_input){
-        .x = window + c->x_offset,
-        .scales = s->is_cast_before ? window + c->in_scales_offset : NULL,
-        .ids = c->ids_device,
-        .weight = s->has_weights ? c->weights_device : NULL,
+    c->in = (struct nep_tokens){
+        .size = sizeof c->in,
+        .x = shared(c, s->max_tokens * y_row_bytes(s), s->is_x_private),
+        .topk_ids = c->ids_device,
         .id_type = s->is_int64 ? NEP_IDS_INT64 : NEP_IDS_INT32,
-        .copies = copies,
+        .topk_weights = s->has_weights ? c->weights_device : NULL,
     };
-    c->dispatch = (struct nep_cuda_dispatch){&c->group, &c->cuda_shape, &c->geometry,
-                                             &c->in,    &c->out,        &c->routing};
-    c->combine = (struct nep_cuda_combine){
-        .group = &c->group,
-        .shape = &c->cuda_shape,
-        .geometry = &c->geometry,
-        .routing = &c->routing,
-        .rows = c->y_offset,
-        .y = device(c, s->max_tokens * y_row_bytes(s)),
-        .dtype = s->dtype,
-        .hidden = s->hidden,
+    if (s->is_cast_before) {
+        c->in.scales = shared(c, s->max_tokens * c->wire.scale_bytes, s->is_x_private);
+    }
+    c->out = (struct nep_rows){
+        .size = sizeof c->out,
+        .x = shared(c, rows * c->wire.payload_bytes, is_private),
+        .capacity = rows,
+        .topk_weights = shared(c, rows * 4 * k, is_private),
+        .source_rank = shared(c, rows * 4, is_private),
+        .source_token = shared(c, rows * 4, is_private),
     };
+    if (c->wire.scale_bytes != 0) {
+        c->out.scales = shared(c, rows * c->wire.scale_bytes, is_private);
+    }
+    if (s->layout == NEP_LAYOUT_RANK) {
+        c->out.topk_slots = shared(c, rows * 4 * k, is_private);
+    }
+    c->expert = (struct nep_expert_rows){.size = sizeof c->expert,
+                                         .y = shared(c, rows * y_row_bytes(s), s->is_y_private)};
+    c->result = (struct nep_tokens_out){.size = sizeof c->result,
+                                        .y = device(c, s->max_tokens * y_row_bytes(s))};
+    if (s->has_weights_back) {
+        c->back_weights = shared(c, rows * 4 * k, s->is_y_private);
+        c->expert.topk_weights = c->back_weights;
+        c->result.topk_weights = device(c, pairs * 4);
+    }
 }
 
 struct gpu_case *gpu_case_create(struct gpu_world *world, const struct gpu_shape *shape)
@@ -352,21 +321,19 @@ struct gpu_case *gpu_case_create(struct gpu_world *world, const struct gpu_shape
     struct gpu_case *c = host(sizeof *c);
     c->shape = *shape;
     c->world = world;
-    plan(shape, c);
-    make_copies(c);
-    make_group(c);
-    make_device(c);
-    gpu_must(nep_cuda_load() != NEP_OK, nep_last_message());
+    make_map(c);
+    make_ep(c);
+    make_buffers(c);
     for (uint32_t r = 0; r < shape->num_ranks; r++) {
         uint64_t pairs = (uint64_t)shape->max_tokens * shape->top_k;
         c->ids[r] = host(pairs * 4);
         c->slots[r] = host(pairs * 4);
         c->weights[r] = host(pairs * 4);
     }
-    char *window = world->base + world->rank * world->stride;
-    gpu_must((int)cudaMemset(window, 0, c->group.words.bytes), "words");
-    gpu_must((int)cudaDeviceSynchronize(), "words");
     upload_x(c);
+    if (shape->has_bias) {
+        upload_bias(c);
+    }
     gpu_world_meet(world);
     return c;
 }
@@ -375,6 +342,14 @@ void gpu_case_destroy(struct gpu_case *c)
 {
     gpu_must((int)cudaStreamSynchronize(c->world->stream), "end of a case");
     gpu_world_meet(c->world);
+    for (uint32_t i = 0; i < 2; i++) {
+        if (c->graphs[i] != NULL) {
+            gpu_must((int)cudaGraphExecDestroy(c->graphs[i]), "graph");
+        }
+    }
+    nep_handle_destroy(c->handle);
+    nep_ep_destroy(c->ep);
+    nep_map_destroy(c->map);
     for (uint32_t i = 0; i < c->num_memory; i++) {
         cudaFree(c->memory[i]);
     }
@@ -384,11 +359,6 @@ void gpu_case_destroy(struct gpu_case *c)
         free(c->weights[r]);
         nep_ref_rows_free(&c->want[r]);
     }
-    free(c->copy_begin);
-    free(c->copy_slot);
-    free(c->copy_node);
-    free(c->copy_weight);
-    free(c->node_of_rank);
     free(c);
 }
 
@@ -396,10 +366,11 @@ void gpu_case_destroy(struct gpu_case *c)
 static void draw_rank(struct gpu_case *c, uint64_t round, uint32_t rank)
 {
     const struct gpu_shape *s = &c->shape;
+    /* The number of tokens is part of a graph. */
+    struct nep_ref_rng count = {nep_ref_mix(s->key + 6, (s->is_graph ? 0 : round) << 16 | rank)};
     struct nep_ref_rng rng = {nep_ref_mix(s->key + 7, round << 16 | rank)};
-    uint32_t num = nep_ref_rng_below(&rng, s->max_tokens + 1);
+    uint32_t num = nep_ref_rng_below(&count, s->max_tokens + 1);
     c->num_tokens[rank] = s->is_full ? s->max_tokens : num;
-    struct nep_copies copies = host_copies(c);
     /* These layouts have room for a token's slots once. */
     bool is_once = s->is_full || gpu_is_fixed(s->layout);
     for (uint32_t t = 0; t < c->num_tokens[rank]; t++) {
@@ -417,7 +388,14 @@ static void draw_rank(struct gpu_case *c, uint64_t round, uint32_t rank)
         for (uint32_t k = 0; !s->is_full && k < s->top_k; k++) {
             ids[k] = nep_ref_rng_below(&rng, 10) == 0 ? -1 : ids[k];
         }
-        nep_choose(&copies, rank, t, ids, s->top_k, c->slots[rank] + (uint64_t)t * s->top_k);
+        nep_choose(&c->copies, rank, t, ids, s->top_k, c->slots[rank] + (uint64_t)t * s->top_k);
+    }
+}
+
+static void poison(struct gpu_case *c, void *to, uint64_t bytes)
+{
+    if (to != NULL) {
+        gpu_must((int)cudaMemsetAsync(to, POISON, bytes, c->world->stream), "poison");
     }
 }
 
@@ -426,6 +404,7 @@ static void upload_round(struct gpu_case *c)
     const struct gpu_shape *s = &c->shape;
     uint32_t rank = c->world->rank;
     uint64_t pairs = (uint64_t)c->num_tokens[rank] * s->top_k;
+    uint64_t k = s->layout == NEP_LAYOUT_RANK ? s->top_k : 1;
     int64_t *wide = host(pairs * 8);
     for (uint64_t i = 0; i < pairs; i++) {
         wide[i] = c->ids[rank][i];
@@ -434,13 +413,14 @@ static void upload_round(struct gpu_case *c)
         pairs * (s->is_int64 ? 8 : 4));
     put(c, c->weights_device, c->weights[rank], pairs * 4);
     free(wide);
-    char *window = c->world->base + rank * c->world->stride;
-    gpu_must(
-        (int)cudaMemsetAsync(window + c->out.x, POISON, c->y_offset - c->out.x, c->world->stream),
-        "poison");
-    gpu_must((int)cudaMemsetAsync(c->combine.y, POISON, s->max_tokens * y_row_bytes(s),
-                                  c->world->stream),
-             "poison");
+    poison(c, c->out.x, c->capacity * c->wire.payload_bytes);
+    poison(c, c->out.scales, c->capacity * c->wire.scale_bytes);
+    poison(c, c->out.topk_slots, c->capacity * 4 * k);
+    poison(c, c->out.topk_weights, c->capacity * 4 * k);
+    poison(c, c->out.source_rank, c->capacity * 4);
+    poison(c, c->out.source_token, c->capacity * 4);
+    poison(c, c->result.y, s->max_tokens * y_row_bytes(s));
+    poison(c, c->result.topk_weights, (uint64_t)s->max_tokens * s->top_k * 4);
     gpu_must((int)cudaStreamSynchronize(c->world->stream), "poison");
 }
 
@@ -472,26 +452,36 @@ void gpu_case_draw(struct gpu_case *c, uint64_t round)
         nep_ref_rows_free(&c->want[r]);
         gpu_must(!nep_ref_rows_build(&c->ref, r, &c->want[r]), "memory of the oracle");
     }
-    c->in.num_tokens = c->combine.num_tokens = c->num_tokens[c->world->rank];
+    c->in.num_tokens = c->result.num_tokens = c->num_tokens[c->world->rank];
     upload_round(c);
     gpu_world_meet(c->world);
 }
 
 void gpu_case_dispatch(struct gpu_case *c)
 {
-    gpu_must(nep_cuda_layout(&c->dispatch, c->world->stream) != NEP_OK, nep_last_message());
-    gpu_must(nep_cuda_place(&c->dispatch, c->world->stream) != NEP_OK, nep_last_message());
-    gpu_must(nep_cuda_push(&c->dispatch, 1, c->world->stream) != NEP_OK, nep_last_message());
+    void *stream = c->world->stream;
+    if (c->shape.calls == GPU_CALLS_WHOLE) {
+        gpu_must_nep(nep_dispatch(c->ep, c->handle, &c->in, &c->out, stream), "dispatch");
+        return;
+    }
+    bool is_bound = c->shape.calls == GPU_CALLS_BOUND;
+    gpu_must_nep(nep_handle_bind_output(c->handle, is_bound ? &c->out : NULL), "bind");
+    gpu_must_nep(nep_dispatch_send(c->ep, c->handle, &c->in, stream), "dispatch, send");
+    if (c->shape.calls == GPU_CALLS_COUNTS) {
+        struct nep_counts counts;
+        gpu_must_nep(nep_dispatch_counts(c->ep, c->handle, &counts), "counts");
+        c->out.capacity = counts.num_rows; /* exactly as many as there are */
+    }
+    gpu_must_nep(nep_dispatch_recv(c->ep, c->handle, &c->out, stream), "dispatch, recv");
 }
 
 void gpu_case_combine(struct gpu_case *c)
 {
-    gpu_must(nep_cuda_sum(&c->combine, c->world->stream) != NEP_OK, nep_last_message());
-}
-
-uint64_t gpu_case_status(struct gpu_case *c)
-{
-    struct nep_cuda_state state;
-    fetch(c, &state, c->group.state, sizeof state);
-    return state.status;
+    void *stream = c->world->stream;
+    if (c->shape.calls == GPU_CALLS_WHOLE) {
+        gpu_must_nep(nep_combine(c->ep, c->handle, &c->expert, &c->result, stream), "combine");
+        return;
+    }
+    gpu_must_nep(nep_combine_send(c->ep, c->handle, &c->expert, stream), "combine, send");
+    gpu_must_nep(nep_combine_recv(c->ep, c->handle, &c->result, stream), "combine, recv");
 }

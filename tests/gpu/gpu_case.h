@@ -1,14 +1,27 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * One shape on the GPU: inputs from a key, the phases, and every element of what they leave against
- * the oracle (tests/ref) and the host's kernels (bits). Used by the tests and by the figures.
+ * One shape on the GPU: inputs from a key, the calls of the library, and every element of what they
+ * leave against the oracle (tests/ref) and the host's kernels (bits). Used by the tests and by the
+ * figures.
  */
 #ifndef NEP_TESTS_GPU_CASE_H
 #define NEP_TESTS_GPU_CASE_H
 
-#include "dispatch/cuda/cuda_phases.h"
+#include "dispatch/host/wire.h"
+#include "placement/choose.h"
 #include "tests/gpu/gpu_world.h"
 #include "tests/ref/ref.h"
+
+enum { GPU_MAX_RANKS = 16 };
+
+/* How a dispatch is called. */
+enum gpu_calls {
+    GPU_CALLS_WHOLE,  /* nep_dispatch, nep_combine */
+    GPU_CALLS_HALVES, /* outputs given to the complete half */
+    GPU_CALLS_BOUND,  /* outputs bound before the send half */
+    GPU_CALLS_COUNTS, /* the host waits for counts between the halves */
+    GPU_NUM_CALLS
+};
 
 struct gpu_shape {
     uint64_t key; /* of all inputs */
@@ -29,45 +42,47 @@ struct gpu_shape {
     bool is_wild;        /* expert outputs of all magnitudes, infinities and NaN among them */
     bool has_weights;
     bool is_int64;
-    bool is_graph; /* phases run from a captured graph */
+    bool is_graph;     /* phases run from a captured graph */
+    bool is_x_private; /* inputs, outputs, expert outputs in memory that peers do not map */
+    bool is_out_private;
+    bool is_y_private;
+    bool has_bias;
+    bool has_weights_back; /* rank layout: top-k weights come back with combine */
+    enum gpu_calls calls;
 };
 
 struct gpu_shape gpu_shape_random(uint64_t key, uint32_t num_ranks);
 void gpu_shape_print(const struct gpu_shape *shape);
-/* Of a window that holds this shape. */
-uint64_t gpu_shape_window_bytes(const struct gpu_shape *shape);
+/* Of the memory that a rank needs for it. */
+uint64_t gpu_shape_bytes(const struct gpu_shape *shape);
 
 struct gpu_case {
     struct gpu_shape shape;
     struct gpu_world *world;
+    struct nep_map *map;
+    struct nep_ep *ep;
+    struct nep_handle *handle;
+    struct nep_wire wire;
     /* of all ranks, on the host */
-    uint32_t num_tokens[NEP_CUDA_MAX_RANKS];
-    int32_t *ids[NEP_CUDA_MAX_RANKS];
-    uint32_t *slots[NEP_CUDA_MAX_RANKS];
-    float *weights[NEP_CUDA_MAX_RANKS];
-    uint32_t *copy_begin;
-    uint32_t *copy_slot;
-    uint32_t *copy_node;
-    uint16_t *copy_weight;
-    uint32_t *node_of_rank;
+    uint32_t num_tokens[GPU_MAX_RANKS];
+    int32_t *ids[GPU_MAX_RANKS];
+    uint32_t *slots[GPU_MAX_RANKS];
+    float *weights[GPU_MAX_RANKS];
+    struct nep_copies copies;
+    uint32_t node_of_rank[GPU_MAX_RANKS];
     struct nep_ref_group ref;
-    struct nep_ref_rows want[NEP_CUDA_MAX_RANKS];
-    /* offsets in the window */
-    uint64_t x_offset;
-    uint64_t in_scales_offset;
-    uint64_t y_offset;
-    uint64_t rows_capacity;
+    struct nep_ref_rows want[GPU_MAX_RANKS];
     /* device */
-    struct nep_cuda_group group;
-    struct nep_cuda_shape cuda_shape;
-    struct nep_cuda_geometry geometry;
-    struct nep_cuda_input in;
-    struct nep_cuda_output out;
-    struct nep_cuda_routing routing;
-    struct nep_cuda_dispatch dispatch;
-    struct nep_cuda_combine combine;
+    uint64_t capacity;
     void *ids_device;
     float *weights_device;
+    struct nep_tokens in;
+    struct nep_rows out;
+    struct nep_expert_rows expert;
+    struct nep_tokens_out result;
+    float *back_weights; /* [rows][K] what combine adds up */
+    void *graphs[2];     /* of dispatch and combine: captured once, replayed each round */
+    uint32_t graph_tokens;
     void *memory[64];
     uint32_t num_memory;
 };
@@ -79,18 +94,15 @@ void gpu_case_destroy(struct gpu_case *c);
 void gpu_case_draw(struct gpu_case *c, uint64_t round);
 /* Expert outputs at the rows that the oracle expects. */
 void gpu_case_fill_y(struct gpu_case *c, uint64_t round);
-/* Puts the three kernels of dispatch on the stream. */
 void gpu_case_dispatch(struct gpu_case *c);
 void gpu_case_combine(struct gpu_case *c);
 /* Wrong elements; the first difference is printed. */
 uint64_t gpu_case_check_dispatch(struct gpu_case *c);
 uint64_t gpu_case_check_combine(struct gpu_case *c, uint64_t round);
-/* The same rows pulled from the inputs of the ranks, and looked at. */
-uint64_t gpu_case_check_pull(struct gpu_case *c);
-uint64_t gpu_case_status(struct gpu_case *c);
 /* Dispatch and combine of one round, all checked. */
 uint64_t gpu_case_round(struct gpu_case *c, uint64_t round);
-/* For expectation and copies. */
+/* What the caller's row is made of. */
 void gpu_case_x_row(void *ctx, uint32_t rank, uint32_t token, void *row);
+void gpu_case_bias_row(const struct gpu_case *c, uint32_t which, uint32_t token, void *row);
 
 #endif

@@ -2,10 +2,11 @@
 /*
  * usage: gpu_check refusal
  *        gpu_check random threads|processes RANKS SEED COUNT
- *        gpu_check faults
+ *        gpu_check faults threads|processes
  * refusal: says what this machine lacks, and passes where it lacks a GPU and the library says so.
  * random: COUNT shapes, three rounds each (the third from the slots that the handle holds).
- * faults: a rank that does not come, an output that is too small, an id that does not exist.
+ * faults: a rank that does not come, an output that is too small, an id that does not exist, a slot
+ * with too many rows, and with processes a rank killed between its kernels.
  */
 #include <cuda_runtime_api.h>
 #include <stdio.h>
@@ -14,7 +15,7 @@
 
 #include "tests/gpu/gpu_case.h"
 
-enum { MAX_WINDOW = 96 << 20 };
+enum { MAX_BYTES = 96 << 20 };
 
 struct job {
     uint64_t seed;
@@ -26,7 +27,7 @@ static struct gpu_shape shape_of(const struct job *job, uint32_t i, uint32_t num
 {
     uint64_t key = nep_ref_mix(job->seed, i);
     struct gpu_shape shape = gpu_shape_random(key, num_ranks);
-    while (gpu_shape_window_bytes(&shape) > MAX_WINDOW) {
+    while (gpu_shape_bytes(&shape) > MAX_BYTES) {
         shape = gpu_shape_random(++key, num_ranks);
     }
     return shape;
@@ -42,7 +43,7 @@ static uint64_t run_random(struct gpu_world *world, void *ctx)
         uint64_t here = 0;
         for (uint64_t round = 0; round < 3; round++) {
             if (round == 2) { /* the same routing again, from the handle */
-                c->in.ids = NULL;
+                c->in.topk_ids = NULL;
             }
             here += gpu_case_round(c, round < 2 ? round : 1);
         }
@@ -59,7 +60,7 @@ static uint64_t run_random(struct gpu_world *world, void *ctx)
 static int check_random(bool as_processes, uint32_t num_ranks, uint64_t seed, uint32_t count)
 {
     struct job job = {seed, count};
-    uint64_t wrong = gpu_world_run(num_ranks, MAX_WINDOW, as_processes, run_random, &job);
+    uint64_t wrong = gpu_world_run(num_ranks, as_processes, 0, run_random, &job);
     printf("random: %u ranks as %s, seed %llu, %u shapes of 3 rounds: %llu wrong\n", num_ranks,
            as_processes ? "processes" : "threads", (unsigned long long)seed, count,
            (unsigned long long)wrong);
@@ -84,48 +85,50 @@ static struct gpu_shape small_shape(uint32_t num_ranks)
                               .is_full = true};
 }
 
-static uint64_t expect(struct gpu_case *c, uint64_t want, const char *what)
+/* The communicator says why, within a bound; what it says names the rank and holds the words. */
+static uint64_t expect(struct gpu_case *c, enum nep_status status, uint32_t rank, const char *words,
+                       const char *what)
 {
-    uint64_t status = gpu_case_status(c);
-    if (status != want) {
-        printf("rank %u, %s: status %llx, must be %llx\n", c->world->rank, what,
-               (unsigned long long)status, (unsigned long long)want);
+    struct nep_fault fault;
+    gpu_must((int)cudaStreamSynchronize(c->world->stream), what);
+    gpu_must_nep(nep_comm_fault(c->world->comm, &fault), what);
+    bool is_right =
+        fault.status == status && fault.rank == rank && strstr(fault.message, words) != NULL &&
+        nep_dispatch(c->ep, c->handle, &c->in, &c->out, c->world->stream) == NEP_ERR_BROKEN;
+    if (!is_right) {
+        printf("rank %u, %s: %s, rank %u: %s; must be %s, rank %u, with \"%s\"; then: %s\n",
+               c->world->rank, what, nep_status_name(fault.status), fault.rank, fault.message,
+               nep_status_name(status), rank, words, nep_last_message());
     }
-    return status != want;
+    return !is_right;
 }
 
-/* The last rank does not come: the others give up, name it, and later kernels end at once. */
+/* The last rank does not come: the others give up and name it; graphs replayed after that end at
+ * once. */
 static uint64_t check_absent(struct gpu_world *world)
 {
     struct gpu_shape shape = small_shape(world->num_ranks);
     struct gpu_case *c = gpu_case_create(world, &shape);
-    uint64_t *seen = NULL;
     uint64_t wrong = 0;
     uint32_t absent = world->num_ranks - 1;
-    gpu_must((int)cudaHostAlloc((void **)&seen, 8, cudaHostAllocMapped), "pinned word");
-    *seen = 0;
-    c->group.status_host = seen;
-    c->group.timeout_ns = 50000000;
     gpu_case_draw(c, 0);
     if (world->rank != absent) {
-        uint64_t want = NEP_CUDA_STATUS(NEP_CUDA_EXPIRED, NEP_CUDA_PHASE_COUNTS, absent);
+        cudaGraph_t graph = NULL;
+        cudaGraphExec_t exec = NULL;
+        struct CUstream_st *stream = world->stream;
+        gpu_must((int)cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
         gpu_case_dispatch(c);
-        wrong += expect(c, want, "a rank is absent");
-        wrong += *(volatile uint64_t *)seen != want;
-        struct nep_cuda_state before;
-        struct nep_cuda_state after;
-        cudaMemcpy(&before, c->group.state, sizeof before, cudaMemcpyDeviceToHost);
-        for (uint32_t i = 0; i < 100; i++) {
-            gpu_case_dispatch(c);
-            gpu_case_combine(c);
+        gpu_case_combine(c);
+        gpu_must((int)cudaStreamEndCapture(stream, &graph), "capture");
+        gpu_must((int)cudaGraphInstantiate(&exec, graph, 0), "graph");
+        for (uint32_t i = 0; i < 200; i++) { /* 300 ms each, if each waited */
+            gpu_must((int)cudaGraphLaunch(exec, stream), "graph");
         }
-        wrong += expect(c, want, "after more launches");
-        cudaMemcpy(&after, c->group.state, sizeof after, cudaMemcpyDeviceToHost);
-        wrong += after.op != before.op; /* they returned at once */
+        wrong += expect(c, NEP_ERR_TIMEOUT, absent, "for counts of rank", "a rank is absent");
+        cudaGraphExecDestroy(exec);
+        cudaGraphDestroy(graph);
     }
-    gpu_world_meet(world);
     gpu_case_destroy(c);
-    cudaFreeHost(seen);
     return wrong;
 }
 
@@ -140,11 +143,9 @@ static uint64_t check_overflow(struct gpu_world *world)
         c->out.capacity = c->want[last].num_rows - 1;
     }
     gpu_case_dispatch(c);
-    uint64_t wrong = expect(c, NEP_CUDA_STATUS(NEP_CUDA_OVERFLOW, NEP_CUDA_PHASE_COUNTS, last),
-                            "output too small");
+    uint64_t wrong = expect(c, NEP_ERR_OVERFLOW, last, "too small", "output too small");
     uint32_t row[128];
-    char *window = world->base + world->rank * world->stride;
-    cudaMemcpy(row, window + c->out.x, sizeof row, cudaMemcpyDeviceToHost);
+    cudaMemcpy(row, c->out.x, sizeof row, cudaMemcpyDeviceToHost);
     for (uint32_t i = 0; i < 128; i++) {
         wrong += row[i] != 0xeeeeeeeeu;
     }
@@ -152,17 +153,43 @@ static uint64_t check_overflow(struct gpu_world *world)
     return wrong;
 }
 
-/* An id out of range is named by its index. */
+/* The same, found by the host, which knows the counts: nothing is lost. */
+static uint64_t check_overflow_counted(struct gpu_world *world)
+{
+    struct gpu_shape shape = small_shape(world->num_ranks);
+    struct gpu_case *c = gpu_case_create(world, &shape);
+    struct nep_counts counts;
+    void *stream = world->stream;
+    gpu_case_draw(c, 0);
+    gpu_must_nep(nep_dispatch_send(c->ep, c->handle, &c->in, stream), "send");
+    gpu_must_nep(nep_dispatch_counts(c->ep, c->handle, &counts), "counts");
+    c->out.capacity = counts.num_rows - 1;
+    enum nep_status status = nep_dispatch_recv(c->ep, c->handle, &c->out, stream);
+    uint64_t wrong = status != NEP_ERR_OVERFLOW;
+    c->out.capacity = counts.num_rows;
+    gpu_must_nep(nep_dispatch_recv(c->ep, c->handle, &c->out, stream), "recv");
+    wrong += gpu_case_check_dispatch(c);
+    if (wrong != 0) {
+        printf("rank %u: one row short, after counts: %s\n", world->rank, nep_status_name(status));
+    }
+    gpu_case_destroy(c);
+    return wrong;
+}
+
+/* An id out of range is named by token and k there, and by its rank elsewhere. */
 static uint64_t check_bad_id(struct gpu_world *world)
 {
     struct gpu_shape shape = small_shape(world->num_ranks);
     struct gpu_case *c = gpu_case_create(world, &shape);
     const int32_t bad = (int32_t)shape.num_experts;
+    uint64_t wrong = 0;
     gpu_case_draw(c, 0);
-    cudaMemcpy((int32_t *)c->ids_device + 77, &bad, 4, cudaMemcpyHostToDevice);
-    gpu_must(nep_cuda_layout(&c->dispatch, world->stream) != NEP_OK, nep_last_message());
-    uint64_t wrong = expect(c, NEP_CUDA_STATUS(NEP_CUDA_BAD_ID, NEP_CUDA_PHASE_LAYOUT, 77),
-                            "an id that does not exist");
+    if (world->rank == 0) {
+        cudaMemcpy((int32_t *)c->ids_device + 77, &bad, 4, cudaMemcpyHostToDevice);
+    }
+    gpu_case_dispatch(c);
+    wrong += expect(c, NEP_ERR_INVALID, 0, world->rank == 0 ? "token 19, k 1" : "rank 0 has an id",
+                    "an id that does not exist");
     gpu_case_destroy(c);
     return wrong;
 }
@@ -178,40 +205,94 @@ static uint64_t check_crowded(struct gpu_world *world)
     cudaDeviceSynchronize();
     gpu_world_meet(world);
     gpu_case_dispatch(c);
-    uint64_t wrong =
-        expect(c, NEP_CUDA_STATUS(NEP_CUDA_OVERFLOW, NEP_CUDA_PHASE_COUNTS, 0), "a crowded slot");
+    uint64_t wrong = expect(c, NEP_ERR_INVALID, 0, "names an expert twice", "a crowded slot");
     gpu_case_destroy(c);
     return wrong;
 }
 
-static uint64_t run_faults(struct gpu_world *world, void *ctx)
+/* One rank is killed between dispatch and combine: the others say that it is missing. */
+static uint64_t check_killed(struct gpu_world *world)
 {
-    (void)ctx;
-    return check_absent(world) + check_overflow(world) + check_bad_id(world) + check_crowded(world);
+    struct gpu_shape shape = small_shape(world->num_ranks);
+    struct gpu_case *c = gpu_case_create(world, &shape);
+    uint32_t last = world->num_ranks - 1;
+    gpu_case_draw(c, 0);
+    gpu_case_dispatch(c);
+    uint64_t wrong = gpu_case_check_dispatch(c);
+    gpu_world_meet(world);
+    if (world->rank == last) {
+        gpu_world_leave();
+    }
+    gpu_case_combine(c);
+    wrong += expect(c, NEP_ERR_TIMEOUT, last, "for expert outputs of rank", "a rank was killed");
+    nep_handle_destroy(c->handle);
+    nep_ep_destroy(c->ep);
+    return wrong;
 }
 
-static int check_faults(void)
+typedef uint64_t (*fault_fn)(struct gpu_world *world);
+
+static uint64_t run_fault(struct gpu_world *world, void *ctx)
 {
+    return (*(fault_fn *)ctx)(world);
+}
+
+static int check_faults(bool as_processes)
+{
+    fault_fn cases[] = {check_absent,  check_overflow,         check_bad_id,
+                        check_crowded, check_overflow_counted, check_killed};
+    uint32_t num = as_processes ? 6 : 5;
     uint64_t wrong = 0;
     for (uint32_t ranks = 2; ranks <= 4; ranks++) {
-        wrong += gpu_world_run(ranks, MAX_WINDOW, false, run_faults, NULL);
+        for (uint32_t i = 0; i < num; i++) {
+            wrong += gpu_world_run(ranks, as_processes, 300000000, run_fault, &cases[i]);
+        }
     }
-    printf("faults: absent rank, short output, bad id, crowded slot, with 2, 3 and 4 ranks: %llu "
-           "wrong\n",
+    printf("faults as %s: absent rank, short output, bad id, crowded slot%s, with 2, 3 and 4 "
+           "ranks: %llu wrong\n",
+           as_processes ? "processes" : "threads", as_processes ? ", killed rank" : "",
            (unsigned long long)wrong);
     return wrong != 0;
 }
 
+/* ---- refusals ------------------------------------------------------------------------------- */
+
+static int solo_allgather(void *ctx, const void *in, void *out, size_t bytes, uint64_t timeout_ns)
+{
+    (void)ctx;
+    (void)timeout_ns;
+    memcpy(out, in, bytes);
+    return 0;
+}
+
+/* Where there is no GPU, an ep says so; where there is one, too many SMs are refused. */
 static int check_refusal(void)
 {
     int num = -1;
     cudaError_t error = cudaGetDeviceCount(&num);
-    if (error == cudaSuccess && num > 0) {
-        printf("refusal: %d GPUs here; nothing to refuse\n", num);
-        return nep_cuda_load() != NEP_OK;
-    }
-    printf("no GPU here: %s; tests/gpu look at the refusal alone\n", cudaGetErrorString(error));
-    return !(nep_cuda_load() == NEP_ERR_IO && strstr(nep_last_message(), "CUDA says") != NULL);
+    bool has_gpu = error == cudaSuccess && num > 0;
+    const struct nep_bootstrap bootstrap = {.size = sizeof bootstrap, .allgather = solo_allgather};
+    const struct nep_comm_params comm_params = {
+        .size = sizeof comm_params, .num_ranks = 1, .bootstrap = &bootstrap};
+    struct nep_ep_params params = {.size = sizeof params,
+                                   .num_experts = 4,
+                                   .top_k = 2,
+                                   .hidden = 64,
+                                   .max_tokens = 8,
+                                   .pool_bytes = 1 << 20,
+                                   .executor = NEP_EXECUTOR_CUDA,
+                                   .num_sms = 1000};
+    struct nep_comm *comm = NULL;
+    struct nep_ep *ep = NULL;
+    gpu_must_nep(nep_comm_create(&comm_params, &comm), "communicator");
+    enum nep_status status = nep_ep_create(comm, &params, &ep);
+    const char *words = has_gpu ? "num_sms is 1000" : "no GPU can be used";
+    bool is_right = status == (has_gpu ? NEP_ERR_INVALID : NEP_ERR_UNSUPPORTED) &&
+                    strstr(nep_last_message(), words) != NULL;
+    printf("%s; refused: %s\n", has_gpu ? "a GPU is here" : "no GPU here, so this is all",
+           nep_last_message());
+    nep_comm_destroy(comm);
+    return !is_right;
 }
 
 int main(int argc, char **argv)
@@ -220,14 +301,14 @@ int main(int argc, char **argv)
     if (argc == 2 && strcmp(argv[1], "refusal") == 0) {
         return check_refusal();
     }
-    if (argc == 2 && strcmp(argv[1], "faults") == 0) {
-        return check_faults();
+    if (argc == 3 && strcmp(argv[1], "faults") == 0) {
+        return check_faults(strcmp(argv[2], "processes") == 0);
     }
     if (argc == 6 && strcmp(argv[1], "random") == 0) {
         return check_random(strcmp(argv[2], "processes") == 0, (uint32_t)atoi(argv[3]),
                             strtoull(argv[4], NULL, 0), (uint32_t)atoi(argv[5]));
     }
-    fprintf(stderr, "usage: gpu_check refusal | faults | random threads|processes RANKS SEED "
-                    "COUNT\n");
+    fprintf(stderr, "usage: gpu_check refusal | faults threads|processes | random "
+                    "threads|processes RANKS SEED COUNT\n");
     return 2;
 }

@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * usage: gpu_perf RANKS SMS TOKENS bf16|fp8 rank|expert
- * Figures with ranks as processes (start MPS before). Hidden 7168, top-8 of 256. Whole operations
- * one after the other in a CUDA graph, each waiting for all ranks: dispatch = layout + place +
- * push, combine = sum. A time is the slowest rank's, of the median of several replays; GB/s are
- * bytes that a rank receives (dispatch) or rows that it reads (combine), scales included. Every
- * element is checked before the timing. fp8: the caller brings fp8 rows and fp32 scales.
+ * usage: gpu_perf RANKS SMS TOKENS bf16|fp8 rank|expert mapped|private
+ * Figures of the library's calls with ranks as processes (start MPS before). Hidden 7168, top-8 of
+ * 256. Whole operations one after the other in a CUDA graph, each waiting for all ranks. A time is
+ * the slowest rank's, of the median of several replays; GB/s are bytes that a rank receives
+ * (dispatch) or rows that it reads (combine), scales included. Every element is checked before the
+ * timing. fp8: the caller brings fp8 rows and fp32 scales. private: inputs, outputs and expert
+ * outputs lie in memory that peers do not map.
  */
 #include <cuda_runtime_api.h>
 #include <stdio.h>
@@ -60,16 +61,11 @@ static double time_ops(struct gpu_case *c, void (*ops)(struct gpu_case *), int n
     return ms[REPLAYS / 2] * 1000.0 / num;
 }
 
+/* Slots and counts alone, as DeepEP's get_dispatch_layout; rows per rank and slot, is_in. */
 static void one_layout(struct gpu_case *c)
 {
-    gpu_must(nep_cuda_layout(&c->dispatch, c->world->stream) != NEP_OK, nep_last_message());
-}
-
-/* Layout and the exchange of COUNTS. */
-static void no_push(struct gpu_case *c)
-{
-    one_layout(c);
-    gpu_must(nep_cuda_place(&c->dispatch, c->world->stream) != NEP_OK, nep_last_message());
+    const struct nep_layout_counts counts = {.size = sizeof counts, .stream = c->world->stream};
+    gpu_must_nep(nep_ep_layout(c->ep, &c->in, &counts), "layout");
 }
 
 static uint64_t run(struct gpu_world *world, void *ctx)
@@ -81,27 +77,26 @@ static uint64_t run(struct gpu_world *world, void *ctx)
     int num = shape->max_tokens > 1024 ? 10 : 50;
     double dispatch = time_ops(c, gpu_case_dispatch, num);
     double combine = time_ops(c, gpu_case_combine, num);
-    double placed = time_ops(c, no_push, num);
-    gpu_world_meet(world);
     double layout = time_ops(c, one_layout, 50);
-    double status = gpu_world_max(world, (double)(gpu_case_status(c) != 0));
+    struct nep_fault fault;
+    gpu_must_nep(nep_comm_fault(world->comm, &fault), "fault");
+    double status = gpu_world_max(world, (double)(fault.status != NEP_OK));
     double received = 0;
     double read = 0;
     for (uint32_t r = 0; r < shape->num_ranks; r++) {
         double rows = (double)c->want[r].num_real_rows / shape->num_ranks;
-        const struct nep_wire *wire = &c->cuda_shape.wire;
+        const struct nep_wire *wire = &c->wire;
         received += rows * (wire->payload_bytes + wire->scale_bytes);
         read += rows * shape->hidden * 2;
     }
     if (world->rank == 0) {
-        printf("%u ranks x %u tokens, %2u SMs, %s, %s layout: dispatch %8.1f us %5.0f GB/s, "
-               "combine %8.1f us %5.0f GB/s, layout %5.1f us, with place %5.1f us; wrong %llu, "
-               "given up %.0f\n",
+        printf("%u ranks x %u tokens, %2u SMs, %s, %s layout, %s: dispatch %8.1f us %5.0f GB/s, "
+               "combine %8.1f us %5.0f GB/s, layout %5.1f us; wrong %llu, given up %.0f\n",
                shape->num_ranks, shape->max_tokens, shape->num_sms,
                shape->is_cast_before ? "fp8 " : "bf16",
-               shape->layout == NEP_LAYOUT_RANK ? "rank" : "expert", dispatch,
-               received / dispatch * 1e-3, combine, read / combine * 1e-3, layout, placed,
-               (unsigned long long)wrong, status);
+               shape->layout == NEP_LAYOUT_RANK ? "rank" : "expert",
+               shape->is_x_private ? "private" : "mapped", dispatch, received / dispatch * 1e-3,
+               combine, read / combine * 1e-3, layout, (unsigned long long)wrong, status);
     }
     gpu_case_destroy(c);
     return wrong + (uint64_t)status;
@@ -109,12 +104,13 @@ static uint64_t run(struct gpu_world *world, void *ctx)
 
 int main(int argc, char **argv)
 {
-    if (argc != 6) {
-        fprintf(stderr, "usage: gpu_perf RANKS SMS TOKENS bf16|fp8 rank|expert\n");
+    if (argc != 7) {
+        fprintf(stderr, "usage: gpu_perf RANKS SMS TOKENS bf16|fp8 rank|expert mapped|private\n");
         return 2;
     }
     uint32_t ranks = (uint32_t)atoi(argv[1]);
     bool is_fp8 = strcmp(argv[4], "fp8") == 0;
+    bool is_private = strcmp(argv[6], "private") == 0;
     struct gpu_shape shape = {
         .key = 1,
         .num_ranks = ranks,
@@ -130,6 +126,9 @@ int main(int argc, char **argv)
         .is_cast_before = is_fp8,
         .has_weights = true,
         .is_full = true,
+        .is_x_private = is_private,
+        .is_out_private = is_private,
+        .is_y_private = is_private,
     };
-    return gpu_world_run(ranks, gpu_shape_window_bytes(&shape), true, run, &shape) != 0;
+    return gpu_world_run(ranks, true, 0, run, &shape) != 0;
 }

@@ -15,11 +15,6 @@ static void *host(uint64_t bytes)
     return memory;
 }
 
-static char *own_window(struct gpu_case *c)
-{
-    return c->world->base + c->world->rank * c->world->stride;
-}
-
 static void *fetch(struct gpu_case *c, const void *from, uint64_t bytes)
 {
     void *to = host(bytes);
@@ -67,7 +62,7 @@ static uint64_t check_payload(struct gpu_case *c, const char *x, const char *sca
                               const char *what)
 {
     const struct gpu_shape *s = &c->shape;
-    const struct nep_wire *wire = &c->cuda_shape.wire;
+    const struct nep_wire *wire = &c->wire;
     const struct nep_ref_rows *want = &c->want[c->world->rank];
     const struct nep_kernels *kernels = host_kernels();
     char *raw = host(y_row_bytes(s));
@@ -104,45 +99,50 @@ static uint64_t check_payload(struct gpu_case *c, const char *x, const char *sca
     return wrong;
 }
 
+/* On the host and on the device. */
 static uint64_t check_counts(struct gpu_case *c)
 {
     uint32_t slots = c->shape.slots_per_rank;
     const struct nep_ref_rows *want = &c->want[c->world->rank];
-    uint64_t *received = fetch(c, c->routing.received, (2 + slots) * 8);
-    uint32_t *rows = fetch(c, c->routing.received_rows, (slots + c->shape.num_ranks) * 4);
-    struct nep_counts counts = {.size = sizeof counts};
+    struct nep_counts counts;
+    struct nep_counts there;
     struct nep_ref_report report = {0};
-    counts.num_rows = received[0];
-    counts.num_real_rows = received[1];
-    counts.rows_per_slot = rows;
-    counts.first_row = received + 2;
-    counts.rows_per_source = rows + slots;
+    gpu_must_nep(nep_dispatch_counts_device(c->ep, c->handle, &there), "counts on the device");
+    uint32_t *rows = fetch(c, there.rows_per_slot, slots * 4);
+    uint64_t *first = fetch(c, there.first_row, slots * 8);
+    uint32_t *sources = fetch(c, there.rows_per_source, c->shape.num_ranks * 4);
+    gpu_must_nep(nep_dispatch_counts(c->ep, c->handle, &counts), "counts");
     nep_ref_check_counts(&c->ref, want, &counts, &report);
+    there.num_rows = counts.num_rows;
+    there.num_real_rows = counts.num_real_rows;
+    there.rows_per_slot = rows;
+    there.first_row = first;
+    there.rows_per_source = sources;
+    nep_ref_check_counts(&c->ref, want, &there, &report);
     if (report.wrong != 0) {
         printf("counts: %s\n", report.first);
     }
-    free(received);
     free(rows);
+    free(first);
+    free(sources);
     return report.wrong;
 }
 
 uint64_t gpu_case_check_dispatch(struct gpu_case *c)
 {
     const struct gpu_shape *s = &c->shape;
-    const struct nep_wire *wire = &c->cuda_shape.wire;
+    const struct nep_wire *wire = &c->wire;
     uint64_t rows = c->want[c->world->rank].num_rows;
-    const struct nep_cuda_output *out = &c->out;
-    char *window = own_window(c);
     uint64_t wrong = check_counts(c);
     struct nep_rows got = {.size = sizeof got, .capacity = rows};
     uint64_t k = s->layout == NEP_LAYOUT_RANK ? s->top_k : 1;
-    got.x = fetch(c, window + out->x, rows * wire->payload_bytes);
-    got.scales = fetch(c, window + out->scales, rows * wire->scale_bytes);
-    int32_t *slots = fetch(c, window + out->topk_slots, rows * 4 * k);
-    got.topk_slots = s->layout == NEP_LAYOUT_RANK ? slots : NULL;
-    got.topk_weights = fetch(c, window + out->topk_weights, rows * 4 * k);
-    got.source_rank = fetch(c, window + out->source_rank, rows * 4);
-    got.source_token = fetch(c, window + out->source_token, rows * 4);
+    got.x = fetch(c, c->out.x, rows * wire->payload_bytes);
+    got.scales = wire->scale_bytes != 0 ? fetch(c, c->out.scales, rows * wire->scale_bytes) : NULL;
+    got.topk_slots =
+        s->layout == NEP_LAYOUT_RANK ? fetch(c, c->out.topk_slots, rows * 4 * k) : NULL;
+    got.topk_weights = fetch(c, c->out.topk_weights, rows * 4 * k);
+    got.source_rank = fetch(c, c->out.source_rank, rows * 4);
+    got.source_token = fetch(c, c->out.source_token, rows * 4);
     wrong += check_payload(c, got.x, got.scales, "dispatched");
     /* The oracle's own quantiser knows one kind of scales and no infinities, which wild numbers
      * become in fp16. */
@@ -159,59 +159,10 @@ uint64_t gpu_case_check_dispatch(struct gpu_case *c)
     }
     free(got.x);
     free(got.scales);
-    free(slots);
+    free(got.topk_slots);
     free(got.topk_weights);
     free(got.source_rank);
     free(got.source_token);
-    return wrong;
-}
-
-uint64_t gpu_case_check_pull(struct gpu_case *c)
-{
-    const struct gpu_shape *s = &c->shape;
-    const struct nep_wire *wire = &c->cuda_shape.wire;
-    const struct nep_ref_rows *want = &c->want[c->world->rank];
-    if (s->wire != s->dtype) {
-        return 0; /* inputs hold no scales behind their rows */
-    }
-    struct nep_cuda_move *moves = host(want->num_real_rows * sizeof *moves);
-    const void *sources[NEP_CUDA_MAX_RANKS];
-    for (uint32_t r = 0; r < s->num_ranks; r++) {
-        sources[r] = c->world->base + r * c->world->stride + c->x_offset;
-    }
-    for (uint64_t i = 0; i < want->num_real_rows; i++) {
-        moves[i] = (struct nep_cuda_move){want->rows[i].source, want->rows[i].token,
-                                          (uint32_t)want->rows[i].idx, 0};
-    }
-    char *memory = NULL;
-    uint32_t num = (uint32_t)want->num_real_rows;
-    uint64_t bytes = num * sizeof *moves;
-    gpu_must((int)cudaMalloc((void **)&memory, bytes + sizeof sources + 64), "moves");
-    gpu_must((int)cudaMemcpy(memory, moves, bytes, cudaMemcpyHostToDevice), "moves");
-    gpu_must((int)cudaMemcpy(memory + bytes, sources, sizeof sources, cudaMemcpyHostToDevice),
-             "moves");
-    gpu_must((int)cudaMemcpy(memory + bytes + sizeof sources, &num, 4, cudaMemcpyHostToDevice),
-             "moves");
-    char *x = own_window(c) + c->out.x;
-    gpu_must((int)cudaMemsetAsync(x, 0xee, want->num_rows * wire->payload_bytes, c->world->stream),
-             "poison");
-    struct nep_cuda_pull pull = {
-        .geometry = &c->geometry,
-        .sources = (const void *const *)(memory + bytes),
-        .stride = wire->payload_bytes,
-        .moves = (const struct nep_cuda_move *)memory,
-        .num_moves = (const uint32_t *)(memory + bytes + sizeof sources),
-        .max_moves = num,
-        .payload_bytes = wire->payload_bytes,
-        .x = x,
-        .state = c->group.state,
-    };
-    gpu_must(nep_cuda_pull(&pull, c->world->stream) != NEP_OK, nep_last_message());
-    char *got = fetch(c, x, want->num_rows * wire->payload_bytes);
-    uint64_t wrong = check_payload(c, got, NULL, "pulled");
-    free(got);
-    free(moves);
-    cudaFree(memory);
     return wrong;
 }
 
@@ -243,9 +194,15 @@ void gpu_case_fill_y(struct gpu_case *c, uint64_t round)
     for (uint64_t i = 0; i < want->num_real_rows; i++) {
         y_row(c, round, c->world->rank, want->rows[i].idx, rows + want->rows[i].idx * bytes);
     }
-    gpu_must((int)cudaMemcpyAsync(own_window(c) + c->y_offset, rows, want->num_rows * bytes,
+    gpu_must((int)cudaMemcpyAsync((void *)c->expert.y, rows, want->num_rows * bytes,
                                   cudaMemcpyHostToDevice, c->world->stream),
              "expert outputs");
+    if (c->back_weights != NULL) { /* those that came with the rows */
+        gpu_must((int)cudaMemcpyAsync(c->back_weights, c->out.topk_weights,
+                                      want->num_rows * c->shape.top_k * 4, cudaMemcpyDeviceToDevice,
+                                      c->world->stream),
+                 "weights");
+    }
     gpu_must((int)cudaStreamSynchronize(c->world->stream), "expert outputs");
     free(rows);
 }
@@ -267,7 +224,7 @@ static uint64_t *find_rows(struct gpu_case *c, uint32_t width)
     return at;
 }
 
-/* The addends of a token in order, their rows in `rows`. */
+/* The addends of a token in order, bias before them, their rows in `rows`. */
 static uint32_t take_terms(struct gpu_case *c, uint64_t round, uint32_t token, const uint64_t *at,
                            char *rows, struct nep_term *terms)
 {
@@ -276,6 +233,11 @@ static uint32_t take_terms(struct gpu_case *c, uint64_t round, uint32_t token, c
     const float *weights = c->weights[c->world->rank] + (uint64_t)token * s->top_k;
     bool is_rank_layout = s->layout == NEP_LAYOUT_RANK;
     uint32_t num = 0;
+    for (; s->has_bias && num < 2; num++) {
+        char *row = rows + num * y_row_bytes(s);
+        gpu_case_bias_row(c, num, token, row);
+        terms[num] = (struct nep_term){row, 1.0f, NEP_ENDS_NODE | NEP_ENDS_RANK};
+    }
     for (uint32_t r = 0; r < s->num_ranks; r++) {
         bool has_any = false;
         for (uint32_t k = 0; k < s->top_k; k++) {
@@ -299,18 +261,39 @@ static uint32_t take_terms(struct gpu_case *c, uint64_t round, uint32_t token, c
     return num;
 }
 
+/* Every rank gave back the weights that it got with a row: the sum is the token's own weight. */
+static uint64_t check_weights(struct gpu_case *c)
+{
+    const struct gpu_shape *s = &c->shape;
+    uint64_t pairs = (uint64_t)c->num_tokens[c->world->rank] * s->top_k;
+    if (c->back_weights == NULL) {
+        return 0;
+    }
+    float *got = fetch(c, c->result.topk_weights, pairs * 4);
+    float *want = host(pairs * 4);
+    for (uint64_t i = 0; i < pairs; i++) {
+        bool is_used = c->slots[c->world->rank][i] != NEP_SLOT_NONE;
+        float weight = s->has_weights ? c->weights[c->world->rank][i] : 1.0f;
+        want[i] = is_used ? weight + 0.0f : 0.0f;
+    }
+    uint64_t wrong = differ(got, want, pairs * 4, 4, "weights back", 0);
+    free(got);
+    free(want);
+    return wrong;
+}
+
 uint64_t gpu_case_check_combine(struct gpu_case *c, uint64_t round)
 {
     const struct gpu_shape *s = &c->shape;
     const struct nep_kernels *kernels = host_kernels();
     uint32_t num_tokens = c->num_tokens[c->world->rank];
     uint64_t bytes = y_row_bytes(s);
-    char *y = fetch(c, c->combine.y, s->max_tokens * bytes);
+    char *y = fetch(c, c->result.y, s->max_tokens * bytes);
     uint64_t *at = find_rows(c, s->layout == NEP_LAYOUT_RANK ? s->num_ranks : s->top_k);
-    char *rows = host(32 * bytes);
+    char *rows = host(34 * bytes);
     char *want = host(bytes);
-    struct nep_term terms[32];
-    uint64_t wrong = 0;
+    struct nep_term terms[34];
+    uint64_t wrong = check_weights(c);
     for (uint32_t t = 0; t < s->max_tokens; t++) {
         if (t < num_tokens) {
             uint32_t num = take_terms(c, round, t, at, rows, terms);
@@ -327,41 +310,44 @@ uint64_t gpu_case_check_combine(struct gpu_case *c, uint64_t round)
     return wrong;
 }
 
-/* Records the kernels of `phases` and runs them from a graph. */
-static void run(struct gpu_case *c, void (*phases)(struct gpu_case *))
+/* Runs `calls`, from a graph that is captured once. */
+static void run(struct gpu_case *c, uint32_t which, void (*calls)(struct gpu_case *))
 {
+    struct CUstream_st *stream = c->world->stream;
     if (!c->shape.is_graph) {
-        phases(c);
+        calls(c);
         return;
     }
-    cudaGraph_t graph = NULL;
-    cudaGraphExec_t exec = NULL;
-    struct CUstream_st *stream = c->world->stream;
-    gpu_must((int)cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-    phases(c);
-    gpu_must((int)cudaStreamEndCapture(stream, &graph), "capture");
-    gpu_must((int)cudaGraphInstantiate(&exec, graph, 0), "graph");
-    gpu_world_meet(c->world);
-    gpu_must((int)cudaGraphLaunch(exec, stream), "graph");
+    if (c->graphs[which] == NULL) {
+        cudaGraph_t graph = NULL;
+        cudaGraphExec_t exec = NULL;
+        gpu_must((int)cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+        calls(c);
+        gpu_must((int)cudaStreamEndCapture(stream, &graph), "capture");
+        gpu_must((int)cudaGraphInstantiate(&exec, graph, 0), "graph");
+        gpu_must((int)cudaGraphDestroy(graph), "graph");
+        c->graphs[which] = exec;
+        gpu_world_meet(c->world);
+    }
+    gpu_must((int)cudaGraphLaunch(c->graphs[which], stream), "graph");
     gpu_must((int)cudaStreamSynchronize(stream), "graph");
-    gpu_must((int)cudaGraphExecDestroy(exec), "graph");
-    gpu_must((int)cudaGraphDestroy(graph), "graph");
 }
 
 uint64_t gpu_case_round(struct gpu_case *c, uint64_t round)
 {
     uint64_t wrong = 0;
+    struct nep_fault fault;
     gpu_case_draw(c, round);
-    run(c, gpu_case_dispatch);
+    c->out.capacity = c->capacity;
+    run(c, 0, gpu_case_dispatch);
     wrong += gpu_case_check_dispatch(c);
-    wrong += gpu_case_check_pull(c);
     gpu_case_fill_y(c, round);
     gpu_world_meet(c->world);
-    run(c, gpu_case_combine);
+    run(c, 1, gpu_case_combine);
     wrong += gpu_case_check_combine(c, round);
-    uint64_t status = gpu_case_status(c);
-    if (status != 0) {
-        printf("rank %u: status %llx\n", c->world->rank, (unsigned long long)status);
+    gpu_must_nep(nep_comm_fault(c->world->comm, &fault), "fault");
+    if (fault.status != NEP_OK) {
+        printf("rank %u: %s\n", c->world->rank, fault.message);
         wrong++;
     }
     return wrong;

@@ -75,14 +75,20 @@ static void test_words_areas_do_not_overlap(void **state)
 {
     (void)state;
     for (uint32_t ranks = 1; ranks <= NEP_CUDA_MAX_RANKS; ranks++) {
-        struct nep_cuda_words w = nep_cuda_words_plan(ranks, 3 * ranks);
-        assert_true(w.counts + 2 * ranks * 8 <= w.pushed && w.pushed + ranks * 8 <= w.ready);
-        assert_true(w.ready + ranks * 8 <= w.y && w.y + 2 * ranks * 8 <= w.read);
-        assert_true(w.read + ranks * 8 <= w.message);
-        assert_true(w.message_bytes >=
-                    sizeof(struct nep_cuda_output) + 16 + 4 * (ranks + 3 * ranks * ranks));
-        assert_int_equal(w.message_bytes % 128, 0);
-        assert_true(w.message + 2 * ranks * w.message_bytes <= w.bytes);
+        for (uint32_t window = 2; window <= 16; window *= 2) {
+            struct nep_cuda_words w = nep_cuda_words_plan(ranks, 3 * ranks, window);
+            uint64_t slots = (uint64_t)window * ranks;
+            const uint64_t begins[] = {w.counts, w.bound, w.pushed, w.ready,   w.read,
+                                       w.fault,  w.bind,  w.lend,   w.message, w.bytes};
+            const uint64_t bytes[] = {slots * 8,  slots * 8,  slots * 8,
+                                      slots * 8,  slots * 8,  ranks * 8,
+                                      slots * 64, slots * 16, slots * w.message_bytes};
+            for (uint32_t i = 0; i < 9; i++) {
+                assert_true(begins[i] + bytes[i] <= begins[i + 1] && begins[i] % 128 == 0);
+            }
+            assert_true(w.message_bytes >= 48 + (ranks + 3 * ranks * ranks) * 4);
+            assert_true(w.bytes % 4096 == 0);
+        }
     }
 }
 

@@ -16,6 +16,7 @@ enum nep_status nep_cuda_load_layout(void);
 enum nep_status nep_cuda_load_place(void);
 enum nep_status nep_cuda_load_push(void);
 enum nep_status nep_cuda_load_pull(void);
+enum nep_status nep_cuda_load_stage(void);
 enum nep_status nep_cuda_load_sum(void);
 
 static inline enum nep_status nep_cuda_check(cudaError_t error, const char *what)

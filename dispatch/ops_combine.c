@@ -1,0 +1,168 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The calls of combine: arguments, halves, and which executor does the work. */
+#include <string.h>
+
+#include "dispatch/combine.h"
+#include "dispatch/counts.h"
+#include "dispatch/device.h"
+#include "dispatch/op.h"
+#include "dispatch/wait.h"
+
+static enum nep_status check_combine(struct nep_ep *ep, struct nep_handle *handle,
+                                     const struct nep_expert_rows *in, void *stream,
+                                     struct nep_expert_rows *rows)
+{
+    enum nep_status status = nep_op_check(ep, handle, stream);
+    if (status == NEP_OK) {
+        status = nep_op_check_begin(ep, handle);
+    }
+    if (status == NEP_OK && handle->state != NEP_HANDLE_READY) {
+        status = nep_fail(NEP_ERR_INVALID, "handle %u has not been dispatched", handle->id);
+    }
+    if (status == NEP_OK) {
+        status = nep_struct_copy(rows, sizeof *rows, in, sizeof rows->size, "nep_expert_rows");
+    }
+    if (status == NEP_OK && rows->y == NULL && handle->num_real_rows != 0) {
+        status = nep_fail(NEP_ERR_INVALID, "y is NULL, but %llu rows were dispatched here",
+                          (unsigned long long)handle->num_real_rows);
+    }
+    if (status == NEP_OK && rows->topk_weights != NULL && ep->shape.layout != NEP_LAYOUT_RANK) {
+        status = nep_fail(NEP_ERR_INVALID,
+                          "topk_weights come back in the rank layout alone: in the expert layouts "
+                          "combine weighs the rows itself");
+    }
+    return status;
+}
+
+/* is_whole: the complete half follows at once. */
+static enum nep_status send_combine(struct nep_ep *ep, struct nep_handle *handle,
+                                    const struct nep_expert_rows *in, bool is_whole, void *stream)
+{
+    struct nep_expert_rows rows;
+    enum nep_status status = check_combine(ep, handle, in, stream, &rows);
+    if (status != NEP_OK) {
+        return status;
+    }
+    nep_op_begin(ep, handle, NEP_OP_COMBINE);
+    handle->op.rows = rows;
+    ep->stats.combines++;
+    if (ep->device != NULL) {
+        return nep_op_settle(ep, nep_device_combine_send(handle, is_whole, stream));
+    }
+    uint32_t num_ranks = ep->plan.topology->num_ranks;
+    memset(handle->rows_read, 0, num_ranks * sizeof *handle->rows_read);
+    memset(handle->rows_staged, 0, num_ranks * sizeof *handle->rows_staged);
+    nep_combine_bind(ep, handle);
+    status = nep_counts_send(ep, handle);
+    if (status == NEP_OK && handle->op.number == ep->completed_op) {
+        status = nep_try(ep, handle, nep_combine_step);
+    }
+    return status;
+}
+
+/* rows: what was, or will be, sent. */
+static enum nep_status check_sum(const struct nep_handle *handle,
+                                 const struct nep_expert_rows *rows,
+                                 const struct nep_tokens_out *out, struct nep_tokens_out *sum)
+{
+    enum nep_status status =
+        nep_struct_copy(sum, sizeof *sum, out, sizeof sum->size, "nep_tokens_out");
+    if (status == NEP_OK &&
+        (sum->num_tokens != handle->num_tokens || (sum->y == NULL && sum->num_tokens != 0))) {
+        status = nep_fail(NEP_ERR_INVALID,
+                          "the result has %u tokens%s; the dispatch of handle %u had %u",
+                          sum->num_tokens, sum->y == NULL ? " and y is NULL" : "", handle->id,
+                          handle->num_tokens);
+    }
+    if (status == NEP_OK && sum->present != NULL && handle->device != NULL) {
+        status = nep_fail(NEP_ERR_UNSUPPORTED, "present is not counted where tokens are in GPU "
+                                               "memory: all ranks live there");
+    }
+    if (status == NEP_OK && sum->topk_weights != NULL && rows->topk_weights == NULL) {
+        status = nep_fail(NEP_ERR_INVALID, "topk_weights are asked for, but none were passed to "
+                                           "nep_combine_send");
+    }
+    return status;
+}
+
+/*
+ * An operation that completes has brought every row that was routed: what is missing of a token is
+ * what found no copy when it was routed, and its source knows that alone.
+ */
+static void fill_present(const struct nep_ep *ep, const struct nep_handle *handle, float *present)
+{
+    uint32_t top_k = ep->shape.top_k;
+    for (uint32_t t = 0; t < handle->num_tokens; t++) {
+        const uint32_t *slots = handle->slots + (uint64_t)t * top_k;
+        float sum = 0.0f;
+        for (uint32_t k = 0; k < top_k; k++) {
+            bool counts = slots[k] != NEP_SLOT_NONE;
+            for (uint32_t i = 0; counts && ep->shape.layout == NEP_LAYOUT_RANK && i < k; i++) {
+                counts = slots[i] == NEP_SLOT_NONE ||
+                         ep->slot_at[slots[i]].rank != ep->slot_at[slots[k]].rank;
+            }
+            float weight = ep->shape.layout == NEP_LAYOUT_RANK
+                               ? 1.0f
+                               : handle->weights[(uint64_t)t * top_k + k];
+            sum += counts ? weight : 0.0f;
+        }
+        present[t] = sum;
+    }
+}
+
+static enum nep_status receive_combine(struct nep_ep *ep, struct nep_handle *handle,
+                                       const struct nep_tokens_out *out, bool is_whole,
+                                       void *stream)
+{
+    struct nep_tokens_out sum;
+    enum nep_status status = nep_op_check(ep, handle, stream);
+    if (status == NEP_OK) {
+        status = nep_op_check_end(ep, handle, NEP_HANDLE_COMBINING);
+    }
+    if (status == NEP_OK) {
+        status = check_sum(handle, &handle->op.rows, out, &sum);
+    }
+    if (status != NEP_OK) {
+        return status;
+    }
+    handle->op.sum = sum;
+    handle->op.is_receiving = true;
+    status = ep->device != NULL
+                 ? nep_op_settle(ep, nep_device_combine_recv(handle, is_whole, stream))
+                 : nep_wait(ep, handle, nep_combine_step);
+    if (status == NEP_OK && sum.present != NULL) {
+        fill_present(ep, handle, sum.present);
+    }
+    if (status == NEP_OK) {
+        nep_op_end(ep, handle);
+    }
+    return status;
+}
+
+enum nep_status nep_combine_send(struct nep_ep *ep, struct nep_handle *handle,
+                                 const struct nep_expert_rows *in, void *stream)
+{
+    return send_combine(ep, handle, in, false, stream);
+}
+
+enum nep_status nep_combine_recv(struct nep_ep *ep, struct nep_handle *handle,
+                                 const struct nep_tokens_out *out, void *stream)
+{
+    return receive_combine(ep, handle, out, false, stream);
+}
+
+enum nep_status nep_combine(struct nep_ep *ep, struct nep_handle *handle,
+                            const struct nep_expert_rows *in, const struct nep_tokens_out *out,
+                            void *stream)
+{
+    struct nep_expert_rows rows;
+    struct nep_tokens_out sum;
+    enum nep_status status = check_combine(ep, handle, in, stream, &rows);
+    if (status == NEP_OK) {
+        status = check_sum(handle, &rows, out, &sum); /* before anything begins */
+    }
+    if (status == NEP_OK) {
+        status = send_combine(ep, handle, in, true, stream);
+    }
+    return status == NEP_OK ? receive_combine(ep, handle, out, true, stream) : status;
+}
