@@ -760,7 +760,8 @@ NEP_API enum nep_status nep_balance_update(struct nep_balance *balance, struct n
 /*
  * Which waiting request runs where, and when: requests go to the home where their experts are,
  * within a band of costs to the least loaded one, oldest first, tenants served evenly; a home with
- * nothing to do takes what waits elsewhere; a request older than half of max_age goes before
+ * nothing to do takes what waits elsewhere (but leaves a request for a 40th of max_age to a full home
+ * that is clearly its best, where homes are often full and hardly anything waits); a request older than half of max_age goes before
  * everything younger, at any home, so that the bound holds whatever the mix as long as it would
  * hold first come first served. No communicator, no clock: time is an argument, in any nanoseconds
  * that do not go back. All memory is allocated at creation. Any thread; calls are serialised.

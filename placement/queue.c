@@ -4,12 +4,16 @@
  * the list of all, oldest first. A pop takes from the front of the list of all while that is old
  * (any home serves it: that is the age bound), then from the lists of its own home, tenants in turn
  * by what they were served so far (the virtual token counters of Sheng et al. 2024), then, if its
- * home has nothing, from the home with most waiting beyond its free slots. No slot idles while
- * something waits that its own home cannot start, so the throughput is that of one common queue.
+ * home has nothing, from the home with most waiting beyond its free slots. But for the patience
+ * below, no slot idles while something waits that its own home cannot start, so the throughput is
+ * that of one common queue.
  *
  * A request goes to the cheapest home with a free slot; when all are busy, to the least loaded of
  * those within a band above the least cost (ELDR's locality band); the band widens with the load of
- * the best home, so that a burst of one kind spreads.
+ * the best home, so that a burst of one kind spreads. A request whose best home is full and clearly
+ * cheaper than any open one waits there for a small part of the age bound, if hardly anything
+ * waits: a slot falls free soon. Only while requests now and then find all homes full, because
+ * where they do not, no wait is worth its rows.
  *
  * Everything is an index into arrays of fixed size: push and pop cost a hash look-up and a few list
  * links, whatever waits. Rejected: a heap by (score, age). It costs more, and no order of one
@@ -28,6 +32,13 @@
 #define DEFAULT_CAPACITY 65536u
 #define DEFAULT_AGE_NS   1000000000ull
 #define DEFAULT_BAND     0.05
+/* How long a request is left to a full home that is its best: a share of the age bound; how many a
+ * home at most (home_slots / 8) and all homes (half of them); and the share of pushes, of 65536,
+ * that must have found all homes full lately, over about so many pushes. */
+#define PATIENCE_SHARE  40u
+#define PATIENT_SLOTS   8u
+#define CROWDED         983u
+#define CROWDED_HISTORY 256u
 
 struct entry {
     uint64_t id;
@@ -63,6 +74,7 @@ struct nep_queue {
     uint64_t *served;    /* [num_tenants] tokens */
     uint32_t *of_tenant; /* [num_tenants] waiting */
     uint64_t usual_ns;   /* moving mean of the waits that were not 0 */
+    uint32_t crowded;    /* of 65536: pushes that found all homes full, a moving mean */
     struct nep_queue_stats stats;
 };
 
@@ -145,27 +157,44 @@ static uint32_t least_loaded(const struct nep_queue *q, const float *scores, flo
     return best;
 }
 
-static uint32_t pick_home(const struct nep_queue *q, const float *scores)
+/* The cheapest home with a free slot; among equal costs the less loaded one, which matters while
+ * scores are unknown. NONE: all are full. */
+static uint32_t cheapest_open(const struct nep_queue *q, const float *scores)
 {
-    uint32_t cheapest = 0;
     uint32_t open = NONE;
-    double load = 0.0;
     for (uint32_t h = 0; h < q->params.num_homes; h++) {
-        cheapest = scores[h] < scores[cheapest] ? h : cheapest;
         int is_open = q->running[h] + q->waiting[h] < q->params.home_slots;
-        /* Among equal costs the less loaded one, which matters while scores are unknown. */
         if (is_open && (open == NONE || scores[h] < scores[open] ||
                         (scores[h] == scores[open] && load_of(q, h) < load_of(q, open)))) {
             open = h;
         }
+    }
+    return open;
+}
+
+/* Whether to wait at `best`, which is full, and not to start at `open`. */
+static int is_patient(const struct nep_queue *q, const float *scores, uint32_t best, uint32_t open)
+{
+    uint32_t most = (q->params.home_slots + PATIENT_SLOTS - 1) / PATIENT_SLOTS;
+    return q->crowded > CROWDED && q->waiting[best] < most &&
+           scores[open] > scores[best] * (float)(1.0 + q->params.band);
+}
+
+static uint32_t pick_home(const struct nep_queue *q, const float *scores)
+{
+    uint32_t best = 0;
+    double load = 0.0;
+    for (uint32_t h = 0; h < q->params.num_homes; h++) {
+        best = scores[h] < scores[best] ? h : best;
         load += load_of(q, h) / q->params.num_homes;
     }
+    uint32_t open = cheapest_open(q, scores);
     if (open != NONE) {
-        return open;
+        return is_patient(q, scores, best, open) ? best : open;
     }
-    double widen = load_of(q, cheapest) / (load > 0.0 ? load : 1.0);
+    double widen = load_of(q, best) / (load > 0.0 ? load : 1.0);
     double band = q->params.band * (widen > 1.0 ? widen : 1.0);
-    return least_loaded(q, scores, scores[cheapest] * (float)(1.0 + band));
+    return least_loaded(q, scores, scores[best] * (float)(1.0 + band));
 }
 
 /* ---- creation ---- */
@@ -306,6 +335,8 @@ static enum nep_status push(struct nep_queue *q, const struct nep_request *r, ui
     for (uint32_t h = 0; h < q->params.num_homes; h++) {
         scores[h] = r->scores == NULL ? 0.0f : r->scores[h];
     }
+    int is_full = q->stats.running == (uint64_t)q->params.num_homes * q->params.home_slots;
+    q->crowded = (q->crowded * (CROWDED_HISTORY - 1) + (is_full ? 65536u : 0u)) / CROWDED_HISTORY;
     e->home = pick_home(q, scores);
     if (q->of_tenant[e->tenant]++ == 0) {
         lift_tenant(q, e->tenant);
@@ -358,15 +389,20 @@ static uint32_t next_of_home(struct nep_queue *q, uint32_t home)
 }
 
 /* What waits at another home beyond its free slots, longest; NONE: nothing. What a home can start
- * itself is left to it: it waits there because it is cheap there. */
-static uint32_t next_elsewhere(struct nep_queue *q, uint32_t home)
+ * itself, or soon, is left to it: it waits there because it is cheap there. */
+static uint32_t next_elsewhere(struct nep_queue *q, uint32_t home, uint64_t now_ns)
 {
+    uint64_t patience = q->params.max_age_ns / PATIENCE_SHARE;
+    int is_calm = q->crowded > CROWDED && 2 * q->stats.waiting <= q->params.num_homes;
     uint32_t oldest = NONE;
     for (uint32_t h = 0; h < q->params.num_homes; h++) {
         if (h == home || q->waiting[h] <= q->params.home_slots - q->running[h]) {
             continue;
         }
         uint32_t at = next_of_home(q, h);
+        if (is_calm && now_ns < q->entries[at].since_ns + patience) {
+            continue;
+        }
         if (oldest == NONE || q->entries[at].since_ns < q->entries[oldest].since_ns) {
             oldest = at;
         }
@@ -386,7 +422,7 @@ static uint32_t next_request(struct nep_queue *q, uint32_t home, uint64_t now_ns
         return oldest;
     }
     uint32_t own = next_of_home(q, home);
-    uint32_t other = next_elsewhere(q, home);
+    uint32_t other = next_elsewhere(q, home, now_ns);
     if (own == NONE || other == NONE) {
         return own == NONE ? other : own;
     }

@@ -69,6 +69,35 @@ static void test_queue_requests_go_to_their_cheapest_open_home(void **state)
     nep_queue_destroy(queue);
 }
 
+/* Where homes are often full, a request is left to its best home for a 40th of the age bound. */
+static void test_queue_request_waits_a_little_for_its_best_home(void **state)
+{
+    (void)state;
+    struct nep_queue *queue = make(2, 8, 64, 1, 4000);
+    const float second[] = {5.0f, 1.0f};
+    const float first[] = {1.0f, 5.0f};
+    for (uint64_t id = 0; id < 26; id++) { /* the last ten find all slots taken */
+        uint32_t home = id % 2;
+        assert_int_equal(push(queue, id, 0, home == 0 ? first : second, 0), NEP_OK);
+        assert_true(pop_one(queue, home, 0) == (id < 16 ? id : UINT64_MAX));
+    }
+    for (uint64_t id = 16; id < 26; id++) {
+        assert_int_equal(nep_queue_finish(queue, id), NEP_OK);
+    }
+    assert_int_equal(nep_queue_finish(queue, 0), NEP_OK); /* a slot of home 0 */
+    assert_int_equal(push(queue, 100, 0, second, 10), NEP_OK);
+    assert_true(pop_one(queue, 0, 10) == UINT64_MAX);
+    assert_true(pop_one(queue, 0, 109) == UINT64_MAX);
+    assert_true(pop_one(queue, 0, 110) == 100);
+    /* its best home falls free first */
+    assert_int_equal(nep_queue_finish(queue, 2), NEP_OK); /* a slot of home 0 */
+    assert_int_equal(push(queue, 101, 0, second, 200), NEP_OK);
+    assert_int_equal(nep_queue_finish(queue, 1), NEP_OK);
+    assert_true(pop_one(queue, 0, 201) == UINT64_MAX);
+    assert_true(pop_one(queue, 1, 201) == 101);
+    nep_queue_destroy(queue);
+}
+
 static void test_queue_running_request_moves_where_it_pays(void **state)
 {
     (void)state;
@@ -256,6 +285,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_queue_requests_go_to_their_cheapest_open_home),
+        cmocka_unit_test(test_queue_request_waits_a_little_for_its_best_home),
         cmocka_unit_test(test_queue_running_request_moves_where_it_pays),
         cmocka_unit_test(test_queue_full_or_wrong_is_refused),
         cmocka_unit_test(test_queue_adversarial_mix_keeps_the_age_bound),
