@@ -305,6 +305,38 @@ class Ep(Owner):
         check(lib.nep_ep_stats(self.pointer, ctypes.addressof(found)))
         return {name: getattr(found, name) for name, _ in found._fields_ if name != "size"}
 
+    def waits(self) -> List[dict]:
+        """For whom this rank waited, since creation: phase, rank, num, wait_ns, longest_ns each."""
+        num = ctypes.c_uint32()
+        room = 64
+        while True:
+            found = (_abi.nep_wait_stat * room)()
+            status = lib.nep_ep_waits(self.pointer, ctypes.addressof(found), room, ctypes.addressof(num))
+            if status != _abi.NEP_ERR_OVERFLOW or room > 1 << 20:
+                break
+            room *= 8
+        check(status)
+        return [dict(phase=one.phase.decode(), rank=one.rank, num=one.num, wait_ns=one.wait_ns,
+                     longest_ns=one.longest_ns) for one in found[:num.value]]
+
+    def wait_by_rank(self) -> List[int]:
+        """[R] nanoseconds that this rank has waited for each other."""
+        sums = [0] * self.comm.num_ranks
+        for one in self.waits():
+            if one["rank"] < len(sums):
+                sums[one["rank"]] += one["wait_ns"]
+        return sums
+
+    def set_timeout(self, seconds: float) -> None:
+        """Deadline of the waits of later calls; 0: the communicator's."""
+        check(lib.nep_ep_set_timeout(self.pointer, int(seconds * 1e9)))
+
+    def resume(self) -> tuple:
+        """After Comm.recover: (first operation that is to be done again, number of the next)."""
+        first, following = ctypes.c_uint64(), ctypes.c_uint64()
+        check(lib.nep_ep_resume(self.pointer, ctypes.addressof(first), ctypes.addressof(following)))
+        return first.value, following.value
+
     def load(self, layer: int = 0) -> List[int]:
         """(token, expert) pairs per logical expert that this rank has dispatched: [E]."""
         pairs = (ctypes.c_uint64 * self.num_experts)()

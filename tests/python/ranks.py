@@ -11,6 +11,7 @@ import torch
 SEED = int(os.environ.get("NEP_TEST_SEED", "0")) or time.time_ns() % 1000000
 print(f"seed {SEED} (NEP_TEST_SEED)", flush=True)
 DEADLINE = 150
+RANKS = int(os.environ.get("NEP_TEST_RANKS", "2"))  # of the tests on one node
 
 
 def _child(rank, num_ranks, path, work, arguments, pipe, is_together):

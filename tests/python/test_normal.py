@@ -6,7 +6,8 @@ import unittest
 import deep_ep
 import torch
 import torch.distributed as dist
-from ranks import Tokens, arrivals, close, equal, must, run, world
+from device import DEVICE, on_device
+from ranks import RANKS, Tokens, arrivals, close, equal, must, run, world
 
 H, K = 256, 4
 FP8 = getattr(torch, "float8_e4m3fn", torch.uint8)
@@ -133,7 +134,7 @@ def check_combine(buffer, rank, ranks, tokens, rows, handle, weights, per_rank, 
 
 
 def matrix(rank, ranks, nodes, experts, sizes):
-    buffer = deep_ep.Buffer(dist.group.WORLD, 1 << 20, 0, ranks_per_node=nodes, explicitly_destroy=True)
+    buffer = on_device(deep_ep.Buffer(dist.group.WORLD, 1 << 20, 0, ranks_per_node=nodes, explicitly_destroy=True))
     cases = itertools.product(("random", "rank", "fp8"), (True, False), (False, True), (False, True))
     for number, (kind, with_topk, is_async, has_previous) in enumerate(cases):
         tokens = world(ranks, sizes, H, experts, K, salt=number)
@@ -163,7 +164,7 @@ def pressure(buffer, rank, ranks, experts, sizes):
 def oddities(rank, ranks):
     """What upstream refuses or forgets: ranks without tokens, ids beyond the experts, uneven experts,
     int32 ids, handles used across types, made-up layouts."""
-    buffer = deep_ep.Buffer(dist.group.WORLD)
+    buffer = on_device(deep_ep.Buffer(dist.group.WORLD))
     must(buffer.group_size == ranks and buffer.runtime is not None and not buffer.low_latency_mode, "attributes")
     experts, sizes = 3 * ranks - 1, [0 if r == 1 else 5 + r for r in range(ranks)]
     tokens = world(ranks, sizes, H, experts, K, dtype=torch.int32)
@@ -199,8 +200,9 @@ def oddities(rank, ranks):
 
 class NormalTest(unittest.TestCase):
     def test_matrix_one_node(self):
-        run(2, matrix, [2], 8, [33, 40])
+        run(RANKS, matrix, [RANKS], 4 * RANKS, [33 + 7 * (r % 2) for r in range(RANKS)])
 
+    @unittest.skipIf(DEVICE != "cpu", "the CUDA executor is for one node")
     def test_matrix_two_nodes(self):
         run(4, matrix, [2, 2], 8, [20, 1, 33, 7])
 

@@ -191,6 +191,7 @@ class Buffer(Normal, LowLatency):
                     seat = self._seats.normal(("bf16", 16, None), num_experts, topk_idx.shape[1],
                                               topk_idx.shape[0], "host")
                     found = mapped_layout(seat.ep, topk_idx.contiguous(), self._comm.topology)
-            scope.keep(topk_idx, *found)
-            found[3].nearep_routing = Routing(topk_idx, num_experts)
+                routing = Routing(topk_idx, num_experts)
+            scope.keep(topk_idx, routing.cleaned, *found)
+            found[3].nearep_routing = routing
             return (*found, scope.finish())

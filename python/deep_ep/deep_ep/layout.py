@@ -4,10 +4,18 @@ import torch
 
 
 class Routing:
-    """What get_dispatch_layout knew, carried on the tensors that it returned."""
+    """What get_dispatch_layout knew, carried on the tensor is_token_in_rank that it returned."""
 
     def __init__(self, topk_idx, num_experts):
         self.topk_idx, self.num_experts = topk_idx, num_experts
+        self._version = topk_idx._version
+        is_used = (topk_idx >= 0) & (topk_idx < num_experts)
+        self.cleaned = torch.where(is_used, topk_idx, torch.full_like(topk_idx, -1))
+
+    def ids_for(self, topk_idx):
+        """topk_idx with -1 for all that counts nowhere, if that is what the layout was made of."""
+        is_same = topk_idx is self.topk_idx and topk_idx._version == self._version
+        return self.cleaned if is_same else topk_idx
 
 
 def owners(topk_idx, num_experts, num_ranks):

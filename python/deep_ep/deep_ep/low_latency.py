@@ -6,7 +6,6 @@ Operations complete in the order in which they were sent: a hook that is called 
 first completes what came before. A result of dispatch lives until the second dispatch after it.
 """
 import functools
-import time
 
 import nearep
 import torch
@@ -84,7 +83,7 @@ class LowLatency:
         x: [T <= M, H] bf16; topk_idx [T, K], -1 = none. use_fp8: rows in e4m3 with a scale for each 128
         channels, round_scale: a power of two, use_ue8m0: its exponent, four in an int32.
         cumulative_local_expert_recv_stats i32[L]: rows received are added; dispatch_wait_recv_cost_stats
-        i64[R]: on host memory, nanoseconds of the receiving half are added to every other rank's entry.
+        i64[R]: nanoseconds that this rank waited for each are added (host memory alone).
 
         Returns (recv_x [L, R*M, H] bf16, or (fp8 [L, R*M, H], scales [L, R*M, H/128] f32, or i32
         [L, R*M, H/512], both with tokens contiguous), packed_recv_count i32[L], handle, EventOverlap, hook
@@ -158,12 +157,13 @@ class LowLatency:
         return stored.transpose(1, 2)
 
     def _ll_receive(self, ep, owned, landing, scales, sources, count, stats, scope):
-        start = time.perf_counter_ns()
         raw, raw_scales, rows = landing
         ep.recv_raw(owned.handle, _pointer(raw), rows, _pointer(raw_scales), None, None, _pointer(sources[1]),
                     _pointer(sources[0]), scope.pointer)
         owned.is_idle = True
         received, cost = stats
+        if cost is not None:
+            self._add_waits(owned.seat, cost)
         with scope.torch():
             if count.is_cuda:
                 if not hasattr(owned.handle, "device_count"):
@@ -176,10 +176,14 @@ class LowLatency:
                 scales.copy_(raw_scales.view(scales.dtype).view(scales.shape))
             if received is not None:
                 received += count
-        if cost is not None and not cost.is_cuda:
-            spent = torch.full_like(cost, time.perf_counter_ns() - start)
-            spent[self.rank] = 0
-            cost += spent
+
+    def _add_waits(self, seat, cost):
+        """Time waited for each rank since this was last asked. Kernels do not tell the host."""
+        if cost.is_cuda:
+            return
+        now = seat.ep.wait_by_rank()
+        cost += torch.tensor([a - b for a, b in zip(now, seat.waited)], dtype=cost.dtype)
+        seat.waited = now
 
     def get_next_low_latency_combine_buffer(self, handle):
         """[L, R*M, H] bf16: write the experts' outputs here, then combine with zero_copy=True."""
@@ -242,14 +246,11 @@ class LowLatency:
         @shrinking
         def receive(self):
             with self._lock:
-                start = time.perf_counter_ns()
                 here = scope if not wants_hook else self._streams.on(x.is_cuda, use_comm=False)
                 ep.combine_recv_raw(owned.handle, _pointer(y), None, (None, None), here.pointer)
                 owned.is_idle = True
-                if cost is not None and not cost.is_cuda:
-                    spent = torch.full_like(cost, time.perf_counter_ns() - start)
-                    spent[self.rank] = 0
-                    cost.add_(spent)
+                if cost is not None:
+                    self._add_waits(seat, cost)
                 scope.keep(x, ids, weights, y)
         half = _Half(seat, functools.partial(receive, self))
         if wants_hook:

@@ -107,9 +107,9 @@ class Normal:
         routing = getattr(in_rank, "nearep_routing", None)
         num_experts = self._experts_of(per_expert, routing)
         has_topk = topk_idx is not None
-        ids = topk_idx
+        ids = routing.ids_for(topk_idx) if has_topk and routing is not None else topk_idx
         if not has_topk:
-            ids = routing.topk_idx if routing is not None else ids_from_ranks(in_rank, num_experts)
+            ids = routing.cleaned if routing is not None else ids_from_ranks(in_rank, num_experts)
         ids = scope.contiguous(ids)
         seat = self._seats.normal(payload.kind, num_experts, ids.shape[1], payload.x.shape[0],
                                   executor_of(payload.x))

@@ -31,6 +31,7 @@ class Seat:
         self.ep, self.num_experts = ep, num_experts
         self.free = []
         self.captured = []
+        self.waited = [0] * ep.comm.num_ranks
         self.waiting = []  # halves that are open, oldest first
         self.parity = 0
         self.buffers = []
