@@ -35,6 +35,6 @@ __all__ = [
 
 
 def has_cuda() -> bool:
-    """Whether this build has the CUDA executor."""
-    from . import _abi
-    return hasattr(_abi, "NEP_EXECUTOR_CUDA")
+    """Whether this build has the CUDA executor. A GPU need not be there."""
+    from .ep import build_has_cuda
+    return build_has_cuda()

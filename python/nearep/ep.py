@@ -5,6 +5,7 @@ Letters as in nearep.h: T tokens of a call, M most tokens of any call, H hidden,
 L slots per rank, R ranks. "Array" is a torch tensor, or anything that tensors.array_of takes.
 """
 import ctypes
+import functools
 from typing import Any, List, NamedTuple, Optional, Sequence
 
 from . import _abi
@@ -13,6 +14,7 @@ from .tensors import Memory, SIZES, array_of, pointer_of
 
 DTYPES = {"bf16": 1, "fp16": 2, "fp32": 3, "fp8": 4, "opaque": 5, None: 0}
 LAYOUTS = {"rank": 1, "packed": 2, "padded": 3, "front": 4, None: 0}
+EXECUTORS = {"host": 1, "cuda": 2}
 SCALES = {"fp32": 0, "pow2": 1, "ue8m0": 2, None: 0}
 IDS = ("int32", "int64")
 
@@ -47,6 +49,18 @@ class Handle(Owner):
         self.keep: list = []  # arrays of the operation under way
 
 
+@functools.lru_cache(maxsize=None)
+def build_has_cuda() -> bool:
+    """Asked of the library, by what it says of the memory that such an ep would take."""
+    zero, one = ctypes.c_uint32(0), ctypes.c_uint32(1)
+    topology = sized(_abi.nep_topology, num_ranks=1, num_nodes=1, node_of_rank=ctypes.addressof(zero),
+                     local_of_rank=ctypes.addressof(zero), node_ranks=ctypes.addressof(one))
+    params = sized(_abi.nep_ep_params, num_experts=1, top_k=1, hidden=16, max_tokens=1, executor=2)
+    memory = sized(_abi.nep_memory)
+    return lib.nep_ep_memory(ctypes.addressof(params), ctypes.addressof(topology),
+                             ctypes.addressof(memory)) != _abi.NEP_ERR_UNSUPPORTED
+
+
 class Ep(Owner):
     """Dispatch and combine for one MoE shape. Collective: all ranks make it with equal arguments; a
     difference is an error that names the field and the ranks. Used by one thread at a time.
@@ -75,12 +89,7 @@ class Ep(Owner):
                        scale=_choose(SCALES, scale, "scale"), row_bytes=row_bytes,
                        scale_bytes=scale_bytes)
         fields = {name for name, _ in _abi.nep_ep_params._fields_}
-        if executor != "host":
-            if "executor" not in fields or not hasattr(_abi, "NEP_EXECUTOR_CUDA"):
-                from .errors import UnsupportedError
-                raise UnsupportedError("nearep: this build has no CUDA executor: tokens must be in host "
-                                       "memory, or build with NEP_CUDA=ON", -2, "NEP_ERR_UNSUPPORTED")
-            params.executor = _abi.NEP_EXECUTOR_CUDA
+        params.executor = _choose(EXECUTORS, executor, "executor")
         for name, value in more.items():
             if name not in fields:
                 raise TypeError(f"Ep: no argument '{name}'")

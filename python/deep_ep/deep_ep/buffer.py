@@ -72,6 +72,7 @@ class Buffer(Normal, LowLatency):
     """
 
     num_sms = 20
+    _asked_sms = 0
 
     def __init__(self, group, num_nvl_bytes=0, num_rdma_bytes=0, low_latency_mode=False, num_qps_per_rank=24,
                  allow_nvlink_for_low_latency_mode=True, allow_mnnvl=False, use_fabric=False,
@@ -102,6 +103,7 @@ class Buffer(Normal, LowLatency):
         self.runtime = _Runtime(self._comm)
         self._allgather = allgather
         self._seats = Seats(self._comm, allgather, placement, max_tokens)
+        self._seats.num_sms = self._asked_sms
         self._streams = Streams()
         self._lock = threading.RLock()
         self._init_low_latency()
@@ -127,7 +129,7 @@ class Buffer(Normal, LowLatency):
         """The class default; even."""
         if new_num_sms < 0 or new_num_sms % 2:
             raise ValueError(f"deep_ep: the number of SMs is {new_num_sms}; it must be even")
-        Buffer.num_sms = new_num_sms
+        Buffer.num_sms = Buffer._asked_sms = new_num_sms
 
     @staticmethod
     def capture():

@@ -47,6 +47,11 @@ class Seats:
         self._allgather = allgather
         self._max_tokens = max_tokens or int(os.environ.get("NEP_DEEP_EP_MAX_TOKENS", "8192"))
         self._seats = {}
+        self.num_sms = 0
+
+    def sms(self, executor):
+        """What Buffer.set_num_sms asked for; nearep's own choice until it is called."""
+        return {"num_sms": self.num_sms} if executor == "cuda" and self.num_sms else {}
 
     def slots(self, num_experts):
         if self.placement is not None:
@@ -69,7 +74,7 @@ class Seats:
             extra = dict(wire="opaque", row_bytes=opaque[0], scale_bytes=opaque[1]) if opaque else {}
             ep = self.comm.ep(num_experts=num_experts, top_k=top_k, hidden=hidden, dtype=dtype,
                               max_tokens=self._agree(num_tokens), layout=layout, map=self.placement,
-                              expert_alignment=alignment, executor=executor, **extra)
+                              expert_alignment=alignment, executor=executor, **self.sms(executor), **extra)
             seat = self._seats[key] = Seat(ep, num_experts)
         if num_tokens > seat.ep.max_tokens:
             raise ValueError(f"deep_ep: a dispatch of {num_tokens} tokens, but the first one of this shape "
@@ -88,7 +93,7 @@ class Seats:
             row = 2 * hidden if kind == "bf16" else hidden + 4 * -(-hidden // 128)
             ep = self.comm.ep(num_experts=experts, top_k=top_k, hidden=hidden, max_tokens=tokens,
                               layout="front", wire=kind, scale=scale, outstanding=2, map=self.placement,
-                              pool_bytes=2 * (rows * row + 16384), executor=executor)
+                              pool_bytes=2 * (rows * row + 16384), executor=executor, **self.sms(executor))
             seat = self._seats[key] = Seat(ep, experts)
             seat.buffers = [self._landing(ep, rows) for _ in range(2)]
         return seat
@@ -109,7 +114,7 @@ class Seats:
             rows = self.slots(experts) * self.comm.num_ranks * tokens
             ep = self.comm.ep(num_experts=experts, top_k=top_k, hidden=hidden, max_tokens=tokens,
                               layout="front", wire="opaque", row_bytes=16, outstanding=2,
-                              map=self.placement, executor=executor,
+                              map=self.placement, executor=executor, **self.sms(executor),
                               pool_bytes=2 * (rows * 2 * hidden + 8192) + rows * 16 + 8192)
             seat = self._seats[key] = Seat(ep, experts)
             seat.nothing = torch.zeros(tokens, 16, dtype=torch.uint8,
