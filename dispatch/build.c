@@ -131,6 +131,7 @@ static void fill_head(struct nep_ep *ep)
     head->rank = ep->rank;
     head->num_ranks = topology->num_ranks;
     head->window = ep->shape.window;
+    head->tile_slots = ep->shape.tile_slots;
     head->generation = (uint32_t)ep->comm->generation;
     atomic_store_explicit(&head->completed, ep->completed_op, memory_order_relaxed);
     head->region = *ep->region;

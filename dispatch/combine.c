@@ -45,8 +45,8 @@ static enum nep_status post_sums(struct nep_ep *ep, const struct nep_handle *han
     memcpy(slot, &msg, sizeof msg);
     uint32_t far = ep->plan.topology->node_of_rank[source];
     const struct nep_region *there = &ep->plan.regions[source];
-    uint64_t idx =
-        (uint64_t)nep_plan_skip(far, ep->node) * ep->shape.window + flow->next % ep->shape.window;
+    uint32_t num_slots = ep->shape.tile_slots;
+    uint64_t idx = (uint64_t)nep_plan_skip(far, ep->node) * num_slots + flow->next % num_slots;
     uint64_t row_bytes = ep->shape.row_bytes;
     if (handle->op.rows.topk_weights != NULL) {
         row_bytes += ep->shape.weights_bytes;
@@ -69,7 +69,7 @@ static bool open_tile(struct nep_ep *ep, uint32_t source, uint32_t total, uint32
 {
     struct nep_flow *flow = &ep->combine_flows[lane_of(ep, source)];
     uint64_t credit = nep_word_get(ep->head, ep->region->combine_credit, lane_of(ep, source));
-    if (!nep_flow_may_send(flow, credit, ep->shape.window)) {
+    if (!nep_flow_may_send(flow, credit, ep->shape.tile_slots)) {
         nep_ep_miss(ep, "credit", source, total, sent);
         return false;
     }
@@ -109,6 +109,7 @@ static void fill_tile(struct nep_ep *ep, struct nep_handle *handle, uint32_t sou
     nep_stage_release(ep, 1 + lane);
 }
 
+/* Works on one tile for a source: sums what is there, and posts it when it is full. */
 static enum nep_status sum_for(struct nep_ep *ep, struct nep_handle *handle, uint32_t source,
                                bool *progress_p)
 {
@@ -116,37 +117,51 @@ static enum nep_status sum_for(struct nep_ep *ep, struct nep_handle *handle, uin
     const uint32_t *sent = &handle->rows_sent[lane_of(ep, source)];
     uint32_t total = handle->consumers[1 + lane_of(ep, source)].num_rows;
     enum nep_status status = NEP_OK;
-    while (status == NEP_OK && *sent < total) {
+    bool is_posted = false;
+    while (!is_posted && *sent < total) {
         uint32_t before = *sent;
         if (!flow->is_open && !open_tile(ep, source, total, *sent)) {
-            handle->op.is_sent = false;
-            return NEP_OK;
+            break;
         }
         uint8_t *slot = nep_send_slot(ep, flow->ring);
         uint32_t left = total - (*sent - flow->open_rows);
         uint32_t in_tile = left < ep->shape.tile_rows ? left : ep->shape.tile_rows;
         fill_tile(ep, handle, source, in_tile, slot);
         if (*sent == before) {
-            handle->op.is_sent = false;
-            return NEP_OK;
+            break;
         }
         if (flow->open_rows == in_tile) {
             status = post_sums(ep, handle, source, slot);
+            is_posted = true;
         }
         *progress_p = true;
+    }
+    if (*sent < total) {
+        handle->op.is_sent = false;
     }
     return status;
 }
 
+/*
+ * A tile for each source in turn, since home sums a token when the rows of all nodes are there: a
+ * stream that ran ahead would fill its slots and wait for the others.
+ */
 static enum nep_status sum_for_all(struct nep_ep *ep, struct nep_handle *handle, bool *progress_p)
 {
     uint32_t num_ranks = ep->plan.topology->num_ranks;
     enum nep_status status = NEP_OK;
-    for (uint32_t i = 0; status == NEP_OK && i < num_ranks; i++) {
-        uint32_t s = (ep->rank + i) % num_ranks;
-        if (s != ep->rank && nep_consumer_idx(ep, ep->rank, s) != UINT32_MAX) {
-            status = sum_for(ep, handle, s, progress_p);
+    bool is_staged = handle->op.is_sent;
+    bool is_moving = true;
+    while (status == NEP_OK && is_moving) {
+        is_moving = false;
+        handle->op.is_sent = is_staged;
+        for (uint32_t i = 0; status == NEP_OK && i < num_ranks; i++) {
+            uint32_t s = (ep->rank + i) % num_ranks;
+            if (s != ep->rank && nep_consumer_idx(ep, ep->rank, s) != UINT32_MAX) {
+                status = sum_for(ep, handle, s, &is_moving);
+            }
         }
+        *progress_p |= is_moving;
     }
     return status;
 }
@@ -159,17 +174,17 @@ static enum nep_status find_sums(struct nep_ep *ep, const struct nep_handle *han
                                  struct nep_tile_msg *msg)
 {
     uint64_t number = ep->combine_in[node].next;
-    uint64_t slot = number % ep->shape.window;
+    uint64_t slot = number % ep->shape.tile_slots;
     uint32_t far = nep_plan_landing(&ep->plan, ep->rank, node);
     *row_p = NULL;
     /* Acquire: pairs with the release in raise() of the sink. */
-    if (nep_word_get(ep->head, ep->region->combine_word, node * ep->shape.window + slot) !=
+    if (nep_word_get(ep->head, ep->region->combine_word, node * ep->shape.tile_slots + slot) !=
         number + 1) {
         nep_ep_miss(ep, "sums", far, handle->node_begin[node + 1] - handle->node_begin[node],
                     handle->rows_read[node]);
         return NEP_OK;
     }
-    uint64_t idx = (uint64_t)nep_plan_skip(ep->node, node) * ep->shape.window + slot;
+    uint64_t idx = (uint64_t)nep_plan_skip(ep->node, node) * ep->shape.tile_slots + slot;
     const uint8_t *tile =
         (uint8_t *)ep->head + ep->region->combine_landing + idx * ep->region->combine_tile_bytes;
     memcpy(msg, tile, sizeof *msg);
@@ -332,7 +347,7 @@ static enum nep_status give_credits(struct nep_ep *ep, const struct nep_handle *
     enum nep_status status = NEP_OK;
     for (uint32_t n = 0; status == NEP_OK && n < ep->plan.topology->num_nodes; n++) {
         struct nep_inflow *inflow = &ep->combine_in[n];
-        if (n == ep->node || !nep_inflow_needs_credit(inflow, ep->shape.window) ||
+        if (n == ep->node || !nep_inflow_needs_credit(inflow, ep->shape.tile_slots) ||
             inflow->next <= inflow->announced) {
             continue;
         }

@@ -38,7 +38,7 @@ bool nep_inflow_begin(struct nep_inflow *inflow, uint64_t op, uint32_t window, u
 bool nep_inflow_is_settled(struct nep_ep *ep, const struct nep_inflow *inflow, uint32_t dst)
 {
     struct nep_transport *inter = ep->comm->inter;
-    if (nep_inflow_needs_credit(inflow, ep->shape.window)) {
+    if (nep_inflow_needs_credit(inflow, ep->shape.tile_slots)) {
         return false; /* whoever gives it has said what it waits for */
     }
     if (inflow->credit_put != 0 && inter->ops->completed(inter, dst) < inflow->credit_put) {
@@ -51,12 +51,12 @@ bool nep_inflow_is_settled(struct nep_ep *ep, const struct nep_inflow *inflow, u
 uint8_t *nep_send_slot(struct nep_ep *ep, uint32_t ring)
 {
     struct nep_send_ring *sends = &ep->rings[ring];
-    uint32_t slot = (uint32_t)(sends->next % ep->shape.window);
+    uint32_t slot = (uint32_t)(sends->next % ep->shape.tile_slots);
     struct nep_transport *inter = ep->comm->inter;
     if (sends->slots[slot].number > inter->ops->completed(inter, sends->slots[slot].dst)) {
         return NULL;
     }
-    uint64_t idx = (uint64_t)ring * ep->shape.window + slot;
+    uint64_t idx = (uint64_t)ring * ep->shape.tile_slots + slot;
     return (uint8_t *)ep->head + ep->region->send + idx * ep->region->send_tile_bytes;
 }
 
@@ -64,8 +64,8 @@ enum nep_status nep_send_post(struct nep_ep *ep, uint32_t ring, uint32_t dst, ui
                               uint64_t bytes, uint32_t imm)
 {
     struct nep_send_ring *sends = &ep->rings[ring];
-    uint32_t slot = (uint32_t)(sends->next % ep->shape.window);
-    uint64_t idx = (uint64_t)ring * ep->shape.window + slot;
+    uint32_t slot = (uint32_t)(sends->next % ep->shape.tile_slots);
+    uint64_t idx = (uint64_t)ring * ep->shape.tile_slots + slot;
     struct nep_put put = {
         .dst = dst,
         .window = ep->number,

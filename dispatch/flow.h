@@ -41,7 +41,7 @@ struct nep_send_ring {
     struct {
         uint32_t dst;
         uint64_t number; /* 0: never used */
-    } slots[2 * NEP_MAX_OUTSTANDING];
+    } slots[NEP_TILE_SLOTS];
 };
 
 /* An operation begins: num_tiles more of this stream (0 for streams it does not use). */

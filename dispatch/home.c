@@ -153,7 +153,7 @@ static enum nep_status publish_tile(struct nep_ep *ep, struct nep_handle *handle
     uint32_t total = handle->node_begin[ep->node + 1] - handle->node_begin[ep->node];
     uint32_t first = handle->op.home_row;
     uint32_t num = total - first < ep->shape.tile_rows ? total - first : ep->shape.tile_rows;
-    uint64_t slot = flow->next % ep->shape.window;
+    uint64_t slot = flow->next % ep->shape.tile_slots;
     uint8_t *tile = (uint8_t *)ep->head + ep->region->home + slot * ep->region->dispatch_tile_bytes;
     /* Rows with scales are packed, also where x is mapped: cast once, and found in one piece. */
     uint64_t x_bytes = (uint64_t)handle->num_tokens * ep->shape.format.payload_bytes;
@@ -219,7 +219,7 @@ enum nep_status nep_home_step(struct nep_ep *ep, struct nep_handle *handle, bool
     enum nep_status status = NEP_OK;
     while (status == NEP_OK && handle->op.home_row < total) {
         uint32_t slowest = ep->rank;
-        if (ep->dispatch_flows[ep->node].next >= home_freed(ep, &slowest) + ep->shape.window) {
+        if (ep->dispatch_flows[ep->node].next >= home_freed(ep, &slowest) + ep->shape.tile_slots) {
             nep_ep_miss(ep, "reading of home tiles", slowest, total, handle->op.home_row);
             return NEP_OK;
         }
@@ -242,7 +242,7 @@ enum nep_status nep_home_read(struct nep_ep *ep, struct nep_handle *handle, uint
     enum nep_status status = NEP_OK;
     while (status == NEP_OK && handle->rows_read[source] < handle->rows_expected[source]) {
         uint64_t number = ep->dispatch_in[source].next;
-        uint64_t slot = number % ep->shape.window;
+        uint64_t slot = number % ep->shape.tile_slots;
         /* Acquire: pairs with the release in publish_tile. */
         if (nep_word_get(base, there->home_word, slot) != number + 1) {
             nep_ep_miss(ep, "home tiles", source, handle->rows_expected[source],

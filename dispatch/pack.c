@@ -65,7 +65,7 @@ static enum nep_status send_tile(struct nep_ep *ep, struct nep_handle *handle, u
                                  uint32_t num, uint8_t *slot)
 {
     struct nep_flow *flow = &ep->dispatch_flows[node];
-    uint32_t window = ep->shape.window;
+    uint32_t num_slots = ep->shape.tile_slots;
     struct nep_tile_msg msg = {
         .op = handle->op.number,
         .number = flow->next,
@@ -81,7 +81,7 @@ static enum nep_status send_tile(struct nep_ep *ep, struct nep_handle *handle, u
 
     const struct nep_region *there = &ep->plan.regions[flow->dst];
     uint64_t idx =
-        (uint64_t)nep_plan_lane(&ep->plan, ep->rank, node) * window + flow->next % window;
+        (uint64_t)nep_plan_lane(&ep->plan, ep->rank, node) * num_slots + flow->next % num_slots;
     uint64_t offset = there->dispatch_landing + idx * there->dispatch_tile_bytes;
     uint32_t imm =
         nep_imm(ep->head->generation, NEP_KIND_DISPATCH, ep->number, handle->op.number, flow->next);
@@ -94,46 +94,52 @@ static enum nep_status send_tile(struct nep_ep *ep, struct nep_handle *handle, u
                          payload + (uint64_t)num * ep->shape.wire_row_bytes, imm);
 }
 
+/* The next tile for a node, if there is one and it may go. */
 static enum nep_status send_to_node(struct nep_ep *ep, struct nep_handle *handle, uint32_t node,
                                     bool *progress_p)
 {
     struct nep_flow *flow = &ep->dispatch_flows[node];
     uint32_t total = handle->node_begin[node + 1] - handle->node_begin[node];
-    if (nep_rides(ep, total)) {
+    if (nep_rides(ep, total) || handle->rows_sent[node] == total) {
         return NEP_OK;
     }
-    enum nep_status status = NEP_OK;
-    while (status == NEP_OK && handle->rows_sent[node] < total) {
-        uint64_t credit = nep_word_get(ep->head, ep->region->dispatch_credit, node);
-        uint8_t *slot = NULL;
-        if (nep_flow_may_send(flow, credit, ep->shape.window)) {
-            slot = nep_send_slot(ep, flow->ring);
-            if (slot == NULL) {
-                nep_ep_miss(ep, "local completion", flow->dst, total, handle->rows_sent[node]);
-            }
-        } else {
-            nep_ep_miss(ep, "credit", flow->dst, total, handle->rows_sent[node]);
-        }
+    uint64_t credit = nep_word_get(ep->head, ep->region->dispatch_credit, node);
+    uint8_t *slot = NULL;
+    if (!nep_flow_may_send(flow, credit, ep->shape.tile_slots)) {
+        nep_ep_miss(ep, "credit", flow->dst, total, handle->rows_sent[node]);
+    } else {
+        slot = nep_send_slot(ep, flow->ring);
         if (slot == NULL) {
-            handle->op.is_sent = false;
-            return NEP_OK;
+            nep_ep_miss(ep, "local completion", flow->dst, total, handle->rows_sent[node]);
         }
+    }
+    enum nep_status status = NEP_OK;
+    if (slot != NULL) {
         uint32_t left = total - handle->rows_sent[node];
         uint32_t num = left < ep->shape.tile_rows ? left : ep->shape.tile_rows;
         status = send_tile(ep, handle, node, num, slot);
         *progress_p = true;
     }
+    if (handle->rows_sent[node] < total) {
+        handle->op.is_sent = false;
+    }
     return status;
 }
 
+/* A tile for each node in turn, beginning with the neighbour, so that not all send to node 0 first.
+ */
 enum nep_status nep_pack_send(struct nep_ep *ep, struct nep_handle *handle, bool *progress_p)
 {
     uint32_t num_nodes = ep->plan.topology->num_nodes;
     enum nep_status status = NEP_OK;
-    handle->op.is_sent = true;
-    /* Each node begins with its neighbour, so that not all send to node 0 first. */
-    for (uint32_t i = 1; status == NEP_OK && i < num_nodes; i++) {
-        status = send_to_node(ep, handle, (ep->node + i) % num_nodes, progress_p);
+    bool is_moving = true;
+    while (status == NEP_OK && is_moving) {
+        is_moving = false;
+        handle->op.is_sent = true;
+        for (uint32_t i = 1; status == NEP_OK && i < num_nodes; i++) {
+            status = send_to_node(ep, handle, (ep->node + i) % num_nodes, &is_moving);
+        }
+        *progress_p |= is_moving;
     }
     return status;
 }

@@ -42,17 +42,17 @@ static void drop_stale(struct nep_region_head *head)
     atomic_fetch_add_explicit(&head->stale, 1, memory_order_relaxed);
 }
 
-/* A slot's word: `low` are the low 8 bits of a number in [base, base + W). */
+/* A slot's word: `low` are the low 8 bits of a number in [base, base + slots). */
 static void tick(struct nep_region_head *head, uint64_t words, uint64_t row, uint64_t base_number,
-                 uint32_t low)
+                 uint32_t slots, uint32_t low)
 {
     uint64_t ahead = (low - base_number) & 255;
-    if (ahead >= head->window) {
+    if (ahead >= slots) {
         drop_stale(head);
         return;
     }
     uint64_t number = base_number + ahead;
-    raise(head, nep_word(head, words, row * head->window + number % head->window), number + 1);
+    raise(head, nep_word(head, words, row * slots + number % slots), number + 1);
 }
 
 /* A credit: `low` are the low 8 bits of a number in [known, sent]. */
@@ -87,21 +87,22 @@ void nep_arrive(void *base, uint32_t dst, uint32_t src, uint32_t imm)
     case NEP_KIND_COUNTS:
         if (is_far) {
             uint64_t completed = atomic_load_explicit(&head->completed, memory_order_acquire);
-            tick(head, region->counts_word, from->control, completed, nep_imm_op(imm));
+            tick(head, region->counts_word, from->control, completed, head->window,
+                 nep_imm_op(imm));
             return;
         }
         break;
     case NEP_KIND_DISPATCH:
         if (is_lane) {
             uint64_t read = nep_word_get(base, region->dispatch_read, src);
-            tick(head, region->dispatch_word, from->lane, read, number);
+            tick(head, region->dispatch_word, from->lane, read, head->tile_slots, number);
             return;
         }
         break;
     case NEP_KIND_COMBINE:
         if (is_far) {
             uint64_t read = nep_word_get(base, region->combine_read, from->node);
-            tick(head, region->combine_word, from->node, read, number);
+            tick(head, region->combine_word, from->node, read, head->tile_slots, number);
             return;
         }
         break;

@@ -78,7 +78,7 @@ static enum nep_status read_far(struct nep_ep *ep, struct nep_handle *handle, ui
     uint64_t lane = nep_plan_lane(&ep->plan, source, ep->node);
     struct nep_inflow *inflow = &ep->dispatch_in[source];
     while (status == NEP_OK && handle->rows_read[source] < handle->rows_expected[source]) {
-        uint64_t idx = lane * ep->shape.window + inflow->next % ep->shape.window;
+        uint64_t idx = lane * ep->shape.tile_slots + inflow->next % ep->shape.tile_slots;
         /* Acquire: pairs with the release in raise() of the sink. */
         if (nep_word_get(base, there->dispatch_word, idx) != inflow->next + 1) {
             nep_ep_miss(ep, "tiles", source, handle->rows_expected[source],
@@ -151,7 +151,7 @@ static enum nep_status give_credits(struct nep_ep *ep, const struct nep_handle *
         struct nep_inflow *inflow = &ep->dispatch_in[s];
         uint32_t slowest = ep->rank;
         if (ep->counts_at[s].rank != ep->rank || s == ep->rank ||
-            !nep_inflow_needs_credit(inflow, ep->shape.window)) {
+            !nep_inflow_needs_credit(inflow, ep->shape.tile_slots)) {
             continue;
         }
         uint64_t freed = lane_freed(ep, s, &slowest);

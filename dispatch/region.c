@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Nothing here grows with E * M * H, nor with M beyond a tile: W slots per pair, credits beyond.
+ * Nothing here grows with E * M * H, nor with M beyond V tiles: so many slots per pair, credits
+ * beyond.
  * The send ring of a direction is shared by dispatch and combine, since a rank runs one operation
  * after the other. Rejected: worst-case slots (6.6 GB at 64 ranks and 8192 tokens of 14 KiB).
  */
@@ -11,7 +12,7 @@
 
 #include "dispatch/protocol.h"
 
-enum { STAGING_BYTES = 16 << 20, ALIGN = 64, PAGE = 4096 };
+enum { STAGING_BYTES = 16 << 20, STAGING_ROWS = 256, ALIGN = 64, PAGE = 4096 };
 
 static uint64_t round_up(uint64_t value, uint64_t to)
 {
@@ -90,20 +91,21 @@ static void fill_words(struct nep_region *region, const struct nep_plan *plan, u
     uint64_t num_ranks = topology->num_ranks;
     uint64_t num_nodes = topology->num_nodes;
     uint64_t window = plan->shape->window;
+    uint64_t slots = plan->shape->tile_slots;
     uint64_t node_ranks = topology->node_ranks[topology->node_of_rank[rank]];
     uint64_t lanes = region->num_lanes;
     uint64_t end = sizeof(struct nep_region_head);
     region->directory = take(&end, num_ranks, sizeof(struct nep_directory));
     region->counts_word = take(&end, region->num_controls * window, 8);
-    region->dispatch_word = take(&end, lanes * window, 8);
-    region->combine_word = take(&end, num_nodes * window, 8);
+    region->dispatch_word = take(&end, lanes * slots, 8);
+    region->combine_word = take(&end, num_nodes * slots, 8);
     region->dispatch_read = take(&end, num_ranks, 8);
     region->combine_read = take(&end, num_nodes, 8);
     region->dispatch_credit = take(&end, num_nodes, 8);
     region->dispatch_sent = take(&end, num_nodes, 8);
     region->combine_credit = take(&end, lanes, 8);
     region->combine_sent = take(&end, lanes, 8);
-    region->home_word = take(&end, window, 8);
+    region->home_word = take(&end, slots, 8);
     region->out_bind = take(&end, window, sizeof(struct nep_bind));
     region->y_bind = take(&end, window, sizeof(struct nep_bind));
     region->pushed = take(&end, node_ranks, 8);
@@ -118,13 +120,14 @@ static void fill_data(struct nep_region *region, const struct nep_plan *plan)
     uint64_t num_ranks = plan->topology->num_ranks;
     uint64_t others = plan->topology->num_nodes - 1;
     uint64_t window = shape->window;
+    uint64_t slots = shape->tile_slots;
     uint64_t end = round_up(region->words_end, PAGE);
     region->counts = take(&end, region->num_controls * window, region->counts_bytes);
     region->send_counts = take(&end, region->num_controls * window, region->send_counts_bytes);
-    region->dispatch_landing = take(&end, region->num_lanes * window, region->dispatch_tile_bytes);
-    region->combine_landing = take(&end, others * window, region->combine_tile_bytes);
-    region->send = take(&end, region->num_sends * window, region->send_tile_bytes);
-    region->home = take(&end, window, region->dispatch_tile_bytes);
+    region->dispatch_landing = take(&end, region->num_lanes * slots, region->dispatch_tile_bytes);
+    region->combine_landing = take(&end, others * slots, region->combine_tile_bytes);
+    region->send = take(&end, region->num_sends * slots, region->send_tile_bytes);
+    region->home = take(&end, slots, region->dispatch_tile_bytes);
     region->staging = take(&end, num_ranks * region->staging_rows, shape->row_bytes);
     region->staging_weights = take(&end, num_ranks * region->staging_rows, shape->weights_bytes);
     region->bytes = round_up(end, PAGE);
@@ -152,7 +155,8 @@ static void fill_region(struct nep_plan *plan, uint32_t rank)
                                   ? region->dispatch_tile_bytes
                                   : region->combine_tile_bytes;
     uint64_t rows = STAGING_BYTES / ((uint64_t)topology->num_ranks * shape->row_bytes);
-    rows = rows > shape->tile_rows ? shape->tile_rows : rows;
+    uint64_t most = shape->max_tokens < STAGING_ROWS ? shape->max_tokens : STAGING_ROWS;
+    rows = rows > most ? most : rows;
     region->staging_rows = rows < 2 ? 2 : (uint32_t)rows;
     fill_words(region, plan, rank);
     fill_data(region, plan);

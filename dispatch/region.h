@@ -30,15 +30,15 @@ struct nep_region {
     /* words, 8 bytes each */
     uint64_t directory;       /* [R] struct nep_directory: how the sink finds a source's words */
     uint64_t counts_word;     /* [controls][W] op + 1 */
-    uint64_t dispatch_word;   /* [lanes][W] tile number + 1 */
-    uint64_t combine_word;    /* [N][W] tile number + 1 */
+    uint64_t dispatch_word;   /* [lanes][V] tile number + 1 */
+    uint64_t combine_word;    /* [N][V] tile number + 1 */
     uint64_t dispatch_read;   /* [R] tiles of each source that this rank has read */
     uint64_t combine_read;    /* [N] tiles of each node's partial sums that this rank has read */
     uint64_t dispatch_credit; /* [N] tiles that node n has freed of this rank's stream to it */
     uint64_t dispatch_sent;   /* [N] tiles that this rank has sent to it */
     uint64_t combine_credit;  /* [lanes] the same for partial sums sent to lane sources */
     uint64_t combine_sent;    /* [lanes] */
-    uint64_t home_word;       /* [W] home tile number + 1 */
+    uint64_t home_word;       /* [V] home tile number + 1 */
     uint64_t out_bind;        /* [W] struct nep_bind of dispatch outputs */
     uint64_t y_bind;          /* [W] struct nep_bind of combine inputs */
     uint64_t pushed;          /* [G] op + 1 of the last push of each local rank into this one */
@@ -48,10 +48,10 @@ struct nep_region {
     /* data */
     uint64_t counts;           /* [controls][W] */
     uint64_t send_counts;      /* [controls][W] */
-    uint64_t dispatch_landing; /* [lanes][W] */
-    uint64_t combine_landing;  /* [N - 1][W], nodes ascending, own left out */
-    uint64_t send;             /* [num_sends][W] */
-    uint64_t home;             /* [W] */
+    uint64_t dispatch_landing; /* [lanes][V] */
+    uint64_t combine_landing;  /* [N - 1][V], nodes ascending, own left out */
+    uint64_t send;             /* [num_sends][V] */
+    uint64_t home;             /* [V] */
     uint64_t staging;          /* [R][staging_rows] */
     uint64_t staging_weights;  /* [R][staging_rows][K] float */
     uint64_t bytes;
@@ -131,6 +131,7 @@ struct nep_region_head {
     uint32_t rank;
     uint32_t num_ranks;
     uint32_t window;
+    uint32_t tile_slots;
     uint32_t generation;
     struct nep_region region;
     _Alignas(64) _Atomic uint64_t completed; /* operations completed by this rank */

@@ -118,6 +118,13 @@ static enum nep_status check_slots(const struct nep_shape *shape,
     return NEP_OK;
 }
 
+/*
+ * Slots of a stream hold what two operations of up to TILES_AHEAD tiles send. Fewer cost time
+ * where hosts share a slow link: combine takes rows in token order, so a node whose rows come late
+ * stops the streams of all others as soon as their slots are full.
+ */
+enum { TILES_AHEAD = 8 };
+
 static void fill_sizes(struct nep_shape *shape)
 {
     shape->window = 2 * shape->outstanding;
@@ -128,6 +135,9 @@ static void fill_sizes(struct nep_shape *shape)
         (uint32_t)sizeof(struct nep_meta) + (shape->top_k + 1) / 2 * 4 + shape->top_k * 4;
     shape->meta_bytes = (meta + 7) / 8 * 8;
     shape->tile_rows = shape->max_tokens < NEP_TILE_ROWS ? shape->max_tokens : NEP_TILE_ROWS;
+    uint32_t tiles = (shape->max_tokens + shape->tile_rows - 1) / shape->tile_rows;
+    uint32_t slots = shape->window * (tiles < TILES_AHEAD ? tiles : TILES_AHEAD);
+    shape->tile_slots = slots < NEP_TILE_SLOTS ? slots : NEP_TILE_SLOTS;
     shape->ride_rows = shape->max_tokens < NEP_RIDE_ROWS ? shape->max_tokens : NEP_RIDE_ROWS;
 }
 

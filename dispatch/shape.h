@@ -13,7 +13,8 @@
 enum {
     NEP_MAX_TOP_K = 32,
     NEP_MAX_OUTSTANDING = 8,
-    NEP_TILE_ROWS = 256, /* most tokens of a tile */
+    NEP_TILE_ROWS = 64,  /* most tokens of a tile */
+    NEP_TILE_SLOTS = 64, /* most slots of a stream: numbers of tiles travel as 8 bits */
     NEP_RIDE_ROWS = 8,   /* so few rows for a node travel inside COUNTS */
     NEP_MAX_TOKENS = 1 << 20,
     NEP_MAX_NODE_SLOTS = 65535 /* a slot of a node is a 16-bit number, all ones = elsewhere */
@@ -27,7 +28,8 @@ struct nep_shape {
     uint32_t max_tokens;
     uint32_t alignment;
     uint32_t outstanding;
-    uint32_t window; /* W = 2 S: slots of every kind of message */
+    uint32_t window;     /* W = 2 S: slots of COUNTS and of what an operation binds */
+    uint32_t tile_slots; /* V: slots of each stream of tiles */
     uint32_t num_layers;
     enum nep_dtype dtype;
     enum nep_dtype wire;

@@ -14,11 +14,11 @@ static bool in_range(struct range range, uint8_t op)
 static bool slot_ready(const struct model *model, const struct stream *stream, uint8_t freed)
 {
     uint8_t q = stream->posted;
-    if (!model->p.no_r3 && q >= freed + model->slots) {
+    if (!model->p.no_r3 && q >= freed + model->tile_slots) {
         return false;
     }
     uint32_t pending = stream->flight | stream->again;
-    return model->p.no_r4 || q < model->slots || !(pending >> (q - model->slots) & 1);
+    return model->p.no_r4 || q < model->tile_slots || !(pending >> (q - model->tile_slots) & 1);
 }
 
 bool may_post(const struct model *model, const struct state *state, uint8_t link,
@@ -210,7 +210,8 @@ static bool may_credit(const struct model *model, const struct state *state, uin
         return false;
     }
     uint8_t known = credit_known(model, state, link, combine);
-    return number > known && end[counts_seen(model, state, link, combine)] > known + model->slots;
+    return number > known &&
+           end[counts_seen(model, state, link, combine)] > known + model->tile_slots;
 }
 
 static bool all_posted(const struct model *model, const struct state *state, uint8_t rank,
@@ -301,9 +302,9 @@ static bool may_finish(const struct model *model, const struct state *state, uin
         }
         if (!model->p.no_duty &&
             ((ends->far == rank && model->dispatch_end[i][op + 1] >
-                                       credit_known(model, state, i, false) + model->slots) ||
+                                       credit_known(model, state, i, false) + model->tile_slots) ||
              (ends->src == rank && model->combine_end[i][op + 1] >
-                                       credit_known(model, state, i, true) + model->slots))) {
+                                       credit_known(model, state, i, true) + model->tile_slots))) {
             return false;
         }
     }

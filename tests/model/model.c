@@ -150,6 +150,7 @@ bool model_init(struct model *model, const struct params *params)
     model->p = *params;
     model->num_ops = (uint8_t)strlen(params->ops);
     model->slots = params->slots ? params->slots : (uint8_t)(2 * params->outstanding);
+    model->tile_slots = params->tile_slots ? params->tile_slots : model->slots;
     model->modulus = params->imm_modulus ? params->imm_modulus : 256;
     if (model->num_ops > MAX_OPS || (params->repeats && !params->delays) || !init_groups(model)) {
         return false;

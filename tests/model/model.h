@@ -45,7 +45,8 @@ struct params {
     const char *name;
     uint8_t ranks_on[MAX_NODES]; /* 0: no such node */
     uint8_t outstanding;         /* S */
-    uint8_t slots;               /* W, of a stream and of COUNTS; 0: 2S */
+    uint8_t slots;               /* W, of COUNTS; 0: 2S */
+    uint8_t tile_slots;          /* V, of a stream; 0: W */
     const char *ops;             /* 'D' and 'C', in order */
     enum traffic traffic;
     uint8_t tiles; /* most tiles of one stream and operation */
@@ -101,7 +102,7 @@ struct link {
 
 struct model {
     struct params p;
-    uint8_t num_ranks, num_nodes, num_streams, num_ops, slots;
+    uint8_t num_ranks, num_nodes, num_streams, num_ops, slots, tile_slots;
     uint16_t modulus;
     uint8_t node[MAX_RANKS], lane[MAX_RANKS];
     uint8_t first[MAX_NODES + 1]; /* first rank of a node */

@@ -123,6 +123,7 @@ static bool set_word(struct params *params, char *word, char *ops)
     }
     return (strcmp(word, "s") == 0 && set_number(value, 8, &params->outstanding)) ||
            (strcmp(word, "w") == 0 && set_number(value, 16, &params->slots)) ||
+           (strcmp(word, "v") == 0 && set_number(value, 16, &params->tile_slots)) ||
            (strcmp(word, "tiles") == 0 && set_number(value, 8, &params->tiles)) ||
            (strcmp(word, "ring") == 0 && set_number(value, 16, &params->ring)) ||
            (strcmp(word, "mod") == 0 && set_number(value, 255, &params->imm_modulus));

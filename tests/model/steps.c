@@ -28,7 +28,7 @@ static const char *check_decode(const struct model *model, const struct state *s
     int base = combine         ? model->stream_used[link][state->sums[ends->src]]
                : model->p.skip ? dispatch_read_by_all(model, state, link)
                                : state->read[link][model->lane[ends->far]];
-    int heard = decode(model, q, model->p.imm_stale ? stream->said : base, model->slots);
+    int heard = decode(model, q, model->p.imm_stale ? stream->said : base, model->tile_slots);
     if (heard == q || (heard < 0 && repeat)) {
         return NULL;
     }
@@ -42,7 +42,7 @@ static const char *post(const struct model *model, struct state *state, uint8_t 
     uint8_t q = stream->posted++;
     uint8_t used = combine ? model->stream_used[link][state->sums[model->links[link].src]]
                            : dispatch_read_by_all(model, state, link);
-    if (q >= used + model->slots) {
+    if (q >= used + model->tile_slots) {
         return "a tile is put into a slot whose tile a reader has not read";
     }
     if (!model->p.delays) {
@@ -134,7 +134,7 @@ static const char *read_tile(const struct model *model, struct state *state, uin
                              uint8_t link)
 {
     uint8_t q = state->read[link][model->lane[rank]]++;
-    bool newest = state->dispatch[link].posted <= q + model->slots;
+    bool newest = state->dispatch[link].posted <= q + model->tile_slots;
     return newest ? NULL : "a reader finds another tile in the slot";
 }
 
@@ -169,7 +169,7 @@ static const char *home_sum(const struct model *model, struct state *state, uint
     for (uint8_t i = 0; i < model->num_streams; i++) {
         uint8_t q = model->stream_used[i][step];
         if (model->links[i].src == rank && model->stream_used[i][step + 1] > q &&
-            state->combine[i].posted > q + model->slots) {
+            state->combine[i].posted > q + model->tile_slots) {
             return "a sum finds another tile in the slot";
         }
     }
@@ -219,7 +219,7 @@ static const char *arrive_tile(const struct model *model, struct state *state, s
         combine ? &state->combine[action.other] : &state->dispatch[action.other];
     uint8_t q = action.info & INFO_NUMBER;
     *(repeat ? &stream->again : &stream->flight) &= ~(1u << q);
-    if (repeat && stream->posted > q + model->slots) {
+    if (repeat && stream->posted > q + model->tile_slots) {
         return "a repeated tile is written over a newer one";
     }
     return check_decode(model, state, action.other, combine, q, repeat);

@@ -41,7 +41,7 @@ static void draw_shape(uint64_t seed, struct nep_multi_shape *shape)
     shape->top_k = 1 + nep_ref_rng_below(&rng, most_k);
     shape->hidden = 16 * (1 + nep_ref_rng_below(&rng, 10));
     bool is_long = nep_ref_rng_below(&rng, 16) == 0;
-    shape->max_tokens = 1 + nep_ref_rng_below(&rng, is_long ? 600 : 12);
+    shape->max_tokens = 1 + nep_ref_rng_below(&rng, is_long ? 1500 : 12);
     shape->layout = layouts[nep_ref_rng_below(&rng, 4)];
     if (shape->layout == NEP_LAYOUT_EXPERT_PACKED && nep_ref_rng_below(&rng, 3) == 0) {
         shape->alignment = 1u << nep_ref_rng_below(&rng, 6);

@@ -48,6 +48,7 @@ static void open_region(struct fixture *f, const uint32_t *sizes, uint32_t num_n
     f->head->rank = rank;
     f->head->num_ranks = f->topology.num_ranks;
     f->head->window = f->shape.window;
+    f->head->tile_slots = f->shape.tile_slots;
     f->head->region = *region;
     struct nep_directory *directory = (struct nep_directory *)(f->base + region->directory);
     for (uint32_t r = 0; r < f->topology.num_ranks; r++) {
@@ -91,17 +92,17 @@ static void test_sink_tiles_tick_across_wraps(void **state)
     struct fixture f;
     open_region(&f, two_by_two, 2, 0);
     const uint64_t starts[] = {0, 250, (1ull << 32) - 6, (1ull << 40) + 251};
-    uint64_t window = f.shape.window;
+    uint64_t slots = f.shape.tile_slots;
     for (size_t i = 0; i < sizeof starts / sizeof starts[0]; i++) {
         for (uint64_t q = starts[i]; q < starts[i] + 16; q++) {
             nep_word_set(f.base, f.head->region.dispatch_read, 2, q);
-            uint64_t ahead = q + window - 1; /* the farthest that a credit allows */
+            uint64_t ahead = q + slots - 1; /* the farthest that a credit allows */
             uint32_t imm = nep_imm(0, NEP_KIND_DISPATCH, 0, 0, ahead);
             uint64_t repeats = atomic_load(&f.head->duplicates);
             bool is_new =
-                nep_word_get(f.base, f.head->region.dispatch_word, ahead % window) != ahead + 1;
+                nep_word_get(f.base, f.head->region.dispatch_word, ahead % slots) != ahead + 1;
             nep_arrive(f.base, 0, 2, imm);
-            assert_int_equal(nep_word_get(f.base, f.head->region.dispatch_word, ahead % window),
+            assert_int_equal(nep_word_get(f.base, f.head->region.dispatch_word, ahead % slots),
                              ahead + 1);
             nep_arrive(f.base, 0, 2, imm);
             assert_int_equal(atomic_load(&f.head->duplicates), repeats + 1 + !is_new);
@@ -118,11 +119,11 @@ static void test_sink_outside_window_is_stale(void **state)
     open_region(&f, two_by_two, 2, 0);
     nep_word_set(f.base, f.head->region.dispatch_read, 2, 1000);
     nep_arrive(f.base, 0, 2, nep_imm(0, NEP_KIND_DISPATCH, 0, 0, 999));
-    nep_arrive(f.base, 0, 2, nep_imm(0, NEP_KIND_DISPATCH, 0, 0, 1000 + f.shape.window));
+    nep_arrive(f.base, 0, 2, nep_imm(0, NEP_KIND_DISPATCH, 0, 0, 1000 + f.shape.tile_slots));
     atomic_store(&f.head->completed, 77);
     nep_arrive(f.base, 0, 2, nep_imm(0, NEP_KIND_COUNTS, 0, 76, 0));
     assert_int_equal(atomic_load(&f.head->stale), 3);
-    for (uint32_t w = 0; w < f.shape.window; w++) {
+    for (uint32_t w = 0; w < f.shape.tile_slots; w++) {
         assert_int_equal(nep_word_get(f.base, f.head->region.dispatch_word, w), 0);
     }
     close_region(&f);

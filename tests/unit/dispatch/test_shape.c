@@ -41,9 +41,30 @@ static void test_shape_defaults_are_filled(void **state)
     assert_int_equal(shape.window, 2);
     assert_int_equal(shape.dtype, NEP_DTYPE_BF16);
     assert_int_equal(shape.layout, NEP_LAYOUT_EXPERT_PACKED);
-    assert_int_equal(shape.tile_rows, 256);
+    assert_int_equal(shape.tile_rows, 64);
     assert_int_equal(shape.row_bytes, 64);
     assert_int_equal(shape.meta_bytes, 24); /* 4 + 2 * 4 (three 16-bit slots and a pad) + 12 */
+}
+
+/* W for each tile of the largest batch, of which 8 count; numbers of tiles wrap at 256. */
+static void test_shape_tile_slots_follow_batch_and_window(void **state)
+{
+    (void)state;
+    static const struct {
+        uint32_t max_tokens, outstanding, rows, slots;
+    } rows[] = {
+        {1, 1, 1, 2},    {64, 1, 64, 2},    {65, 1, 64, 4},    {512, 1, 64, 16}, {8192, 1, 64, 16},
+        {128, 2, 64, 8}, {4096, 4, 64, 64}, {4096, 8, 64, 64}, {7, 8, 7, 16},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        struct nep_ep_params params = good();
+        struct nep_shape shape;
+        params.max_tokens = rows[i].max_tokens;
+        params.outstanding = rows[i].outstanding;
+        assert_int_equal(try_shape(params, &shape), NEP_OK);
+        assert_int_equal(shape.tile_rows, rows[i].rows);
+        assert_int_equal(shape.tile_slots, rows[i].slots);
+    }
 }
 
 static void test_shape_impossible_names_the_field(void **state)
@@ -155,6 +176,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_shape_defaults_are_filled),
+        cmocka_unit_test(test_shape_tile_slots_follow_batch_and_window),
         cmocka_unit_test(test_shape_impossible_names_the_field),
         cmocka_unit_test(test_pool_random_use_never_overlaps),
         cmocka_unit_test(test_flow_single_tiles_need_no_credit),
