@@ -168,11 +168,12 @@ def overlap(rank, ranks):
         buffer.combine(x, handle)
         one(buffer, rank, ranks, a, experts, FORMATS[0], "hook", False, False, False)
     for bad, word in ((dict(async_finish=True, return_recv_hook=True), "exclude"),
-                      (dict(use_ue8m0=True), "round_scale")):
+                      (dict(use_ue8m0=True), "round_scale"), (dict(use_nvfp4=True), "fork"),
+                      (dict(use_nfvp4=True), "use_nfvp4")):
         try:
             buffer.low_latency_dispatch(a[rank].x, a[rank].ids, M, experts, **bad)
             must(False, word)
-        except ValueError as error:
+        except (ValueError, TypeError, NotImplementedError) as error:
             must(word in str(error), str(error))
     dist.barrier()
 

@@ -37,6 +37,20 @@ def settle(seat, most):
         seat.waiting[0].finish()
 
 
+FORKS = {"use_nvfp4", "x_global_scale", "overlap", "packed_recv_count", "comp_signal", "block_m", "threshold",
+         "num_sms", "src_signals", "src_signal_expect_value", "topk_weights"}
+
+
+def _refuse(name, fork):
+    """Keywords of upstream's forks: fine while they ask for nothing."""
+    for key, value in fork.items():
+        if key not in FORKS:
+            raise TypeError(f"deep_ep: {name} has no argument '{key}'")
+        if key in ("use_nvfp4", "overlap") and value:
+            raise NotImplementedError(f"deep_ep: {name}({key}={value}) belongs to a fork of DeepEP, and nearep "
+                                      "does not have it")
+
+
 def shrinking(method):
     """With enable_shrink, a rank that is lost in this call is masked and the others go on; the call itself
     has failed on all of them, at the same step or the next half of it, and says so."""
@@ -58,6 +72,16 @@ class LowLatency:
     def _init_low_latency(self):
         self._masked = set()
 
+    def low_latency_dispatch_fp4(self, *_, **__):
+        """Of TensorRT-LLM's fork; not there."""
+        raise NotImplementedError("deep_ep: low_latency_dispatch_fp4 belongs to a fork of DeepEP; use "
+                                  "low_latency_dispatch with fp8 or bf16")
+
+    def low_latency_combine_low_precision(self, *_, **__):
+        """Of TensorRT-LLM's fork; not there."""
+        raise NotImplementedError("deep_ep: low_latency_combine_low_precision belongs to a fork of DeepEP; use "
+                                  "low_latency_combine")
+
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank, hidden, num_experts):
         """Nothing to do: the calls of both modes have memory of their own."""
 
@@ -77,7 +101,7 @@ class LowLatency:
     def low_latency_dispatch(self, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
                              cumulative_local_expert_recv_stats=None, dispatch_wait_recv_cost_stats=None,
                              use_fp8=True, round_scale=False, use_ue8m0=False, async_finish=False,
-                             return_recv_hook=False):
+                             return_recv_hook=False, **fork):
         """Sends each (token, expert) pair's row to the expert's rank.
 
         x: [T <= M, H] bf16; topk_idx [T, K], -1 = none. use_fp8: rows in e4m3 with a scale for each 128
@@ -91,6 +115,7 @@ class LowLatency:
         """
         if async_finish and return_recv_hook:
             raise ValueError("deep_ep: async_finish and return_recv_hook exclude each other")
+        _refuse("low_latency_dispatch", fork)
         if use_ue8m0 and not round_scale:
             raise ValueError("deep_ep: use_ue8m0 needs round_scale=True")
         most, hidden = num_max_dispatch_tokens_per_rank, x.shape[1]
@@ -196,7 +221,7 @@ class LowLatency:
     @shrinking
     def low_latency_combine(self, x, topk_idx, topk_weights, handle, use_logfmt=False, zero_copy=False,
                             async_finish=False, return_recv_hook=False, out=None,
-                            combine_wait_recv_cost_stats=None):
+                            combine_wait_recv_cost_stats=None, **fork):
         """Sums each token's rows: over k, weight times row, in fp32, rounded once a level.
 
         x: [L, R*M, H] bf16, rows beyond an expert's count may hold anything; topk_idx [T, K] of the
@@ -206,6 +231,7 @@ class LowLatency:
         """
         if async_finish and return_recv_hook:
             raise ValueError("deep_ep: async_finish and return_recv_hook exclude each other")
+        _refuse("low_latency_combine", fork)
         if use_logfmt and zero_copy:
             raise ValueError("deep_ep: use_logfmt and zero_copy exclude each other")
         tokens, hidden, experts = handle.shape
