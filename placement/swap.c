@@ -321,6 +321,18 @@ uint64_t nep_swap_run(struct nep_swap *swap, struct nep_rng *rng, uint64_t max_p
     return proposals;
 }
 
+int nep_swap_best_of(struct nep_swap *swap, uint32_t a, double least, uint32_t *b_p)
+{
+    double best = -least;
+    uint32_t b = best_partner(swap, a, &best);
+    if (b == UINT32_MAX) {
+        return 0;
+    }
+    nep_swap_apply(swap, a, b);
+    *b_p = b;
+    return 1;
+}
+
 int nep_swap_best(struct nep_swap *swap, uint32_t *a_p, uint32_t *b_p, double *value_p)
 {
     double best = -0.5;

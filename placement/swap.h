@@ -39,6 +39,8 @@ void nep_swap_fini(struct nep_swap *swap);
  * deadline_ns (of nep_now_ns) passed. Returns the number looked at. */
 uint64_t nep_swap_run(struct nep_swap *swap, struct nep_rng *rng, uint64_t max_proposals,
                       uint64_t deadline_ns);
+/* Makes the best swap of item a that is worth more than `least`; 0: there is none. */
+int nep_swap_best_of(struct nep_swap *swap, uint32_t a, double least, uint32_t *b_p);
 /* Finds and applies the best single swap; 0: none improves. *value_p: its change of cost with the
  * overload at its price. */
 int nep_swap_best(struct nep_swap *swap, uint32_t *a_p, uint32_t *b_p, double *value_p);
