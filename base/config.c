@@ -73,6 +73,10 @@ static const struct row rows[] = {
      "device memory per rank for expert outputs that are not in nep_buffer_alloc's memory"},
     {"NEP_HUGE_PAGES", SWITCH, NULL, FIELD(huge_pages), "on", false,
      "try huge pages for regions; small ones where there are none"},
+    {"NEP_PROGRESS_CORES", TEXT, NULL, FIELD(progress_cores), "auto", false,
+     "where progress threads run: core numbers by local rank, 3,7,11; none: not bound; auto: a "
+     "core "
+     "of the rank's own near its device"},
     {"NEP_VERBS_DEVICES", TEXT, NULL, FIELD(verbs_devices), "auto", false,
      "devices that the ranks of this machine may use: dev[:port],dev[:port]; or the path of a file "
      "with lines `local-rank dev[:port],...`, which decides alone; auto: all with a live port"},

@@ -29,15 +29,16 @@ struct nep_config {
     char simd[16];       /* NEP_SIMD: auto, c, avx2, avx512 */
     uint32_t threads;    /* NEP_THREADS; UINT32_MAX: auto */
     uint64_t pool_bytes; /* NEP_POOL: default size of an ep's pool of mapped memory */
-    uint64_t staging_bytes;  /* NEP_STAGING: for expert outputs that peers do not map, on a GPU */
-    bool huge_pages;         /* NEP_HUGE_PAGES: try huge pages for regions */
-    char verbs_devices[256]; /* NEP_VERBS_DEVICES: dev[:port],... or the path of a file */
-    uint32_t verbs_paths;    /* NEP_VERBS_PATHS: devices per rank; UINT32_MAX: auto */
-    uint32_t verbs_qps;      /* NEP_VERBS_QPS: QPs per path and peer */
-    uint32_t verbs_gid;      /* NEP_VERBS_GID: index; UINT32_MAX: choose */
-    uint32_t verbs_mtu;      /* NEP_VERBS_MTU: bytes; UINT32_MAX: the port's */
-    uint32_t verbs_sl;       /* NEP_VERBS_SL: service level */
-    uint32_t verbs_tc;       /* NEP_VERBS_TC: traffic class */
+    uint64_t staging_bytes;   /* NEP_STAGING: for expert outputs that peers do not map, on a GPU */
+    bool huge_pages;          /* NEP_HUGE_PAGES: try huge pages for regions */
+    char progress_cores[256]; /* NEP_PROGRESS_CORES: auto, none, or cores by local rank */
+    char verbs_devices[256];  /* NEP_VERBS_DEVICES: dev[:port],... or the path of a file */
+    uint32_t verbs_paths;     /* NEP_VERBS_PATHS: devices per rank; UINT32_MAX: auto */
+    uint32_t verbs_qps;       /* NEP_VERBS_QPS: QPs per path and peer */
+    uint32_t verbs_gid;       /* NEP_VERBS_GID: index; UINT32_MAX: choose */
+    uint32_t verbs_mtu;       /* NEP_VERBS_MTU: bytes; UINT32_MAX: the port's */
+    uint32_t verbs_sl;        /* NEP_VERBS_SL: service level */
+    uint32_t verbs_tc;        /* NEP_VERBS_TC: traffic class */
     uint32_t verbs_ack_timeout;  /* NEP_VERBS_ACK_TIMEOUT: 4.096 us * 2^value */
     uint32_t verbs_retry;        /* NEP_VERBS_RETRY */
     uint32_t verbs_rnr_retry;    /* NEP_VERBS_RNR_RETRY */

@@ -7,6 +7,8 @@
 #ifndef NEP_TRANSPORT_TOPOLOGY_H
 #define NEP_TRANSPORT_TOPOLOGY_H
 
+#include <pthread.h>
+
 #include "base/config.h"
 #include "nearep.h"
 
@@ -35,9 +37,17 @@ enum nep_status nep_topology_subset(const uint32_t *nodes, uint32_t num, uint32_
                                     bool is_one_machine, struct nep_topology_store **store_p,
                                     struct nep_topology *topology_p);
 
-/* Cores usable by this process (hwloc, cpuset aware), and one for the progress thread of a lane. */
+/* Cores usable by this process (hwloc, cpuset aware), and one for the progress thread of a lane,
+ * if it can be on NUMA node `numa` (-1: anywhere). -1: no preference. */
 uint32_t nep_topology_num_cores(void);
-int nep_topology_progress_core(uint32_t local, uint32_t ranks_on_node); /* -1: no preference */
+int nep_topology_progress_core(uint32_t local, uint32_t ranks_on_node, int32_t numa);
+/*
+ * Binds a progress thread as NEP_PROGRESS_CORES says (`wanted`: auto, none, or a core for each
+ * local rank), near NUMA node `numa` of its device, and logs where it runs. NEP_ERR_INVALID:
+ * `wanted` is no list, or names a core that this process may not use.
+ */
+enum nep_status nep_topology_place_thread(const struct nep_topology *topology, const char *wanted,
+                                          pthread_t thread, const char *name, int32_t numa);
 
 /* The rank that lands messages of source rank `source` on node `node`: local index local(source)
  * mod G_node. */

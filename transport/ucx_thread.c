@@ -165,14 +165,11 @@ enum nep_status nep_ucx_thread_start(struct nep_ucx *ux)
     }
     ux->has_thread = true;
     pthread_setname_np(ux->thread, "nep-ucx");
-    int core = nep_topology_progress_core(topology->local, on_node);
-    if (core >= 0) {
-        cpu_set_t set;
-        CPU_ZERO(&set);
-        CPU_SET((size_t)core, &set);
-        if (pthread_setaffinity_np(ux->thread, sizeof set, &set) != 0) {
-            nep_debug("transport ucx: progress thread not bound to core %d", core);
-        }
+    enum nep_status status = nep_topology_place_thread(topology, ux->params.config->progress_cores,
+                                                       ux->thread, "transport ucx", -1);
+    if (status != NEP_OK) {
+        nep_ucx_thread_stop(ux);
+        return status;
     }
     return NEP_OK;
 }

@@ -12,7 +12,8 @@
  */
 #include <errno.h>
 #include <poll.h>
-#include <sched.h>
+#include <pthread.h>
+#include <signal.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -26,8 +27,9 @@ enum { NAP_NS = 200000, SEND_NS = 5000000, SLEEP_NS = 200000000 };
 void nep_verbs_progress(struct nep_transport *transport)
 {
     struct nep_verbs *verbs = (struct nep_verbs *)transport;
-    atomic_fetch_add_explicit(&verbs->num_caller_polls, 1, memory_order_relaxed);
     if (pthread_mutex_trylock(&verbs->poll_lock) == 0) {
+        uint64_t polls = atomic_load_explicit(&verbs->num_caller_polls, memory_order_relaxed);
+        atomic_store_explicit(&verbs->num_caller_polls, polls + 1, memory_order_relaxed);
         nep_verbs_poll(verbs);
         pthread_mutex_unlock(&verbs->poll_lock);
     }
@@ -63,8 +65,21 @@ static void arm(struct nep_verbs *verbs, bool only_arrivals)
     }
 }
 
+/* A file that hung up says that its device was taken away: it would be ready for ever. */
+static void device_gone(struct nep_verbs *verbs, struct nep_verbs_path *path, struct pollfd *file)
+{
+    struct ibv_async_event event = {.event_type = IBV_EVENT_DEVICE_FATAL};
+    file->fd = -1;
+    if (!atomic_load_explicit(&path->is_dead, memory_order_relaxed)) {
+        nep_warn("verbs: %s is gone: its event file hung up", path->device);
+        pthread_mutex_lock(&verbs->poll_lock);
+        nep_verbs_event_handle(verbs, path, &event);
+        pthread_mutex_unlock(&verbs->poll_lock);
+    }
+}
+
 /* Takes what the channels and event files hold. */
-static void drain(struct nep_verbs *verbs, const struct pollfd *files)
+static void drain(struct nep_verbs *verbs, struct pollfd *files)
 {
     for (uint32_t p = 0; p < verbs->num_paths; p++) {
         struct nep_verbs_path *path = &verbs->paths[p];
@@ -85,6 +100,12 @@ static void drain(struct nep_verbs *verbs, const struct pollfd *files)
             nep_verbs_event_handle(verbs, path, &event);
             pthread_mutex_unlock(&verbs->poll_lock);
             verbs->api.ack_async_event(&event);
+        }
+        for (uint32_t i = 2 * p; i < 2 * p + 2; i++) {
+            if ((files[i].revents & (POLLERR | POLLHUP | POLLNVAL)) != 0 &&
+                (files[i].revents & POLLIN) == 0) {
+                device_gone(verbs, path, &files[i]);
+            }
         }
     }
 }
@@ -136,35 +157,24 @@ static void *run(void *arg)
     return NULL;
 }
 
-/* Binds the thread near its first device, where that is known; a core of its lane elsewhere. */
-static void place(struct nep_verbs *verbs)
-{
-    const struct nep_topology *topology = verbs->params.topology;
-    int core = nep_topology_progress_core(topology->local, topology->node_ranks[topology->node]);
-    cpu_set_t set;
-    if (core < 0 || core >= CPU_SETSIZE) {
-        return;
-    }
-    CPU_ZERO(&set);
-    CPU_SET(core, &set);
-    if (pthread_setaffinity_np(verbs->thread, sizeof set, &set) != 0) {
-        nep_debug("verbs: the progress thread cannot be bound to core %d", core);
-    }
-}
-
 enum nep_status nep_verbs_progress_start(struct nep_verbs *verbs)
 {
     verbs->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (verbs->wake_fd < 0) {
         return nep_fail(NEP_ERR_IO, "verbs: no eventfd: %s", strerror(errno));
     }
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are the caller's business */
     int error = pthread_create(&verbs->thread, NULL, run, verbs);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (error != 0) {
         return nep_fail(NEP_ERR_NO_MEMORY, "verbs: no progress thread: %s", strerror(error));
     }
     verbs->has_thread = true;
-    place(verbs);
-    return NEP_OK;
+    pthread_setname_np(verbs->thread, "nep-verbs");
+    return nep_topology_place_thread(verbs->params.topology, verbs->params.config->progress_cores,
+                                     verbs->thread, "verbs", verbs->paths[0].numa);
 }
 
 void nep_verbs_progress_stop(struct nep_verbs *verbs)

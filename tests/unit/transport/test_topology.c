@@ -185,10 +185,10 @@ static void test_topology_cores_are_usable_ones(void **state)
     (void)state;
     uint32_t num = nep_topology_num_cores();
     assert_true(num >= 1 && num <= (uint32_t)sysconf(_SC_NPROCESSORS_CONF));
-    assert_int_equal(nep_topology_progress_core(0, 0), -1);
+    assert_int_equal(nep_topology_progress_core(0, 0, -1), -1);
     /* More lanes than cores: nobody gets one of its own. */
-    assert_int_equal(nep_topology_progress_core(0, num + 1), -1);
-    int core = nep_topology_progress_core(0, 1);
+    assert_int_equal(nep_topology_progress_core(0, num + 1, -1), -1);
+    int core = nep_topology_progress_core(0, 1, -1);
     assert_true(core >= -1 && core < sysconf(_SC_NPROCESSORS_CONF));
 }
 
