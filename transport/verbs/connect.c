@@ -50,7 +50,7 @@ static enum nep_status make_qp(struct nep_verbs *verbs, struct nep_verbs_qp *qp,
     static const uint32_t inline_sizes[] = {256, 128, 64, 0};
     struct nep_verbs_path *path = &verbs->paths[path_idx];
     qp->path = path_idx;
-    qp->put_of = calloc(verbs->depth, sizeof *qp->put_of);
+    qp->put_of = calloc(verbs->put_mask + 1, sizeof *qp->put_of);
     if (qp->put_of == NULL) {
         return nep_fail(NEP_ERR_NO_MEMORY, "verbs: no memory for a send queue of %u", verbs->depth);
     }
@@ -133,6 +133,10 @@ static enum nep_status make_tables(struct nep_verbs *verbs)
 static enum nep_status make_qps(struct nep_verbs *verbs)
 {
     enum nep_status status = make_tables(verbs);
+    verbs->put_mask = 7;
+    while (verbs->put_mask < verbs->depth) {
+        verbs->put_mask = verbs->put_mask * 2 + 1;
+    }
     for (uint32_t r = 0; status == NEP_OK && r < verbs->num_ranks; r++) {
         struct nep_verbs_peer *peer = &verbs->peers[r];
         if (!peer->is_served) {

@@ -152,8 +152,20 @@ void nep_verbs_gids_read(const struct nep_verbs_api *api, struct ibv_context *co
 struct seat {
     char boot_id[40];
     int32_t numa;
-    uint32_t num_ports;
+    uint64_t ports; /* digest of the ports it may use: containers of one machine may differ */
 };
+
+static uint64_t digest(const struct nep_verbs_port *ports, uint32_t num_ports)
+{
+    uint64_t hash = 0xcbf29ce484222325ull; /* FNV-1a (Fowler, Noll, Vo) */
+    for (uint32_t i = 0; i < num_ports; i++) {
+        for (const char *at = ports[i].device; *at != '\0'; at++) {
+            hash = (hash ^ (uint8_t)*at) * 0x100000001b3ull;
+        }
+        hash = (hash ^ ports[i].port) * 0x100000001b3ull;
+    }
+    return hash;
+}
 
 static void read_boot_id(char text[40])
 {
@@ -223,10 +235,9 @@ static enum nep_status read_override(const char *path, uint32_t local, char *tex
     return status;
 }
 
-static enum nep_status take_ports(struct nep_verbs *verbs, const struct nep_verbs_port *ports,
-                                  uint32_t num_ports, const uint32_t *choice)
+static void take_ports(struct nep_verbs *verbs, const struct nep_verbs_port *ports,
+                       const uint32_t *choice)
 {
-    (void)num_ports;
     for (uint32_t p = 0; p < verbs->num_paths; p++) {
         struct nep_verbs_path *path = &verbs->paths[p];
         const struct nep_verbs_port *port = &ports[choice[p]];
@@ -234,7 +245,6 @@ static enum nep_status take_ports(struct nep_verbs *verbs, const struct nep_verb
         path->port = port->port;
         path->numa = port->numa;
     }
-    return NEP_OK;
 }
 
 /* The assignment from everybody's seats. */
@@ -249,14 +259,15 @@ static enum nep_status choose_among(struct nep_verbs *verbs, const struct nep_ve
     } else {
         uint32_t num_local = 0, mine = 0;
         for (uint32_t r = 0; r < verbs->num_ranks; r++) {
-            if (strcmp(seats[r].boot_id, seats[verbs->rank].boot_id) != 0) {
+            if (strcmp(seats[r].boot_id, seats[verbs->rank].boot_id) != 0 ||
+                seats[r].ports != seats[verbs->rank].ports) {
                 continue;
             }
             mine = r == verbs->rank ? num_local : mine;
             numa[num_local++] = seats[r].numa;
         }
         nep_verbs_assign(ports, num_ports, numa, num_local, verbs->num_paths, choice);
-        status = take_ports(verbs, ports, num_ports, choice + mine * verbs->num_paths);
+        take_ports(verbs, ports, choice + mine * verbs->num_paths);
     }
     free(numa);
     free(choice);
@@ -297,7 +308,7 @@ enum nep_status nep_verbs_paths_choose(struct nep_verbs *verbs)
     enum nep_status status =
         is_file ? read_override(wanted, verbs->params.topology->local, listed, sizeof listed)
                 : nep_verbs_ports_list(&verbs->api, wanted, &ports, &num_ports);
-    struct seat mine = {.numa = own_numa(), .num_ports = num_ports};
+    struct seat mine = {.numa = own_numa(), .ports = digest(ports, num_ports)};
     read_boot_id(mine.boot_id);
     /* A rank that failed says so before anybody waits for its seat. */
     status = nep_bootstrap_common(verbs->params.bootstrap, verbs->rank, verbs->num_ranks, status,

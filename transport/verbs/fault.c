@@ -209,6 +209,7 @@ void nep_verbs_event_handle(struct nep_verbs *verbs, struct nep_verbs_path *path
         break;
     case IBV_EVENT_SRQ_LIMIT_REACHED:
         path->num_overruns++;
+        path->is_unwatched = true;
         nep_info("verbs: %s: few receives left (time %u): the progress thread is late",
                  path->device, path->num_overruns);
         break;

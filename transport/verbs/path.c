@@ -4,6 +4,8 @@
  *
  * - SRQ: one receive for each QP of each put that may be under way to this rank, and two control
  *   messages for each QP of every peer, so that no burst finds it empty. Receives have no buffer.
+ *   Groups of a thousand ranks ask for more than devices have; they get what there is, since a
+ *   burst beyond it only waits, as long as senders try for ever (NEP_VERBS_RNR_RETRY 7).
  * - CQ: one entry for each receive of the SRQ and for each work request of all send queues, since
  *   an error completes every one of them at once and an overrun CQ is fatal and silent.
  *
@@ -17,6 +19,8 @@
 
 #include "base/log.h"
 #include "transport/verbs/verbs.h"
+
+enum { LEAST_DEPTH = 8 };
 
 static enum nep_status open_device(struct nep_verbs *verbs, struct nep_verbs_path *path)
 {
@@ -94,22 +98,32 @@ static enum nep_status size_queues(struct nep_verbs *verbs, struct nep_verbs_pat
 {
     uint64_t qps_here = verbs->num_qps / verbs->num_paths;
     uint64_t num_qps = qps_here * verbs->num_ranks;
-    uint64_t srq = verbs->params.max_puts * qps_here + 2 * num_qps + 32;
-    uint64_t max_srq = (uint64_t)path->device_attr.max_srq_wr;
+    uint64_t least = 2 * num_qps + 32;
+    uint64_t srq = verbs->params.max_puts * qps_here + least;
     uint64_t max_cqe = (uint64_t)path->device_attr.max_cqe;
     uint64_t max_wr = (uint64_t)path->device_attr.max_qp_wr;
+    uint64_t room = max_cqe > LEAST_DEPTH * num_qps ? max_cqe - LEAST_DEPTH * num_qps : 0;
+    uint64_t most = (uint64_t)path->device_attr.max_srq_wr;
+    most = room < most ? room : most;
     if (num_qps > (uint64_t)path->device_attr.max_qp) {
         return nep_fail(NEP_ERR_UNSUPPORTED, "verbs: %s has %d QPs, %llu are needed", path->device,
                         path->device_attr.max_qp, (unsigned long long)num_qps);
     }
-    if (srq > max_srq || srq + 8 * num_qps > max_cqe) {
-        uint64_t room = max_cqe > 8 * num_qps ? max_cqe - 8 * num_qps : 0;
+    bool may_wait = verbs->params.config->verbs_rnr_retry == 7;
+    if (most < least || (srq > most && !may_wait) || max_wr < LEAST_DEPTH) {
         return nep_fail(NEP_ERR_UNSUPPORTED,
-                        "verbs: %u puts may be under way to this rank, which needs %llu receives; "
-                        "%s has %llu and a completion queue for %llu: lower the tokens per call, "
-                        "the operations outstanding or NEP_VERBS_QPS",
-                        verbs->params.max_puts, (unsigned long long)srq, path->device,
-                        (unsigned long long)max_srq, (unsigned long long)room);
+                        "verbs: %u ranks need %llu receives, %llu at the very least, and send "
+                        "queues of %d; %s has %llu, with room for their completions, and %llu: "
+                        "lower NEP_VERBS_QPS, or set NEP_VERBS_RNR_RETRY=7 so that senders wait",
+                        verbs->num_ranks, (unsigned long long)srq, (unsigned long long)least,
+                        LEAST_DEPTH, path->device, (unsigned long long)most,
+                        (unsigned long long)max_wr);
+    }
+    if (srq > most) {
+        nep_info("verbs: %s has %llu receives, not %llu: larger bursts wait for their senders' "
+                 "next try",
+                 path->device, (unsigned long long)most, (unsigned long long)srq);
+        srq = most;
     }
     uint64_t depth = (max_cqe - srq) / num_qps;
     depth = depth < max_wr ? depth : max_wr;
@@ -166,11 +180,7 @@ static enum nep_status make_queues(struct nep_verbs *verbs, struct nep_verbs_pat
     if (status != NEP_OK) {
         return status;
     }
-    /* The limit event tells of a progress thread that cannot keep up; not every device has it. */
-    struct ibv_srq_attr limit = {.srq_limit = path->srq_depth / 8};
-    if (verbs->api.modify_srq(path->srq, &limit, IBV_SRQ_LIMIT) != 0) {
-        nep_debug("verbs: %s has no low-water event", path->device);
-    }
+    nep_verbs_srq_watch(verbs, path);
     return NEP_OK;
 }
 

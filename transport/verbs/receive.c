@@ -41,6 +41,15 @@ enum nep_status nep_verbs_srq_fill(struct nep_verbs *verbs, struct nep_verbs_pat
     return NEP_OK;
 }
 
+void nep_verbs_srq_watch(struct nep_verbs *verbs, struct nep_verbs_path *path)
+{
+    struct ibv_srq_attr limit = {.srq_limit = path->srq_depth / 8};
+    path->is_unwatched = false;
+    if (verbs->api.modify_srq(path->srq, &limit, IBV_SRQ_LIMIT) != 0) {
+        nep_debug("verbs: %s has no low-water event", path->device);
+    }
+}
+
 static void announce(struct nep_verbs *verbs, uint32_t src, uint32_t imm)
 {
     void *base = verbs->windows[nep_verbs_imm_window(imm)].base;
@@ -172,6 +181,9 @@ static bool poll_path(struct nep_verbs *verbs, struct nep_verbs_path *path)
     }
     if (path->srq_posted + REFILL <= path->srq_depth && nep_verbs_srq_fill(verbs, path) != NEP_OK) {
         nep_warn("%s", nep_last_message());
+    }
+    if (path->is_unwatched && path->srq_posted > path->srq_depth / 2) {
+        nep_verbs_srq_watch(verbs, path); /* the event comes once */
     }
     return true;
 }

@@ -63,7 +63,7 @@ static void flush(struct lists *lists, uint32_t qp_idx)
     list->wr[list->num - 1].next = NULL;
     struct ibv_send_wr *bad = NULL;
     int error = verbs->api.post_send(qp->qp, list->wr, &bad);
-    atomic_fetch_add_explicit(&verbs->work_requests, list->num, memory_order_relaxed);
+    lists->peer->num_requests += list->num;
     list->num = 0;
     if (error != 0) {
         char why[96];
@@ -94,7 +94,7 @@ static struct ibv_send_wr *append(struct lists *lists, uint32_t qp_idx, uint64_t
     }
     wr->sg_list = &list->sge[list->num++];
     qp->posted++;
-    qp->put_of[qp->posted % lists->verbs->depth] = put;
+    qp->put_of[qp->posted & lists->verbs->put_mask] = put;
     wr->wr_id = NEP_VERBS_WR_SEND | qp->posted;
     return wr;
 }
@@ -115,12 +115,22 @@ static void append_control(struct lists *lists, uint32_t qp_idx, enum nep_verbs_
 
 /* ---- one put -------------------------------------------------------------------------------- */
 
+/* Nearly always: no border of registrations or messages is in reach. Divisions cost more. */
+static bool is_one_piece(const struct nep_verbs *verbs, const struct nep_put *put, uint64_t len)
+{
+    return len == 0 ||
+           (verbs->windows[put->window].num_chunks == 1 && len <= verbs->max_message_bytes);
+}
+
 /* The longest piece at `done` of a part: to the next border of registrations or messages. */
 static uint64_t piece_bytes(const struct nep_verbs *verbs, const struct nep_put *put,
                             const struct part *part, uint64_t done)
 {
+    if (is_one_piece(verbs, put, part->len)) {
+        return part->len;
+    }
     uint64_t chunk = verbs->params.config->verbs_chunk_bytes;
-    uint64_t from = (uint64_t)((const uint8_t *)put->src - verbs->windows[put->window].base) +
+    uint64_t from = (uint64_t)((const uint8_t *)put->src - verbs->windows[put->window].start) +
                     part->offset + done;
     uint64_t to = put->offset + part->offset + done;
     uint64_t bytes = part->len - done;
@@ -134,6 +144,9 @@ static uint64_t piece_bytes(const struct nep_verbs *verbs, const struct nep_put 
 static uint32_t num_pieces(const struct nep_verbs *verbs, const struct nep_put *put,
                            const struct part *part)
 {
+    if (is_one_piece(verbs, put, part->len)) {
+        return 1;
+    }
     uint32_t num = 0;
     uint64_t done = 0;
     do {
@@ -150,18 +163,22 @@ static void append_piece(struct lists *lists, uint32_t qp_idx, const struct nep_
     const struct nep_verbs_qp *qp = &lists->peer->qps[qp_idx];
     const struct nep_verbs_window *window = &verbs->windows[put->window];
     const struct nep_verbs_remote *remote = &window->remotes[put->dst];
-    uint64_t chunk = verbs->params.config->verbs_chunk_bytes;
     const uint8_t *src = (const uint8_t *)put->src + at;
-    size_t first_key = qp->path * window->num_chunks;
+    size_t from = qp->path * window->num_chunks, to = from;
     if (bytes == 0) {
         return;
+    }
+    if (window->num_chunks > 1) {
+        uint64_t chunk = verbs->params.config->verbs_chunk_bytes;
+        from += (size_t)(src - window->start) / chunk;
+        to += (put->offset + at) / chunk;
     }
     wr->num_sge = 1;
     wr->sg_list->addr = (uintptr_t)src;
     wr->sg_list->length = (uint32_t)bytes;
-    wr->sg_list->lkey = window->mrs[first_key + (size_t)(src - window->base) / chunk]->lkey;
+    wr->sg_list->lkey = window->mrs[from]->lkey;
     wr->wr.rdma.remote_addr = remote->base + put->offset + at;
-    wr->wr.rdma.rkey = remote->rkeys[first_key + (put->offset + at) / chunk];
+    wr->wr.rdma.rkey = remote->rkeys[to];
     if (bytes <= qp->max_inline && !window->is_device) { /* inline is read by the host */
         wr->send_flags |= IBV_SEND_INLINE;
     }
@@ -205,7 +222,8 @@ static bool post_whole(struct lists *lists, uint64_t number)
     struct part part = {0, put->len, put->imm};
     for (uint32_t pass = 0; pass < 2; pass++) {
         for (uint32_t i = 0; i < verbs->num_qps; i++) {
-            uint32_t q = (peer->next_qp + i) % verbs->num_qps;
+            uint32_t q = peer->next_qp + i;
+            q -= q >= verbs->num_qps ? verbs->num_qps : 0;
             struct nep_verbs_qp *qp = &peer->qps[q];
             /* first the paths whose port is up */
             if (qp->is_dead || qp->told != peer->dead ||
@@ -356,6 +374,22 @@ void nep_verbs_peer_advance(struct nep_verbs_peer *peer)
     atomic_store_explicit(&peer->completed, completed, memory_order_release);
 }
 
+uint64_t nep_verbs_peer_forget(struct nep_verbs_peer *peer, uint32_t window, bool forget)
+{
+    uint64_t num = 0;
+    uint64_t completed = atomic_load_explicit(&peer->completed, memory_order_relaxed);
+    for (uint64_t n = completed + 1; n <= peer->next; n++) {
+        struct nep_verbs_record *record = record_of(peer, n);
+        bool is_meant = record->put.window == window && record->put.len > 0;
+        num += is_meant;
+        if (is_meant && forget) { /* what the device has already lies in memory that is pinned */
+            record->put.len = 0;
+            record->put.is_silent = true;
+        }
+    }
+    return num;
+}
+
 void nep_verbs_qp_completed(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_t qp_idx,
                             uint64_t number)
 {
@@ -366,7 +400,7 @@ void nep_verbs_qp_completed(struct nep_verbs *verbs, struct nep_verbs_peer *peer
     /* RC completes in order: one signalled request stands for all before it. */
     while (qp->done < number) {
         qp->done++;
-        uint64_t put = qp->put_of[qp->done % verbs->depth];
+        uint64_t put = qp->put_of[qp->done & verbs->put_mask];
         if (put != 0) {
             record_of(peer, put)->on_qps &= (uint16_t) ~(1u << qp_idx);
         }
@@ -382,7 +416,7 @@ static void post_single(struct nep_verbs *verbs, struct nep_verbs_peer *peer, ui
 {
     struct nep_verbs_qp *qp = &peer->qps[qp_idx];
     qp->posted++;
-    qp->put_of[qp->posted % verbs->depth] = 0;
+    qp->put_of[qp->posted & verbs->put_mask] = 0;
     struct ibv_send_wr wr = {.wr_id = NEP_VERBS_WR_SEND | qp->posted,
                              .opcode = opcode,
                              .send_flags = IBV_SEND_SIGNALED | IBV_SEND_SOLICITED,
@@ -420,7 +454,7 @@ void nep_verbs_peer_ping(struct nep_verbs *verbs, struct nep_verbs_peer *peer)
 static enum nep_status check(const struct nep_verbs *verbs, const struct nep_put *put)
 {
     if (put->dst >= verbs->num_ranks || put->window >= NEP_VERBS_MAX_WINDOWS ||
-        verbs->windows[put->window].remotes == NULL) {
+        verbs->windows[put->window].remotes == NULL || verbs->windows[put->window].base == NULL) {
         return nep_fail(NEP_ERR_INVALID, "verbs: put to rank %u, window %u: there is none",
                         put->dst, put->window);
     }
@@ -448,8 +482,11 @@ static enum nep_status check(const struct nep_verbs *verbs, const struct nep_put
         return nep_fail(NEP_ERR_UNSUPPORTED,
                         "verbs: a put from GPU memory to the own rank: copy it there instead");
     }
-    uint64_t pieces = put->len / verbs->params.config->verbs_chunk_bytes * 2 +
-                      put->len / verbs->max_message_bytes + 3;
+    uint64_t pieces = 1;
+    if (!is_one_piece(verbs, put, put->len)) {
+        pieces = put->len / verbs->params.config->verbs_chunk_bytes * 2 +
+                 put->len / verbs->max_message_bytes + 3;
+    }
     if (pieces > verbs->depth) {
         return nep_fail(NEP_ERR_INVALID,
                         "verbs: a put of %u bytes needs %llu requests, the send queue has %u: "
@@ -519,13 +556,12 @@ enum nep_status nep_verbs_put(struct nep_transport *transport, const struct nep_
         nep_verbs_peer_pump(verbs, peer);
     }
     uint64_t number = peer->next;
+    peer->put_bytes += status == NEP_OK ? put->len : 0;
     atomic_store_explicit(&peer->last, number, memory_order_relaxed);
     pthread_mutex_unlock(&peer->lock);
     if (status != NEP_OK) {
         return status;
     }
-    atomic_fetch_add_explicit(&verbs->num_puts, 1, memory_order_relaxed);
-    atomic_fetch_add_explicit(&verbs->put_bytes, put->len, memory_order_relaxed);
     if (put->dst == verbs->rank) {
         put_to_self(verbs, put);
     }
@@ -543,7 +579,9 @@ uint64_t nep_verbs_completed(struct nep_transport *transport, uint32_t dst)
     /* acquire: pairs with the release in nep_verbs_peer_advance */
     uint64_t completed = atomic_load_explicit(&peer->completed, memory_order_acquire);
     if (completed < atomic_load_explicit(&peer->last, memory_order_relaxed)) {
-        nep_verbs_progress(transport); /* for the next look: completions of sends wake nobody */
+        nep_verbs_progress(transport); /* completions of sends wake nobody */
+        /* acquire: pairs with the release in nep_verbs_peer_advance */
+        completed = atomic_load_explicit(&peer->completed, memory_order_acquire);
     }
     return completed;
 }

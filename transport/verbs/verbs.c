@@ -25,6 +25,12 @@ uint64_t nep_verbs_budget_ns(const struct nep_config *config)
     return (4096ull << config->verbs_ack_timeout) * (retry + 1);
 }
 
+uint64_t nep_verbs_patience_ns(const struct nep_config *config)
+{
+    uint64_t patience_ns = nep_verbs_budget_ns(config) * 2 + 100 * NEP_MS;
+    return patience_ns < 5 * NEP_S ? patience_ns : 5 * NEP_S;
+}
+
 static enum nep_status check_config(const struct nep_config *config)
 {
     const struct {
@@ -112,8 +118,7 @@ static void wait_quiet(struct nep_verbs *verbs, uint64_t deadline_ns)
 
 static void say_farewell(struct nep_verbs *verbs)
 {
-    uint64_t budget_ns = nep_verbs_budget_ns(verbs->params.config) * 2 + 100 * NEP_MS;
-    uint64_t deadline_ns = nep_deadline_ns(budget_ns < 5 * NEP_S ? budget_ns : 5 * NEP_S);
+    uint64_t deadline_ns = nep_deadline_ns(nep_verbs_patience_ns(verbs->params.config));
     wait_quiet(verbs, deadline_ns);
     for (uint32_t r = 0; r < verbs->num_ranks; r++) {
         struct nep_verbs_peer *peer = &verbs->peers[r];
@@ -132,9 +137,7 @@ static void destroy(struct nep_verbs *verbs)
     nep_verbs_progress_stop(verbs);
     nep_verbs_disconnect(verbs);
     for (uint32_t w = 0; w < NEP_VERBS_MAX_WINDOWS; w++) {
-        if (verbs->windows[w].base != NULL) {
-            nep_verbs_window_destroy(&verbs->transport, w);
-        }
+        nep_verbs_window_release(verbs, w);
     }
     for (uint32_t p = 0; p < verbs->num_paths; p++) {
         nep_verbs_path_close(verbs, &verbs->paths[p]);
@@ -301,9 +304,15 @@ static void *verbs_peer_window(struct nep_transport *transport, uint32_t window,
 static void verbs_stats(struct nep_transport *transport, struct nep_transport_stats *stats)
 {
     struct nep_verbs *verbs = (struct nep_verbs *)transport;
-    stats->puts = atomic_load(&verbs->num_puts);
-    stats->put_bytes = atomic_load(&verbs->put_bytes);
-    stats->work_requests = atomic_load(&verbs->work_requests);
+    stats->puts = stats->put_bytes = stats->work_requests = 0;
+    for (uint32_t r = 0; r < verbs->num_ranks; r++) {
+        struct nep_verbs_peer *peer = &verbs->peers[r];
+        pthread_mutex_lock(&peer->lock);
+        stats->puts += peer->next;
+        stats->put_bytes += peer->put_bytes;
+        stats->work_requests += peer->num_requests;
+        pthread_mutex_unlock(&peer->lock);
+    }
     stats->arrivals = atomic_load(&verbs->arrivals);
     stats->retries = atomic_load(&verbs->retries);
     stats->refused = atomic_load(&verbs->stale);

@@ -116,7 +116,8 @@ struct nep_verbs_path {
     uint32_t srq_depth;
     uint32_t srq_posted;   /* receives there now; poll lock */
     uint32_t num_unacked;  /* completion events not acknowledged yet; progress thread */
-    uint32_t num_overruns; /* SRQ limit events */
+    uint32_t num_overruns; /* SRQ limit events; poll lock, as the next */
+    bool is_unwatched;     /* the limit must be set again */
     atomic_bool is_down;   /* the port; set by events */
     atomic_bool is_dead;   /* the device */
 };
@@ -128,7 +129,7 @@ struct nep_verbs_qp {
     uint32_t max_inline;
     uint64_t posted;  /* work requests so far: each has the next number */
     uint64_t done;    /* of them, those known complete */
-    uint64_t *put_of; /* [depth]: put that ends with a work request, 0 for none */
+    uint64_t *put_of; /* [put_mask + 1]: put that ends with a work request, 0 for none */
     uint16_t told;    /* dead QPs of this peer that were announced by this one */
 };
 
@@ -165,6 +166,8 @@ struct nep_verbs_peer {
     uint64_t next;             /* the last number given out */
     atomic_uint_fast64_t last; /* the same, for a look without the lock */
     uint32_t num_resend;
+    uint64_t put_bytes;
+    uint64_t num_requests;
     atomic_uint_fast64_t completed; /* all numbers up to here */
     atomic_int status;              /* NEP_OK, or why it is lost */
     atomic_bool has_left;
@@ -182,7 +185,8 @@ struct nep_verbs_remote {
 };
 
 struct nep_verbs_window {
-    uint8_t *base; /* NULL: no window; poll lock for the sink */
+    uint8_t *base;  /* NULL: no window, or one that was destroyed; poll lock for the sink */
+    uint8_t *start; /* its first byte, also when it was destroyed */
     size_t bytes;
     size_t num_chunks; /* of the largest window of any rank */
     bool is_own_memory;
@@ -199,8 +203,9 @@ struct nep_verbs {
     uint32_t rank;
     uint32_t num_ranks;
     uint32_t num_paths;
-    uint32_t num_qps; /* per peer */
-    uint32_t depth;   /* of each send queue */
+    uint32_t num_qps;  /* per peer */
+    uint32_t depth;    /* of each send queue */
+    uint64_t put_mask; /* a power of two above depth, less one */
     uint64_t max_message_bytes;
     struct nep_verbs_path paths[NEP_VERBS_MAX_PATHS];
     struct nep_verbs_peer *peers; /* [num_ranks] */
@@ -211,7 +216,7 @@ struct nep_verbs {
     int wake_fd;
     atomic_bool stop;
     atomic_uint_fast64_t num_caller_polls; /* by threads that wait: then the thread steps aside */
-    atomic_uint_fast64_t num_puts, put_bytes, work_requests, arrivals, retries, stale;
+    atomic_uint_fast64_t arrivals, retries, stale;
 };
 
 /* ---- device.c: devices and ports; path.c: what is made on them ------------------------------ */
@@ -242,6 +247,8 @@ bool nep_verbs_qp_find(const struct nep_verbs_path *path, uint32_t qp_num, uint3
 enum nep_status nep_verbs_window_create(struct nep_transport *transport, uint32_t window,
                                         void **base_p, size_t bytes);
 void nep_verbs_window_destroy(struct nep_transport *transport, uint32_t window);
+/* Takes back the registrations of a window that was destroyed, or of one that was not. */
+void nep_verbs_window_release(struct nep_verbs *verbs, uint32_t window);
 /* The registration sentence for errno `error`: limits, rights, or what the device cannot do. */
 enum nep_status nep_verbs_register_failed(const char *device, const char *what, size_t bytes,
                                           int error);
@@ -256,6 +263,9 @@ void nep_verbs_peer_pump(struct nep_verbs *verbs, struct nep_verbs_peer *peer);
 void nep_verbs_qp_completed(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_t qp_idx,
                             uint64_t number);
 void nep_verbs_peer_advance(struct nep_verbs_peer *peer);
+/* Puts from this window that are not complete; those that wait for room or for another QP become
+ * empty ones, so that nobody reads their source again. */
+uint64_t nep_verbs_peer_forget(struct nep_verbs_peer *peer, uint32_t window, bool forget);
 /* Tells the peer that this rank leaves, over one live QP. */
 void nep_verbs_peer_leave(struct nep_verbs *verbs, struct nep_verbs_peer *peer);
 /* A write of zero bytes on every live QP that is idle: fails when the other side is gone. */
@@ -267,6 +277,9 @@ void nep_verbs_peer_ping(struct nep_verbs *verbs, struct nep_verbs_peer *peer);
 bool nep_verbs_poll(struct nep_verbs *verbs);
 /* Tops the shared receive queue up; poll lock held or before the path is used. */
 enum nep_status nep_verbs_srq_fill(struct nep_verbs *verbs, struct nep_verbs_path *path);
+/* Asks for an event when few receives are left, where the device has it: a progress thread that
+ * cannot keep up. */
+void nep_verbs_srq_watch(struct nep_verbs *verbs, struct nep_verbs_path *path);
 
 /* ---- fault.c -------------------------------------------------------------------------------- */
 
@@ -292,5 +305,7 @@ enum nep_status nep_verbs_create_with(const struct nep_verbs_api *api,
                                       struct nep_transport **transport_p);
 /* How long a dead peer may stay unnoticed by the device, ns. */
 uint64_t nep_verbs_budget_ns(const struct nep_config *config);
+/* How long the end of something may wait for acknowledgements, ns. */
+uint64_t nep_verbs_patience_ns(const struct nep_config *config);
 
 #endif

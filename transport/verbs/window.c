@@ -8,6 +8,13 @@
  * The limit on locked memory is the commonest failure of a first run; it is said in words, with
  * both numbers. Data may be written with relaxed PCIe ordering: arrival is a completion, which is
  * never reordered before its data, and no word in a window is polled for the device's writes.
+ *
+ * Destroying a window is not collective: others may still have puts under way to it, credits of the
+ * last operation for instance. A write to memory that is not registered any more would end their
+ * QP, and with it every other window's traffic. So a destroyed window stays registered, which pins
+ * its pages even when they are unmapped, and its announcements are dropped, until all ranks make a
+ * window of this number again, or until close. For the same reason destroying waits, bounded, for
+ * the own puts from it.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -16,6 +23,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include "base/clock.h"
 #include "base/log.h"
 #include "transport/bootstrap.h"
 #include "transport/verbs/verbs.h"
@@ -105,7 +113,7 @@ static enum nep_status register_all(struct nep_verbs *verbs, struct nep_verbs_wi
     return NEP_OK;
 }
 
-static void release(struct nep_verbs *verbs, struct nep_verbs_window *window)
+static void deregister(struct nep_verbs *verbs, struct nep_verbs_window *window)
 {
     for (size_t i = 0; window->mrs != NULL && i < verbs->num_paths * window->num_chunks; i++) {
         if (window->mrs[i] != NULL) {
@@ -115,10 +123,19 @@ static void release(struct nep_verbs *verbs, struct nep_verbs_window *window)
     free(window->mrs);
     free(window->remotes);
     free(window->rkeys);
-    if (window->is_own_memory && window->base != NULL) {
-        munmap(window->base, window->bytes);
+    if (window->is_own_memory && window->start != NULL) {
+        munmap(window->start, window->bytes);
     }
     memset(window, 0, sizeof *window);
+}
+
+void nep_verbs_window_release(struct nep_verbs *verbs, uint32_t window_idx)
+{
+    pthread_mutex_lock(&verbs->poll_lock);
+    struct nep_verbs_window window = verbs->windows[window_idx];
+    memset(&verbs->windows[window_idx], 0, sizeof window);
+    pthread_mutex_unlock(&verbs->poll_lock);
+    deregister(verbs, &window);
 }
 
 /* Learns everybody's size first: the widest window sets how many keys a card has. */
@@ -173,6 +190,27 @@ static enum nep_status exchange_keys(struct nep_verbs *verbs, struct nep_verbs_w
     return status;
 }
 
+static bool poll_locked(struct nep_verbs *verbs)
+{
+    pthread_mutex_lock(&verbs->poll_lock);
+    bool any = nep_verbs_poll(verbs);
+    pthread_mutex_unlock(&verbs->poll_lock);
+    return any;
+}
+
+/* Puts from this window that are not complete; `forget` see nep_verbs_peer_forget. */
+static uint64_t puts_left(struct nep_verbs *verbs, uint32_t window_idx, bool forget)
+{
+    uint64_t num = 0;
+    for (uint32_t r = 0; r < verbs->num_ranks; r++) {
+        struct nep_verbs_peer *peer = &verbs->peers[r];
+        pthread_mutex_lock(&peer->lock);
+        num += nep_verbs_peer_forget(peer, window_idx, forget);
+        pthread_mutex_unlock(&peer->lock);
+    }
+    return num;
+}
+
 enum nep_status nep_verbs_window_create(struct nep_transport *transport, uint32_t window_idx,
                                         void **base_p, size_t bytes)
 {
@@ -184,11 +222,11 @@ enum nep_status nep_verbs_window_create(struct nep_transport *transport, uint32_
                         "or empty",
                         window_idx, bytes);
     }
-    struct nep_verbs_window made = {.base = *base_p, .bytes = bytes};
+    struct nep_verbs_window made = {.base = *base_p, .start = *base_p, .bytes = bytes};
     if (made.base == NULL) {
         void *memory =
             mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        made.base = memory == MAP_FAILED ? NULL : memory;
+        made.base = made.start = memory == MAP_FAILED ? NULL : memory;
         made.is_own_memory = true;
     }
     enum nep_status status = made.base != NULL
@@ -201,6 +239,11 @@ enum nep_status nep_verbs_window_create(struct nep_transport *transport, uint32_
     status = nep_bootstrap_common(verbs->params.bootstrap, verbs->rank, verbs->num_ranks, status,
                                   verbs->params.timeout_ns);
     if (status == NEP_OK) {
+        /* All ranks are here, so all of them have destroyed the last window of this number, and
+         * what they had sent to it is complete: it is taken now, and dropped. */
+        for (uint32_t i = 0; i < verbs->paths[0].cq_depth && poll_locked(verbs); i++) {
+        }
+        nep_verbs_window_release(verbs, window_idx);
         status = gather_sizes(verbs, &made);
     }
     if (status == NEP_OK) {
@@ -216,7 +259,7 @@ enum nep_status nep_verbs_window_create(struct nep_transport *transport, uint32_
         *base_p = made.base;
     } else {
         verbs->windows[window_idx].base = NULL;
-        release(verbs, &made);
+        deregister(verbs, &made);
     }
     pthread_mutex_unlock(&verbs->poll_lock);
     return status;
@@ -225,12 +268,21 @@ enum nep_status nep_verbs_window_create(struct nep_transport *transport, uint32_
 void nep_verbs_window_destroy(struct nep_transport *transport, uint32_t window_idx)
 {
     struct nep_verbs *verbs = (struct nep_verbs *)transport;
-    if (window_idx >= NEP_VERBS_MAX_WINDOWS) {
+    if (window_idx >= NEP_VERBS_MAX_WINDOWS || verbs->windows[window_idx].base == NULL) {
         return;
     }
+    uint64_t deadline_ns = nep_deadline_ns(nep_verbs_patience_ns(verbs->params.config));
+    while (puts_left(verbs, window_idx, false) > 0 && nep_left_ns(deadline_ns) > 0) {
+        nep_verbs_progress(transport);
+        usleep(20);
+    }
+    uint64_t num_left = puts_left(verbs, window_idx, true);
+    if (num_left > 0) {
+        nep_info("verbs: window %u is destroyed with %llu puts not acknowledged", window_idx,
+                 (unsigned long long)num_left);
+    }
     pthread_mutex_lock(&verbs->poll_lock);
-    struct nep_verbs_window window = verbs->windows[window_idx];
-    memset(&verbs->windows[window_idx], 0, sizeof window);
+    struct nep_verbs_window *window = &verbs->windows[window_idx];
+    window->base = NULL; /* announcements are dropped from here on */
     pthread_mutex_unlock(&verbs->poll_lock);
-    release(verbs, &window);
 }

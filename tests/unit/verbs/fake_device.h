@@ -87,15 +87,41 @@ struct fake_fabric {
     int last_dmabuf;
     uint32_t num_dmabufs;
     uint32_t num_inline_from_device;
+    int32_t max_srq_wr;   /* 0: many */
+    uint32_t num_watches; /* SRQ limits set */
+    /* calls that make or change something: the one after so many others fails; < 0: none does */
+    int64_t fail_call;
+    int64_t num_live; /* things made and not destroyed */
 };
 
 static struct fake_fabric fake;
+
+/* Counts a thing that is made; false: this call is to fail, with ENOMEM. */
+static bool fake_make(void)
+{
+    pthread_mutex_lock(&fake.lock);
+    bool works = fake.fail_call != 0;
+    fake.fail_call -= fake.fail_call >= 0;
+    fake.num_live += works;
+    pthread_mutex_unlock(&fake.lock);
+    errno = works ? errno : ENOMEM;
+    return works;
+}
+
+static void fake_unmake(void *thing)
+{
+    pthread_mutex_lock(&fake.lock);
+    fake.num_live--;
+    pthread_mutex_unlock(&fake.lock);
+    free(thing);
+}
 
 static void fake_reset(uint32_t num_devices)
 {
     memset(&fake, 0, sizeof fake);
     pthread_mutex_init(&fake.lock, NULL);
     fake.num_devices = num_devices;
+    fake.fail_call = -1;
     for (uint32_t d = 0; d < num_devices; d++) {
         snprintf(fake.devices[d].name, sizeof fake.devices[d].name, "fake%u", d);
     }
@@ -129,6 +155,9 @@ static const char *fake_get_device_name(struct ibv_device *device)
 
 static struct ibv_context *fake_open_device(struct ibv_device *device)
 {
+    if (!fake_make()) {
+        return NULL;
+    }
     struct fake_context *context = calloc(1, sizeof *context);
     context->context.device = device;
     if (pipe(context->events) != 0) {
@@ -150,8 +179,10 @@ static int fake_close_device(struct ibv_context *context)
     }
     pthread_mutex_unlock(&fake.lock);
     close(mine->events[0]);
-    close(mine->events[1]);
-    free(mine);
+    if (mine->events[1] >= 0) {
+        close(mine->events[1]);
+    }
+    fake_unmake(mine);
     return 0;
 }
 
@@ -163,7 +194,7 @@ static int fake_query_device(struct ibv_context *context, struct ibv_device_attr
     attr->max_qp = FAKE_QPS;
     attr->max_qp_wr = 1024;
     attr->max_cqe = 32767;
-    attr->max_srq_wr = 16384;
+    attr->max_srq_wr = fake.max_srq_wr != 0 ? fake.max_srq_wr : 16384;
     return 0;
 }
 
@@ -202,6 +233,9 @@ static int fake_query_gid(struct ibv_context *context, uint8_t port, uint32_t in
 
 static struct ibv_pd *fake_alloc_pd(struct ibv_context *context)
 {
+    if (!fake_make()) {
+        return NULL;
+    }
     struct ibv_pd *pd = calloc(1, sizeof *pd);
     pd->context = context;
     return pd;
@@ -209,7 +243,7 @@ static struct ibv_pd *fake_alloc_pd(struct ibv_context *context)
 
 static int fake_dealloc_pd(struct ibv_pd *pd)
 {
-    free(pd);
+    fake_unmake(pd);
     return 0;
 }
 
@@ -218,6 +252,9 @@ static struct ibv_mr *fake_reg_mr(struct ibv_pd *pd, void *addr, size_t length, 
     (void)access;
     if (fake.max_reg_bytes != 0 && length > fake.max_reg_bytes) {
         errno = ENOMEM;
+        return NULL;
+    }
+    if (!fake_make()) {
         return NULL;
     }
     struct ibv_mr *mr = calloc(1, sizeof *mr);
@@ -269,12 +306,15 @@ static int fake_dereg_mr(struct ibv_mr *mr)
     pthread_mutex_lock(&fake.lock);
     fake.mrs[mr->rkey] = NULL;
     pthread_mutex_unlock(&fake.lock);
-    free(mr);
+    fake_unmake(mr);
     return 0;
 }
 
 static struct ibv_comp_channel *fake_create_comp_channel(struct ibv_context *context)
 {
+    if (!fake_make()) {
+        return NULL;
+    }
     struct ibv_comp_channel *channel = calloc(1, sizeof *channel);
     channel->context = context;
     channel->fd = eventfd(0, EFD_CLOEXEC);
@@ -284,13 +324,16 @@ static struct ibv_comp_channel *fake_create_comp_channel(struct ibv_context *con
 static int fake_destroy_comp_channel(struct ibv_comp_channel *channel)
 {
     close(channel->fd);
-    free(channel);
+    fake_unmake(channel);
     return 0;
 }
 
 static struct ibv_cq *fake_create_cq(struct ibv_context *context, int depth, void *cq_context,
                                      struct ibv_comp_channel *channel, int vector)
 {
+    if (!fake_make()) {
+        return NULL;
+    }
     (void)vector;
     struct fake_cq *cq = calloc(1, sizeof *cq);
     cq->cq.context = context;
@@ -304,7 +347,7 @@ static struct ibv_cq *fake_create_cq(struct ibv_context *context, int depth, voi
 static int fake_destroy_cq(struct ibv_cq *cq)
 {
     free(((struct fake_cq *)cq)->wc);
-    free(cq);
+    fake_unmake(cq);
     return 0;
 }
 
@@ -360,6 +403,9 @@ static void fake_ack_async_event(struct ibv_async_event *event)
 
 static struct ibv_srq *fake_create_srq(struct ibv_pd *pd, struct ibv_srq_init_attr *attr)
 {
+    if (!fake_make()) {
+        return NULL;
+    }
     struct fake_srq *srq = calloc(1, sizeof *srq);
     srq->srq.pd = pd;
     srq->srq.context = pd->context;
@@ -372,12 +418,13 @@ static int fake_modify_srq(struct ibv_srq *srq, struct ibv_srq_attr *attr, int m
     (void)srq;
     (void)attr;
     (void)mask;
+    __atomic_fetch_add(&fake.num_watches, 1, __ATOMIC_RELAXED);
     return fake.no_srq_limit ? ENOSYS : 0;
 }
 
 static int fake_destroy_srq(struct ibv_srq *srq)
 {
-    free(srq);
+    fake_unmake(srq);
     return 0;
 }
 
@@ -386,6 +433,11 @@ static int fake_post_srq_recv(struct ibv_srq *srq, struct ibv_recv_wr *wr, struc
     struct fake_srq *mine = (struct fake_srq *)srq;
     int error = 0;
     pthread_mutex_lock(&fake.lock);
+    if (fake.fail_call == 0) {
+        *bad = wr;
+        error = ENOMEM;
+    }
+    fake.fail_call -= fake.fail_call >= 0;
     for (; wr != NULL && error == 0; wr = wr->next) {
         if (mine->posted == mine->max) {
             *bad = wr;
@@ -402,6 +454,9 @@ static struct ibv_qp *fake_create_qp(struct ibv_pd *pd, struct ibv_qp_init_attr 
 {
     if (attr->cap.max_inline_data > 128) {
         errno = EINVAL;
+        return NULL;
+    }
+    if (!fake_make()) {
         return NULL;
     }
     struct fake_qp *qp = calloc(1, sizeof *qp);
@@ -581,6 +636,12 @@ static int fake_modify_qp(struct ibv_qp *qp, struct ibv_qp_attr *attr, int mask)
 {
     struct fake_qp *mine = (struct fake_qp *)qp;
     pthread_mutex_lock(&fake.lock);
+    bool works = fake.fail_call != 0;
+    fake.fail_call -= fake.fail_call >= 0;
+    if (!works) {
+        pthread_mutex_unlock(&fake.lock);
+        return ENOMEM;
+    }
     mine->state = (mask & IBV_QP_STATE) != 0 ? attr->qp_state : mine->state;
     mine->dest = (mask & IBV_QP_DEST_QPN) != 0 ? attr->dest_qp_num : mine->dest;
     fake_run_pending(mine);
@@ -606,7 +667,7 @@ static int fake_destroy_qp(struct ibv_qp *qp)
     }
     fake.qps[qp->qp_num] = NULL;
     pthread_mutex_unlock(&fake.lock);
-    free(mine);
+    fake_unmake(mine);
     return 0;
 }
 

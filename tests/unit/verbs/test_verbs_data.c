@@ -202,6 +202,126 @@ static void test_verbs_requests_are_tiles_times_qps(void **state)
     }
 }
 
+/* ---- receives ------------------------------------------------------------------------------- */
+
+/* A device with fewer receives than the worst burst: senders wait, nothing is lost. */
+static void test_verbs_few_receives_delay_and_deliver_all(void **state)
+{
+    (void)state;
+    static struct world world;
+    fake_reset(4);
+    fake.max_srq_wr = 48; /* of 2 * 32 + 36 */
+    world_config(&world.config);
+    world.seed = world_seed("few receives");
+    world_run(&world, 2, exchange);
+    for (uint32_t r = 0; r < 2; r++) {
+        assert_int_equal(world.seats[r].status, NEP_OK);
+        assert_int_equal(world.seats[r].num_errors, 0);
+        assert_int_equal(world.seats[r].num_wrong, 0);
+        assert_int_equal(world.seats[r].num_repeats, 0);
+    }
+    assert_int_equal(fake.num_bad + fake.num_overflows, 0);
+    world_free(&world);
+}
+
+static void test_verbs_too_few_receives_are_refused(void **state)
+{
+    (void)state;
+    static struct world world;
+    const struct {
+        int32_t max_srq_wr;
+        uint32_t rnr_retry;
+        const char *says;
+    } cases[] = {{35, 7, "2 ranks need 100 receives, 36 at the very least"},
+                 {99, 6, "fake0 has 99, with room for their completions, and 1024: lower"}};
+    for (size_t i = 0; i < 2; i++) {
+        fake_reset(1);
+        fake.max_srq_wr = cases[i].max_srq_wr;
+        world_config(&world.config);
+        world.config.verbs_rnr_retry = cases[i].rnr_retry;
+        world_run(&world, 2, NULL);
+        for (uint32_t r = 0; r < 2; r++) {
+            assert_int_equal(world.seats[r].status, NEP_ERR_UNSUPPORTED);
+            print_message("%s\n", world.seats[r].message);
+            assert_non_null(strstr(world.seats[r].message, cases[i].says));
+        }
+        assert_int_equal(fake.num_live, 0);
+        world_free(&world);
+    }
+}
+
+/* ---- windows that go and come --------------------------------------------------------------- */
+
+/* Rank 0 destroys its window; rank 1, which does not know, still puts to it. Neither is lost, and
+ * a new window of the same number hears nothing of it. */
+static void use_again(struct seat *seat)
+{
+    const struct nep_transport_ops *ops = seat->transport->ops;
+    uint32_t other = 1 - seat->rank;
+    if (seat->rank == 0) {
+        for (uint32_t slot = 0; slot < SLOTS; slot++) {
+            seat_put(seat, 1, slot, 0);
+        }
+        ops->window_destroy(seat->transport, WINDOW); /* waits for the own puts */
+        struct nep_put put = {.dst = 1, .window = WINDOW, .imm = world_imm(0)};
+        uint64_t number;
+        seat->num_errors += ops->put(seat->transport, &put, &number) != NEP_ERR_INVALID;
+        memset(seat->base, 0xa5, WINDOW_BYTES);
+    }
+    pthread_barrier_wait(&seat->world->barrier);
+    for (uint32_t slot = 0; slot < SLOTS && seat->rank == 1; slot++) {
+        seat->num_errors += !seat_wait(seat, 0, slot, 1);
+        seat->num_wrong += seat_wrong(seat, 0, slot, 0);
+        seat_put(seat, 0, slot, 1);
+    }
+    if (seat->rank == 1) {
+        ops->window_destroy(seat->transport, WINDOW);
+        memset(seat->base, 0, WINDOW_BYTES);
+    }
+    void *base = seat->base;
+    pthread_barrier_wait(&seat->world->barrier);
+    if (seat->rank == 0) {
+        memset(seat->base, 0, WINDOW_BYTES);
+    }
+    if (ops->window_create(seat->transport, WINDOW, &base, WINDOW_BYTES) != NEP_OK) {
+        fprintf(stderr, "%s\n", nep_last_message());
+        seat->num_errors++;
+    }
+    for (uint32_t i = 0; i < CELLS; i++) {
+        seat->num_repeats += world_arrived(seat, i / SLOTS, i % SLOTS) != 0;
+    }
+    pthread_barrier_wait(&seat->world->barrier);
+    for (uint32_t slot = 0; slot < SLOTS; slot++) {
+        seat_put(seat, other, slot, 2);
+    }
+    for (uint32_t slot = 0; slot < SLOTS; slot++) {
+        seat->num_errors += !seat_wait(seat, other, slot, 1);
+        seat->num_wrong += seat_wrong(seat, other, slot, 2);
+    }
+    seat->num_errors += ops->peer_status(seat->transport, other) != NEP_OK;
+    pthread_barrier_wait(&seat->world->barrier);
+}
+
+static void test_verbs_late_puts_to_a_destroyed_window_hurt_nobody(void **state)
+{
+    (void)state;
+    static struct world world;
+    fake_reset(2);
+    world_config(&world.config);
+    world.config.verbs_paths = 2;
+    world.seed = world_seed("windows");
+    world_run(&world, 2, use_again);
+    for (uint32_t r = 0; r < 2; r++) {
+        assert_int_equal(world.seats[r].status, NEP_OK);
+        assert_int_equal(world.seats[r].num_errors, 0);
+        assert_int_equal(world.seats[r].num_wrong, 0);
+        assert_int_equal(world.seats[r].num_repeats, 0);
+    }
+    assert_int_equal(fake.num_bad, 0);
+    assert_int_equal(fake.num_live, 0);
+    world_free(&world);
+}
+
 /* ---- refusals ------------------------------------------------------------------------------- */
 
 static void put_badly(struct seat *seat)
@@ -306,6 +426,9 @@ int main(void)
         cmocka_unit_test(test_verbs_gpu_memory_goes_by_dmabuf),
         cmocka_unit_test(test_verbs_gpu_memory_without_dmabuf_goes_by_peer_memory),
         cmocka_unit_test(test_verbs_requests_are_tiles_times_qps),
+        cmocka_unit_test(test_verbs_few_receives_delay_and_deliver_all),
+        cmocka_unit_test(test_verbs_too_few_receives_are_refused),
+        cmocka_unit_test(test_verbs_late_puts_to_a_destroyed_window_hurt_nobody),
         cmocka_unit_test(test_verbs_bad_puts_are_refused),
         cmocka_unit_test(test_verbs_machine_without_devices_is_refused),
         cmocka_unit_test(test_verbs_locked_memory_limit_is_named),

@@ -255,6 +255,15 @@ static void port_goes_and_comes(struct seat *seat)
         seat->num_errors += inner(seat)->peers[1].qps[0].posted != posted || before == 0;
         send_event(seat, 0, IBV_EVENT_PORT_ACTIVE, NULL);
         seat->num_errors += !becomes(&path->is_down, false);
+        /* few receives left: said once, and asked for again when there are enough */
+        uint32_t watches = __atomic_load_n(&fake.num_watches, __ATOMIC_RELAXED);
+        send_event(seat, 1, IBV_EVENT_SRQ_LIMIT_REACHED, qp_to(seat, 1, 0));
+        for (uint32_t i = 0;
+             i < 5000 && __atomic_load_n(&fake.num_watches, __ATOMIC_RELAXED) == watches; i++) {
+            seat_put(seat, 1, SLOTS - 1, 0);
+            usleep(1000);
+        }
+        seat->num_errors += __atomic_load_n(&fake.num_watches, __ATOMIC_RELAXED) != watches + 1;
         /* a QP that the device declares dead: the other one carries on */
         send_event(seat, 0, IBV_EVENT_QP_FATAL, qp_to(seat, 1, 0));
         for (uint32_t i = 0; i < 5000 && num_alive(seat) == 2; i++) {
@@ -339,6 +348,86 @@ static void test_verbs_close_delivers_and_says_farewell(void **state)
     world_free(&world);
 }
 
+/* ---- set-up that fails ---------------------------------------------------------------------- */
+
+/* Every call that makes something fails once: all ranks are told, and nothing stays behind. */
+static void test_verbs_failed_set_up_leaves_nothing(void **state)
+{
+    (void)state;
+    static struct world world;
+    uint32_t num_refused = 0;
+    for (int64_t call = 0; call < 500; call++) {
+        fake_reset(1);
+        fake.fail_call = call;
+        world_config(&world.config);
+        world.config.verbs_qps = 2;
+        world_run(&world, 2, NULL);
+        bool was_reached = fake.fail_call < 0;
+        for (uint32_t r = 0; r < 2; r++) {
+            enum nep_status status = world.seats[r].status;
+            assert_int_equal(status, world.seats[1 - r].status);
+            assert_true(status == NEP_OK || strlen(world.seats[r].message) > 20);
+        }
+        num_refused += world.seats[0].status != NEP_OK;
+        if (fake.num_live != 0) {
+            fail_msg("call %d failed: %d things stayed; %s", (int)call, (int)fake.num_live,
+                     world.seats[0].message);
+        }
+        world_free(&world);
+        if (!was_reached) {
+            print_message("%u calls failed, %u of them refused\n", (uint32_t)call, num_refused);
+            assert_true(num_refused >= 30);
+            return;
+        }
+    }
+    fail_msg("the calls do not end");
+}
+
+/* ---- a device that is taken away ------------------------------------------------------------ */
+
+static void lose_device(struct seat *seat)
+{
+    if (seat->rank == 0) {
+        struct nep_verbs_path *path = &inner(seat)->paths[1];
+        pthread_mutex_lock(&fake.lock);
+        for (uint32_t i = 0; i < 64; i++) {
+            if (fake.contexts[i] != NULL && &fake.contexts[i]->context == path->context) {
+                close(fake.contexts[i]->events[1]); /* the reading end hangs up */
+                fake.contexts[i]->events[1] = -1;
+            }
+        }
+        pthread_mutex_unlock(&fake.lock);
+        seat->num_errors += !becomes(&path->is_dead, true);
+    }
+    pthread_barrier_wait(&seat->world->barrier);
+    uint32_t other = 1 - seat->rank;
+    for (uint32_t slot = 0; slot < SLOTS; slot++) {
+        seat_put(seat, other, slot, 0);
+    }
+    for (uint32_t slot = 0; slot < SLOTS; slot++) {
+        seat->num_errors += !seat_wait(seat, other, slot, 1);
+        seat->num_wrong += seat_wrong(seat, other, slot, 0);
+    }
+    pthread_barrier_wait(&seat->world->barrier);
+}
+
+static void test_verbs_device_that_hangs_up_is_left(void **state)
+{
+    (void)state;
+    static struct world world;
+    fake_reset(4);
+    world_config(&world.config);
+    world.config.verbs_paths = 2;
+    world.seed = world_seed("device gone");
+    world_run(&world, 2, lose_device);
+    for (uint32_t r = 0; r < 2; r++) {
+        assert_int_equal(world.seats[r].status, NEP_OK);
+        assert_int_equal(world.seats[r].num_errors, 0);
+        assert_int_equal(world.seats[r].num_wrong, 0);
+    }
+    world_free(&world);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -349,6 +438,8 @@ int main(void)
         cmocka_unit_test(test_verbs_lost_peer_is_named_and_others_go_on),
         cmocka_unit_test(test_verbs_events_are_acted_on),
         cmocka_unit_test(test_verbs_close_delivers_and_says_farewell),
+        cmocka_unit_test(test_verbs_failed_set_up_leaves_nothing),
+        cmocka_unit_test(test_verbs_device_that_hangs_up_is_left),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
