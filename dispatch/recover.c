@@ -17,6 +17,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "dispatch/ep.h"
+#include "dispatch/wait.h"
 #include "transport/bootstrap.h"
 #include "transport/topology.h"
 
@@ -29,10 +30,33 @@ static bool is_gone(void *ctx, uint32_t seat)
         if (comm->members[m] == seat && m != topology->rank) {
             bool is_near = topology->node_of_rank[m] == topology->node;
             struct nep_transport *transport = is_near ? comm->intra : comm->inter;
-            return transport != NULL && transport->ops->peer_status(transport, m) != NEP_OK;
+            if (transport != NULL && transport->ops->peer_status(transport, m) != NEP_OK) {
+                return true;
+            }
         }
     }
-    return false;
+    return nep_group_saw_end(&comm->group, seat); /* where a recovery failed: no transports */
+}
+
+/*
+ * Who comes because it knows of a loss, without having waited itself, says so to those that wait:
+ * they may have no other way to learn of it before their deadline.
+ */
+static void tell_loss(struct nep_comm *comm, const uint8_t *is_lost)
+{
+    for (uint32_t m = 0; m < comm->topology.num_ranks; m++) {
+        uint32_t seat = comm->members[m];
+        if (m == comm->topology.rank ||
+            !((is_lost != NULL && is_lost[seat] != 0) || is_gone(comm, seat))) {
+            continue;
+        }
+        for (struct nep_ep *ep = comm->eps; ep != NULL; ep = ep->next) {
+            if (ep->head != NULL) {
+                nep_tell(ep, m);
+            }
+        }
+        return;
+    }
 }
 
 static struct nep_ep *ep_of(const struct nep_comm *comm, uint32_t number)
@@ -61,6 +85,8 @@ static enum nep_status agree(struct nep_comm *comm, const struct nep_recover_par
                                   .timeout_ns = params->timeout_ns};
     if (comm->fault.status != NEP_OK) {
         vote.suspect = comm->fault.rank;
+    } else if (!comm->is_joining) {
+        tell_loss(comm, params->is_lost);
     }
     for (uint32_t i = 0; i < NEP_GROUP_OPS; i++) {
         const struct nep_ep *ep = ep_of(comm, i);
@@ -80,7 +106,7 @@ static enum nep_status learn_world(struct nep_comm *comm, const struct nep_group
         return nep_fail(NEP_ERR_NO_MEMORY, "no memory for %u ranks", decision->num_ranks);
     }
     for (uint32_t r = 0; r < decision->num_ranks; r++) {
-        nodes[r] = decision->node_live[r] >> 1;
+        nodes[r] = decision->seats[r].node;
     }
     struct nep_topology_store *store;
     struct nep_topology world;
@@ -148,11 +174,12 @@ static enum nep_status build_ep(struct nep_ep *ep, const struct nep_group_decisi
                                 ep->comm->topology.num_ranks, status, ep->comm->timeout_ns);
 }
 
-static enum nep_status build(struct nep_comm *comm, const struct nep_group_decision *decision)
+static enum nep_status build(struct nep_comm *comm, const struct nep_group_decision *decision,
+                             uint64_t timeout_ns)
 {
     uint32_t num_ranks = comm->topology.num_ranks;
     const struct nep_agree_field fields[] = {{"ep objects (bit i: number i)", comm->eps_used},
-                                             {"timeout in ns", comm->timeout_ns},
+                                             {"timeout in ns", timeout_ns},
                                              {"number of seats", comm->world.num_ranks}};
     enum nep_status status =
         nep_bootstrap_agree_config(&comm->bootstrap, num_ranks, &comm->config, comm->timeout_ns);
@@ -235,12 +262,17 @@ enum nep_status nep_comm_recover(struct nep_comm *comm, const struct nep_recover
     if (status != NEP_OK) {
         return status;
     }
-    uint64_t begin_ns = nep_now_ns();
+    uint64_t begin_ns = nep_now_ns(), timeout_ns = comm->timeout_ns;
     /* All who go on have put their cards, so none of them is in a window any more. */
     tear_down(comm);
     status = set_members(comm, decision);
+    comm->timeout_ns = copy.timeout_ns; /* of every exchange below */
     if (status == NEP_OK) {
-        status = build(comm, decision);
+        status = build(comm, decision, timeout_ns);
+    }
+    comm->timeout_ns = timeout_ns;
+    if (status == NEP_OK) {
+        nep_group_unwatch(&comm->group);
     }
     if (status != NEP_OK) {
         char saved[NEP_MESSAGE_BYTES];

@@ -27,8 +27,7 @@ static const char *op_name(const struct nep_handle *handle)
     return handle->op.kind == NEP_OP_COMBINE ? "combine" : "dispatch";
 }
 
-/* Says to everyone that can hear it whom this rank blames. */
-static void tell(struct nep_ep *ep, uint32_t culprit)
+void nep_tell(struct nep_ep *ep, uint32_t culprit)
 {
     struct nep_transport *inter = ep->comm->inter;
     uint64_t none = 0;
@@ -51,7 +50,7 @@ enum nep_status nep_break(struct nep_ep *ep, const struct nep_fault *fault)
 {
     ep->is_broken = true;
     if (fault->rank != UINT32_MAX) {
-        tell(ep, fault->rank);
+        nep_tell(ep, fault->rank);
     }
     return nep_comm_fail(ep->comm, fault);
 }

@@ -17,6 +17,8 @@ enum nep_status nep_wait(struct nep_ep *ep, struct nep_handle *handle, nep_step_
 /* The end of this ep: tells the other ranks whom this one blames, keeps the fault, returns its
  * status. */
 enum nep_status nep_break(struct nep_ep *ep, const struct nep_fault *fault);
+/* Says to everyone that can hear it whom this rank blames. */
+void nep_tell(struct nep_ep *ep, uint32_t culprit);
 /* A put to `dst` failed with the status and message given: breaks with the culprit, which may be
  * another. */
 enum nep_status nep_blame_put(struct nep_ep *ep, uint32_t dst, enum nep_status status);

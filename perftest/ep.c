@@ -35,6 +35,7 @@ struct parent {
     char host[64];    /* of the rendezvous: a socket without a name in any file system */
     pid_t pids[1024]; /* 0: reaped */
     uint32_t num_left;
+    uint32_t num_gone; /* lost, and gone on without */
     int rc;
     uint64_t kill_at_ns; /* after a loss; 0: nobody is lost */
 };
@@ -112,6 +113,13 @@ static void reap(struct parent *parent, pid_t pid, int status)
     parent->pids[rank] = 0;
     parent->num_left--;
     int rc = WIFEXITED(status) ? WEXITSTATUS(status) : NEP_PERF_FAILED;
+    if (parent->options->is_continued && WIFSIGNALED(status)) {
+        nep_perf_error(rc, "rank %u lost: process %d was ended by signal %d (%s); the others go on",
+                       rank, (int)pid, WTERMSIG(status), strsignal(WTERMSIG(status)));
+        atomic_store(&parent->control->is_gone[rank], 1);
+        parent->num_gone++;
+        return;
+    }
     if (rc > parent->rc) {
         parent->rc = rc;
     }
@@ -179,6 +187,9 @@ static int run_processes(const struct nep_perf_options *options, uint64_t timeou
     }
     atomic_store(&control->is_serving, is_spawned);
     supervise(parent);
+    if (parent->num_gone == options->num_ranks) {
+        parent->rc = nep_perf_error(NEP_PERF_FAILED, "all ranks are lost");
+    }
     nep_rendezvous_server_stop(server);
     int rc = parent->rc;
     munmap(control, sizeof(*control));
@@ -221,6 +232,10 @@ static void *thread_main(void *arg)
 
 static int run_threads(struct nep_perf_options *options, uint64_t timeout_ns)
 {
+    if (options->is_continued) {
+        return nep_perf_error(NEP_PERF_USAGE, "--on-fault continue does not go with --threads: a "
+                                              "thread is not lost alone");
+    }
     if (strcmp(options->intra, "auto") == 0) {
         options->intra = "loop";
     }
@@ -269,7 +284,12 @@ static int run_launched(const struct nep_perf_options *options, const struct nep
     }
     int rc = NEP_PERF_USAGE;
     struct nep_perf_options own = *options;
-    if (own.has_ranks && own.num_ranks != seat.num_ranks) {
+    if (own.is_continued) {
+        nep_perf_error(rc,
+                       "--on-fault continue needs ranks that nep-perf starts itself; %s ends "
+                       "all when one is lost",
+                       launcher);
+    } else if (own.has_ranks && own.num_ranks != seat.num_ranks) {
         nep_perf_error(rc, "--ranks is %u, but %s started %u", own.num_ranks, launcher,
                        seat.num_ranks);
     } else if (own.is_threads) {

@@ -187,6 +187,7 @@ static bool set_on_fault(struct nep_perf_options *options, const char *value, si
 {
     (void)offset;
     options->on_fault = value;
+    options->is_continued = strcmp(value, "continue") == 0;
     return strcmp(value, "fail") == 0 || strcmp(value, "continue") == 0;
 }
 
@@ -296,9 +297,8 @@ static int check(const struct nep_perf_options *options)
     if (strcmp(options->executor, "cuda") == 0) {
         return nep_perf_error(NEP_PERF_USAGE, "--executor cuda: this build has no CUDA executor");
     }
-    if (strcmp(options->on_fault, "continue") == 0) {
-        return nep_perf_error(NEP_PERF_USAGE,
-                              "--on-fault continue: recovery is not in this build; use fail");
+    if (options->is_continued && options->baseline != NULL) {
+        return nep_perf_error(NEP_PERF_USAGE, "--on-fault continue does not go with --baseline");
     }
     if (options->is_padded && options->layout == NEP_LAYOUT_RANK) {
         return nep_perf_error(NEP_PERF_USAGE, "--padded belongs to --layout expert");

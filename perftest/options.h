@@ -46,8 +46,9 @@ struct nep_perf_options {
     const char *baseline; /* NULL: none */
     uint32_t pairs;
     const char *on_fault;
-    const char *json; /* NULL: for people */
-    char **argv;      /* as given, for running the same command again under mpirun */
+    bool is_continued; /* on_fault is "continue" */
+    const char *json;  /* NULL: for people */
+    char **argv;       /* as given, for running the same command again under mpirun */
     int argc;
 };
 

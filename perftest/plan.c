@@ -33,6 +33,7 @@ struct nep_perf_plan {
     uint32_t **slots;
     float **weights;
     float *factor;
+    const uint8_t *is_live; /* [R], NULL: all */
 };
 
 static void group_row(void *ctx, uint32_t rank, uint32_t token, void *row)
@@ -311,9 +312,16 @@ void nep_perf_plan_slots(const struct nep_perf_plan *plan, uint32_t rank, uint64
             continue;
         }
         for (uint32_t i = 0; i < k; i++) {
-            slot[i] = id[i] < 0 ? NEP_REF_NONE : (uint32_t)id[i]; /* contiguous: expert = slot */
+            bool is_there = id[i] >= 0 && (plan->is_live == NULL ||
+                                           plan->is_live[(uint32_t)id[i] / plan->slots_per_rank]);
+            slot[i] = is_there ? (uint32_t)id[i] : NEP_REF_NONE; /* contiguous: expert = slot */
         }
     }
+}
+
+void nep_perf_plan_set_live(struct nep_perf_plan *plan, const uint8_t *is_live)
+{
+    plan->is_live = is_live;
 }
 
 /* Slots that no expert occupies keep factor 0. */
@@ -342,7 +350,9 @@ const struct nep_ref_group *nep_perf_plan_group(struct nep_perf_plan *plan, uint
     plan->batch = batch;
     fill_factors(plan, batch);
     for (uint32_t r = 0; r < plan->topology.num_ranks; r++) {
-        if (all || r == rank) {
+        if (plan->is_live != NULL && plan->is_live[r] == 0) {
+            plan->num_tokens[r] = 0;
+        } else if (all || r == rank) {
             plan->num_tokens[r] =
                 nep_perf_plan_routing(plan, r, batch, plan->ids, plan->weights[r]);
             nep_perf_plan_slots(plan, r, batch, plan->ids, plan->num_tokens[r], plan->slots[r]);

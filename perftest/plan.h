@@ -37,6 +37,8 @@ void nep_perf_plan_slots(const struct nep_perf_plan *plan, uint32_t rank, uint64
  * of `rank` alone. */
 const struct nep_ref_group *nep_perf_plan_group(struct nep_perf_plan *plan, uint64_t batch,
                                                 bool all, uint32_t rank);
+/* [R] ranks that live, from now on: others bring no tokens, and their experts are lost. */
+void nep_perf_plan_set_live(struct nep_perf_plan *plan, const uint8_t *is_live);
 /* NULL, or the rule that the slots of the batch at hand break. */
 const char *nep_perf_plan_check_choice(const struct nep_perf_plan *plan, uint32_t rank);
 /* Rows to other nodes in timed iterations as nep-place eval predicts them; false: no trace. */

@@ -20,7 +20,7 @@
 #include "perftest/results.h"
 
 /* The culprit first, where the library knows one. Of all local ranks the first to know speaks. */
-static int fail(struct nep_perf_rank *rank, const char *what)
+int nep_perf_fail(struct nep_perf_rank *rank, const char *what)
 {
     char message[600];
     strncpy(message, nep_last_message(), sizeof(message) - 1);
@@ -81,29 +81,56 @@ static struct sizes tensor_sizes(const struct nep_perf_rank *rank)
     return sizes;
 }
 
+static bool lane_tensors(struct nep_perf_rank *rank, struct nep_perf_lane *lane)
+{
+    struct sizes sizes = tensor_sizes(rank);
+    lane->x = tensor(rank, sizes.x);
+    lane->y = tensor(rank, sizes.y);
+    lane->rows.x = tensor(rank, sizes.rows);
+    lane->expert = sizes.expert == 0 ? lane->rows.x : tensor(rank, sizes.expert);
+    return lane->x != NULL && lane->y != NULL && lane->rows.x != NULL && lane->expert != NULL;
+}
+
+static void lane_free_tensors(struct nep_perf_rank *rank, struct nep_perf_lane *lane)
+{
+    if (lane->expert != lane->rows.x) {
+        tensor_free(rank, lane->expert);
+    }
+    tensor_free(rank, lane->rows.x);
+    tensor_free(rank, lane->x);
+    tensor_free(rank, lane->y);
+}
+
+int nep_perf_rank_renew_tensors(struct nep_perf_rank *rank)
+{
+    bool is_complete = true;
+    for (uint32_t s = 0; s < rank->options.outstanding && is_complete; s++) {
+        lane_free_tensors(rank, &rank->lanes[s]);
+        is_complete = lane_tensors(rank, &rank->lanes[s]);
+    }
+    return is_complete ? -1
+                       : nep_perf_error(NEP_PERF_FAILED, "rank %u: out of memory for %llu rows",
+                                        rank->seat->rank, (unsigned long long)rank->capacity);
+}
+
 static int lane_create(struct nep_perf_rank *rank, struct nep_perf_lane *lane)
 {
     const struct nep_perf_options *options = &rank->options;
-    struct sizes sizes = tensor_sizes(rank);
     uint64_t rows = rank->capacity + 1;
     uint64_t per_row = options->layout == NEP_LAYOUT_RANK ? options->top_k : 1;
     if (nep_handle_create(rank->ep, &lane->handle) != NEP_OK) {
-        return fail(rank, "nep_handle_create");
+        return nep_perf_fail(rank, "nep_handle_create");
     }
-    lane->x = tensor(rank, sizes.x);
-    lane->y = tensor(rank, sizes.y);
     lane->rows = (struct nep_rows){.size = sizeof(lane->rows), .capacity = rank->capacity};
-    lane->rows.x = tensor(rank, sizes.rows);
-    lane->expert = sizes.expert == 0 ? lane->rows.x : tensor(rank, sizes.expert);
+    bool is_complete = lane_tensors(rank, lane);
     lane->ids = calloc((size_t)options->tokens * options->top_k + 1, sizeof(int32_t));
     lane->weights = calloc((size_t)options->tokens * options->top_k + 1, sizeof(float));
     lane->rows.topk_weights = calloc(rows * per_row, sizeof(float));
     lane->rows.source_rank = calloc(rows, sizeof(uint32_t));
     lane->rows.source_token = calloc(rows, sizeof(uint32_t));
-    bool is_complete = lane->x != NULL && lane->y != NULL && lane->rows.x != NULL &&
-                       lane->expert != NULL && lane->ids != NULL && lane->weights != NULL &&
-                       lane->rows.topk_weights != NULL && lane->rows.source_rank != NULL &&
-                       lane->rows.source_token != NULL;
+    is_complete = is_complete && lane->ids != NULL && lane->weights != NULL &&
+                  lane->rows.topk_weights != NULL && lane->rows.source_rank != NULL &&
+                  lane->rows.source_token != NULL;
     if (options->layout == NEP_LAYOUT_RANK) {
         lane->rows.topk_slots = calloc(rows * per_row, sizeof(int32_t));
         is_complete = is_complete && lane->rows.topk_slots != NULL;
@@ -120,12 +147,7 @@ static int lane_create(struct nep_perf_rank *rank, struct nep_perf_lane *lane)
 static void lane_destroy(struct nep_perf_rank *rank, struct nep_perf_lane *lane)
 {
     nep_handle_destroy(lane->handle);
-    if (lane->expert != lane->rows.x) {
-        tensor_free(rank, lane->expert);
-    }
-    tensor_free(rank, lane->rows.x);
-    tensor_free(rank, lane->x);
-    tensor_free(rank, lane->y);
+    lane_free_tensors(rank, lane);
     free(lane->ids);
     free(lane->weights);
     free(lane->rows.topk_weights);
@@ -151,7 +173,7 @@ static int comm_create(struct nep_perf_rank *rank)
     rank->topology.size = sizeof(rank->topology);
     if (nep_comm_create(&params, &rank->comm) != NEP_OK ||
         nep_comm_topology(rank->comm, &rank->topology) != NEP_OK) {
-        return fail(rank, "nep_comm_create");
+        return nep_perf_fail(rank, "nep_comm_create");
     }
     return -1;
 }
@@ -177,9 +199,16 @@ static int ep_create(struct nep_perf_rank *rank)
                              (uint64_t)options->outstanding;
     }
     if (nep_ep_create(rank->comm, &params, &rank->ep) != NEP_OK) {
-        return fail(rank, "nep_ep_create");
+        return nep_perf_fail(rank, "nep_ep_create");
     }
     return -1;
+}
+
+/* A slow rank is waited for, ten times as long as one that is waited for otherwise. */
+static void survive(struct nep_perf_rank *rank)
+{
+    nep_perf_seat_survive(rank->seat);
+    nep_ep_set_timeout(rank->ep, 10 * rank->seat->timeout_ns);
 }
 
 int nep_perf_rank_create(const struct nep_perf_options *options, struct nep_perf_seat *seat,
@@ -204,6 +233,9 @@ int nep_perf_rank_create(const struct nep_perf_options *options, struct nep_perf
     rc = rank->pairs != NULL ? ep_create(rank) : nep_perf_error(NEP_PERF_FAILED, "out of memory");
     for (uint32_t s = 0; s < options->outstanding && rc == -1; s++) {
         rc = lane_create(rank, &rank->lanes[s]);
+    }
+    if (rc == -1 && options->is_continued) {
+        survive(rank);
     }
     return rc;
 }
@@ -253,17 +285,17 @@ static int dispatch(struct nep_perf_rank *rank)
                                 .topk_ids = lane->ids,
                                 .topk_weights = lane->weights};
         if (nep_dispatch_send(rank->ep, lane->handle, &in, NULL) != NEP_OK) {
-            return fail(rank, "nep_dispatch_send");
+            return nep_perf_trouble(rank, "nep_dispatch_send");
         }
     }
     for (uint32_t s = 0; s < rank->options.outstanding; s++) {
         struct nep_perf_lane *lane = &rank->lanes[s];
         lane->counts.size = sizeof(lane->counts);
         if (nep_dispatch_counts(rank->ep, lane->handle, &lane->counts) != NEP_OK) {
-            return fail(rank, "nep_dispatch_counts");
+            return nep_perf_trouble(rank, "nep_dispatch_counts");
         }
         if (nep_dispatch_recv(rank->ep, lane->handle, &lane->rows, NULL) != NEP_OK) {
-            return fail(rank, "nep_dispatch_recv");
+            return nep_perf_trouble(rank, "nep_dispatch_recv");
         }
     }
     return -1;
@@ -275,7 +307,7 @@ static int combine(struct nep_perf_rank *rank)
         struct nep_perf_lane *lane = &rank->lanes[s];
         struct nep_expert_rows in = {.size = sizeof(in), .y = lane->expert};
         if (nep_combine_send(rank->ep, lane->handle, &in, NULL) != NEP_OK) {
-            return fail(rank, "nep_combine_send");
+            return nep_perf_trouble(rank, "nep_combine_send");
         }
     }
     for (uint32_t s = 0; s < rank->options.outstanding; s++) {
@@ -283,7 +315,7 @@ static int combine(struct nep_perf_rank *rank)
         struct nep_tokens_out out = {
             .size = sizeof(out), .num_tokens = lane->num_tokens, .y = lane->y};
         if (nep_combine_recv(rank->ep, lane->handle, &out, NULL) != NEP_OK) {
-            return fail(rank, "nep_combine_recv");
+            return nep_perf_trouble(rank, "nep_combine_recv");
         }
     }
     return -1;
@@ -332,7 +364,7 @@ static int after_dispatch(struct nep_perf_rank *rank, bool is_timed)
     uint32_t me = rank->seat->rank;
     for (uint32_t s = 0; s < rank->options.outstanding; s++) {
         struct nep_perf_lane *lane = &rank->lanes[s];
-        int rc = rank->options.is_verified ? check_dispatch(rank, lane) : -1;
+        int rc = rank->options.is_verified && !rank->is_blind ? check_dispatch(rank, lane) : -1;
         if (rc != -1) {
             return rc;
         }
@@ -357,7 +389,7 @@ static void after_combine(struct nep_perf_rank *rank, bool is_timed)
     for (uint32_t s = 0; s < rank->options.outstanding; s++) {
         struct nep_perf_lane *lane = &rank->lanes[s];
         const struct nep_ref_group *group = nep_perf_plan_group(rank->plan, lane->batch, false, me);
-        if (rank->options.is_verified) {
+        if (rank->options.is_verified && !rank->is_blind) {
             nep_ref_check_combine(group, me, lane->y, &rank->report);
         }
         if (is_timed) {
@@ -382,9 +414,13 @@ static void add_stats(struct nep_perf_rank *rank, int sign)
     }
 }
 
-static bool barrier(struct nep_perf_rank *rank)
+/* -1, or why not to go on. */
+static int barrier(struct nep_perf_rank *rank)
 {
-    return rank->seat->barrier(rank->seat);
+    if (rank->seat->barrier(rank->seat)) {
+        return -1;
+    }
+    return rank->seat->must_recover ? NEP_PERF_RECOVER : NEP_PERF_FAILED;
 }
 
 static int iteration(struct nep_perf_rank *rank, uint64_t number, bool is_timed)
@@ -394,32 +430,22 @@ static int iteration(struct nep_perf_rank *rank, uint64_t number, bool is_timed)
         fill_lane(rank, &rank->lanes[s]);
     }
     struct nep_perf_sample sample;
-    if (!barrier(rank)) {
-        return NEP_PERF_FAILED;
-    }
+    int rc = barrier(rank);
     uint64_t start_ns = nep_now_ns();
-    int rc = dispatch(rank);
+    rc = rc == -1 ? dispatch(rank) : rc;
     sample.dispatch_ns = nep_now_ns() - start_ns;
-    if (rc == -1 && !barrier(rank)) {
-        return NEP_PERF_FAILED;
-    }
-    if (rc == -1) {
-        rc = after_dispatch(rank, is_timed);
-    }
+    rc = rc == -1 ? barrier(rank) : rc;
+    rc = rc == -1 ? after_dispatch(rank, is_timed) : rc;
+    rc = rc == -1 ? barrier(rank) : rc;
     if (rc != -1) {
         return rc;
-    }
-    if (!barrier(rank)) {
-        return NEP_PERF_FAILED;
     }
     start_ns = nep_now_ns();
     rc = combine(rank);
     sample.combine_ns = nep_now_ns() - start_ns;
+    rc = rc == -1 ? barrier(rank) : rc;
     if (rc != -1) {
         return rc;
-    }
-    if (!barrier(rank)) {
-        return NEP_PERF_FAILED;
     }
     after_combine(rank, is_timed);
     if (is_timed) {
@@ -448,6 +474,17 @@ int nep_perf_rank_block(struct nep_perf_rank *rank, uint32_t warmup, uint32_t it
             add_stats(rank, -1);
         }
         rc = iteration(rank, first + i, i >= warmup);
+        if (rc == NEP_PERF_RECOVER) {
+            rank->lost_ns = rank->lost_ns == 0 ? nep_now_ns() : rank->lost_ns;
+            rc = nep_perf_rank_recover(rank, &i);
+            /* Iterations that some rank did not end are done, and counted, again. */
+            rank->num_samples = i > warmup ? i - warmup : 0;
+            i--;
+        } else if (rank->lost_ns != 0) {
+            uint64_t outage_ns = nep_now_ns() - rank->lost_ns;
+            rank->outage_ns = outage_ns > rank->outage_ns ? outage_ns : rank->outage_ns;
+            rank->lost_ns = 0;
+        }
     }
     if (rc == -1) {
         add_stats(rank, 1);

@@ -46,12 +46,30 @@ struct nep_perf_rank {
     uint64_t *pairs;                /* [layers][R] where (token, expert) pairs landed */
     uint64_t digest;
     uint64_t rows_moved; /* output rows of timed iterations */
+    /* --on-fault continue: which iteration began with which operation */
+    bool is_blind; /* copies are chosen anew: elements are compared no more */
+    uint32_t base_iteration;
+    uint64_t base_op;
+    uint32_t num_recoveries;
+    uint64_t recover_ns; /* in nep_comm_recover */
+    uint64_t lost_ns;    /* when this rank noticed the last loss; 0: it is over */
+    uint64_t outage_ns;  /* from noticing to the end of the first good iteration, the longest */
 };
+
+/* Instead of an exit status: a rank is lost, and the others are to go on. */
+enum { NEP_PERF_RECOVER = -2 };
 
 /* Exit status, or -1: go on; failures are said. Collective. */
 int nep_perf_rank_create(const struct nep_perf_options *options, struct nep_perf_seat *seat,
                          struct nep_perf_rank *rank);
 void nep_perf_rank_destroy(struct nep_perf_rank *rank);
+/* A call failed: NEP_PERF_RECOVER, or said and an exit status. */
+int nep_perf_trouble(struct nep_perf_rank *rank, const char *what);
+int nep_perf_fail(struct nep_perf_rank *rank, const char *what);
+/* Goes on with those who live; *iteration_p: the one to be done again. -1 or an exit status. */
+int nep_perf_rank_recover(struct nep_perf_rank *rank, uint32_t *iteration_p);
+/* Tensors of before a recovery are private: new ones from the pool. */
+int nep_perf_rank_renew_tensors(struct nep_perf_rank *rank);
 /* warmup + iters iterations; the timed ones are appended to samples. */
 int nep_perf_rank_block(struct nep_perf_rank *rank, uint32_t warmup, uint32_t iters);
 /* Everything of a rank: create, a block, results, destroy. Exit status. */

@@ -232,6 +232,8 @@ void nep_perf_report_json(FILE *out, const struct nep_perf_rank *rank,
     } else {
         fprintf(out, "  \"wrong_elements\": null,\n");
     }
+    nep_perf_waits_json(out, rank, summary);
+    nep_perf_lost_json(out, rank, summary);
     json_config(out, rank);
     fprintf(out, "  \"output_digest\": \"%016llx\"\n}\n", (unsigned long long)summary->digest);
     fflush(out);

@@ -52,6 +52,8 @@ struct nep_perf_summary {
     char first_wrong[256];
     uint64_t digest;
     bool is_traffic_wrong;
+    double *waits_ms; /* [R waiting][phases][R awaited]; NULL with very many ranks */
+    double outage_ms; /* the longest from noticing a loss to the end of the next iteration */
     /* with a baseline */
     bool has_baseline;
     const char *baseline_name;
@@ -66,7 +68,14 @@ struct nep_perf_summary {
     double copy_rates[2]; /* read, write: bytes a second of all ranks together */
 };
 
-/* Collective: gathers, and rank 0 writes. baseline NULL: none. Exit status. */
+/* Collective: who waited for whom. */
+bool nep_perf_waits_gather(struct nep_perf_rank *rank, struct nep_perf_summary *summary);
+void nep_perf_waits_json(FILE *out, const struct nep_perf_rank *rank,
+                         const struct nep_perf_summary *summary);
+void nep_perf_lost_json(FILE *out, const struct nep_perf_rank *rank,
+                        const struct nep_perf_summary *summary);
+
+/* Collective: gathers, and the first rank that lives writes. baseline NULL: none. Exit status. */
 int nep_perf_results(struct nep_perf_rank *rank, const struct nep_perf_baseline *baseline);
 
 void nep_perf_report_text(FILE *out, const struct nep_perf_rank *rank,

@@ -10,17 +10,22 @@
  */
 #include "transport/group.h"
 
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "base/clock.h"
 #include "base/log.h"
 
 enum { KEY_BYTES = 64, CHUNK_BYTES = 512 << 10, MOST_KEYS = 32768, GATHERS = 32 };
 
-static const uint64_t SLICE_NS = 20 * NEP_MS, PEEK_NS = NEP_MS, GRACE_NS = 50 * NEP_MS;
+static const uint64_t SLICE_NS = 20 * NEP_MS, PEEK_NS = NEP_MS, GRACE_NS = 50 * NEP_MS,
+                      WATCH_NS = 100 * NEP_MS;
 
 struct card {
     uint64_t generation;
@@ -28,6 +33,8 @@ struct card {
     uint32_t is_new;
     uint32_t suspect;
     uint32_t reserved;
+    uint64_t machine;
+    int64_t pid;
     struct nep_group_ops ops;
 };
 
@@ -38,7 +45,27 @@ static void pause_ns(uint64_t ns)
 
 static size_t decision_bytes(uint32_t num_ranks)
 {
-    return sizeof(struct nep_group_decision) + num_ranks * sizeof(uint32_t);
+    return sizeof(struct nep_group_decision) + num_ranks * sizeof(struct nep_group_seat);
+}
+
+/* A number that is the same where process ids mean the same processes. */
+static uint64_t machine_id(void)
+{
+    char text[64] = "";
+    struct stat pid_namespace = {.st_ino = 0};
+    FILE *file = fopen("/proc/sys/kernel/random/boot_id", "re");
+    if (file == NULL || fgets(text, sizeof text, file) == NULL ||
+        stat("/proc/self/ns/pid", &pid_namespace) != 0) {
+        text[0] = '\0';
+    }
+    if (file != NULL) {
+        fclose(file);
+    }
+    uint64_t hash = 14695981039346656037ull ^ pid_namespace.st_ino;
+    for (const char *c = text; *c != '\0'; c++) {
+        hash = (hash ^ (uint8_t)*c) * 1099511628211ull;
+    }
+    return text[0] != '\0' ? hash : 0;
 }
 
 /* A key's value of exactly `bytes` bytes; false when it is not there in time, or is another size.
@@ -137,7 +164,11 @@ static void propose(const struct collection *from, struct nep_group_decision *de
     decision->num_ranks = vote->num_ranks;
     memset(decision->ops.completed, 0xff, sizeof decision->ops.completed);
     for (uint32_t r = 0; r < vote->num_ranks; r++) {
-        decision->node_live[r] = vote->node_of_rank[r] << 1 | from->is_here[r];
+        struct nep_group_seat *seat = &decision->seats[r];
+        seat->node = vote->node_of_rank[r];
+        seat->is_live = from->is_here[r];
+        seat->machine = from->is_here[r] ? from->cards[r].machine : 0;
+        seat->pid = from->is_here[r] ? from->cards[r].pid : 0;
         decision->num_live += from->is_here[r];
         for (int i = 0; from->is_here[r] && vote->was_live[r] && i < NEP_GROUP_OPS; i++) {
             const struct nep_group_ops *ops = &from->cards[r].ops;
@@ -207,6 +238,8 @@ static enum nep_status put_card(const struct nep_group_vote *vote, uint64_t gene
                         .rank = vote->rank,
                         .is_new = vote->was_live == NULL,
                         .suspect = vote->suspect,
+                        .machine = machine_id(),
+                        .pid = getpid(),
                         .ops = vote->ops};
     char key[KEY_BYTES];
     card_key(key, vote->rank);
@@ -314,20 +347,66 @@ enum nep_status nep_group_init(struct nep_group *group, const struct nep_bootstr
     group->generation = decision->generation;
     group->num_ranks = decision->num_ranks;
     group->members = calloc(decision->num_live + 1, sizeof *group->members);
-    if (group->members == NULL) {
+    group->pidfds = calloc(decision->num_live + 1, sizeof *group->pidfds);
+    if (group->members == NULL || group->pidfds == NULL) {
+        nep_group_fini(group);
         return nep_fail(NEP_ERR_NO_MEMORY, "no memory for %u members", decision->num_live);
     }
     for (uint32_t r = 0; r < decision->num_ranks && group->num < decision->num_live; r++) {
         if (nep_group_lives(decision, r)) {
+            const struct nep_group_seat *seat = &decision->seats[r], *own = &decision->seats[rank];
+            bool is_seen = seat->machine != 0 && seat->machine == own->machine &&
+                           seat->pid != own->pid && seat->pid > 0;
             group->idx = r == rank ? group->num : group->idx;
+            group->pidfds[group->num] =
+                is_seen ? (int)syscall(SYS_pidfd_open, (pid_t)seat->pid, 0) : -1;
             group->members[group->num++] = r;
         }
     }
     return NEP_OK;
 }
 
+void nep_group_unwatch(struct nep_group *group)
+{
+    for (uint32_t m = 0; group->pidfds != NULL && m < group->num; m++) {
+        if (group->pidfds[m] >= 0) {
+            close(group->pidfds[m]);
+        }
+    }
+    free(group->pidfds);
+    group->pidfds = NULL;
+}
+
+static bool has_ended(const struct nep_group *group, uint32_t idx)
+{
+    struct pollfd pollfd = {.fd = group->pidfds[idx], .events = POLLIN};
+    return pollfd.fd >= 0 && poll(&pollfd, 1, 0) > 0;
+}
+
+bool nep_group_saw_end(const struct nep_group *group, uint32_t rank)
+{
+    for (uint32_t m = 0; group->pidfds != NULL && m < group->num; m++) {
+        if (group->members[m] == rank) {
+            return has_ended(group, m);
+        }
+    }
+    return false;
+}
+
+/* A member whose process is seen to have ended, or UINT32_MAX. */
+static uint32_t ended_member(const struct nep_group *group)
+{
+    for (uint32_t m = 0; group->pidfds != NULL && m < group->num; m++) {
+        if (has_ended(group, m)) {
+            return group->members[m];
+        }
+    }
+    return UINT32_MAX;
+}
+
 void nep_group_fini(struct nep_group *group)
 {
+    nep_group_unwatch(group);
     free(group->members);
     memset(group, 0, sizeof *group);
 }
@@ -345,6 +424,29 @@ static void gather_key(const struct nep_group *group, const char *what, uint32_t
     snprintf(key, KEY_BYTES, "nearep/%s/%llu/%u", what, (unsigned long long)turn, idx);
 }
 
+/* Whether what came is of this gather. *status_p: NEP_OK, or why not to go on. */
+static bool is_due(const struct nep_group *group, const struct stamp *stamp, size_t len,
+                   size_t bytes, enum nep_status *status_p)
+{
+    if (len < sizeof *stamp) {
+        return false;
+    }
+    if (stamp->generation == group->generation && stamp->number == group->num_gathers) {
+        *status_p =
+            len == bytes
+                ? NEP_OK
+                : nep_fail(NEP_ERR_MISMATCH,
+                           "the members exchange different things: %zu bytes here, %zu there",
+                           bytes, len);
+        return true;
+    }
+    if (stamp->generation > group->generation) {
+        *status_p = nep_fail(NEP_ERR_PEER_LOST, "the others went on without this rank");
+        return true;
+    }
+    return false;
+}
+
 /* Waits for the value of this gather; `bytes` with the stamp. */
 static enum nep_status await(const struct nep_group *group, const char *key, void *value,
                              size_t bytes, uint64_t deadline_ns)
@@ -352,24 +454,20 @@ static enum nep_status await(const struct nep_group *group, const char *key, voi
     uint64_t pause = NEP_MS / 10;
     while (nep_left_ns(deadline_ns) != 0) {
         size_t len = 0;
-        const struct stamp *stamp = value;
-        if (group->store.get(group->store.ctx, key, value, bytes, &len, nep_left_ns(deadline_ns)) !=
-            0) {
-            break;
+        uint64_t left_ns = nep_left_ns(deadline_ns);
+        enum nep_status status = NEP_OK;
+        if (group->store.get(group->store.ctx, key, value, bytes, &len,
+                             left_ns < WATCH_NS ? left_ns : WATCH_NS) == 0) {
+            if (is_due(group, value, len, bytes, &status)) {
+                return status;
+            }
+            pause_ns(pause);
+            pause = pause < 5 * NEP_MS ? pause * 2 : pause;
         }
-        if (len >= sizeof *stamp && stamp->generation == group->generation &&
-            stamp->number == group->num_gathers) {
-            return len == bytes ? NEP_OK
-                                : nep_fail(NEP_ERR_MISMATCH,
-                                           "the members exchange different things: %zu bytes here, "
-                                           "%zu in %s",
-                                           bytes, len, key);
+        uint32_t ended = ended_member(group);
+        if (ended != UINT32_MAX) {
+            return nep_fail(NEP_ERR_PEER_LOST, "the process of rank %u ended meanwhile", ended);
         }
-        if (len >= sizeof *stamp && stamp->generation > group->generation) {
-            return nep_fail(NEP_ERR_PEER_LOST, "the others went on without this rank");
-        }
-        pause_ns(pause);
-        pause = pause < 5 * NEP_MS ? pause * 2 : pause;
     }
     return nep_fail(NEP_ERR_TIMEOUT, "%s", key);
 }

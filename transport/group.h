@@ -26,7 +26,13 @@ struct nep_group_decision {
     uint32_t num_ranks;
     uint32_t num_live;
     struct nep_group_ops ops; /* next: the largest, completed: the smallest of all old members */
-    uint32_t node_live[];     /* [num_ranks] node * 2 + (1: lives) */
+    struct nep_group_seat {
+        uint32_t node;
+        uint8_t is_live;
+        uint8_t reserved[3];
+        uint64_t machine; /* where process ids mean the same; 0: unknown */
+        int64_t pid;
+    } seats[]; /* [num_ranks] */
 };
 
 struct nep_group_vote {
@@ -53,7 +59,7 @@ enum nep_status nep_group_agree(const struct nep_group_vote *vote,
                                 struct nep_group_decision **decision_p);
 static inline bool nep_group_lives(const struct nep_group_decision *decision, uint32_t rank)
 {
-    return (decision->node_live[rank] & 1) != 0;
+    return decision->seats[rank].is_live != 0;
 }
 /* How many newcomers have asked for a seat in `generation`. About a millisecond for each empty
  * seat. */
@@ -69,10 +75,15 @@ struct nep_group {
     uint32_t num;       /* members */
     uint32_t idx;       /* of this rank among them */
     uint32_t *members;  /* [num] ranks, ascending */
+    int *pidfds;        /* [num] of members on this machine, while they are watched; else -1 */
 };
 enum nep_status nep_group_init(struct nep_group *group, const struct nep_bootstrap *store,
                                const struct nep_group_decision *decision, uint32_t rank);
 void nep_group_fini(struct nep_group *group);
+/* Whether the rank's process is watched, and has ended. */
+bool nep_group_saw_end(const struct nep_group *group, uint32_t rank);
+/* The end of a member's process that could be seen ends exchanges until here; not any more. */
+void nep_group_unwatch(struct nep_group *group);
 /* An allgather among the members, in their order; put, get and cas of the store. */
 void nep_group_bootstrap(struct nep_group *group, struct nep_bootstrap *out);
 /* True for a bootstrap made by nep_group_bootstrap. */

@@ -22,14 +22,17 @@ MAY = {  # folder -> folders that it may include
     "examples": {"include"},
 }
 # What dispatch may see of transport. How ranks meet and where they are is for what is created
-# collectively: the communicator and the ep.
+# collectively: the communicator and the ep, also when the members change.
 CONTRACT = {"transport/transport.h"}
 CONTRACT_CREATE = {
     "dispatch/comm.c": CONTRACT | {
         "transport/bootstrap.h", "transport/rendezvous.h", "transport/topology.h"},
+    "dispatch/comm.h": CONTRACT | {"transport/group.h"},
     "dispatch/ep.c": CONTRACT | {"transport/bootstrap.h"},
     "dispatch/cuda/exec.c": CONTRACT | {"transport/bootstrap.h"},
     "dispatch/cuda/windows.c": CONTRACT | {"transport/bootstrap.h"},
+    "dispatch/build.c": CONTRACT | {"transport/bootstrap.h"},
+    "dispatch/recover.c": CONTRACT | {"transport/bootstrap.h", "transport/topology.h"},
 }
 # Headers of others that only one place may know.
 OUTSIDE = [

@@ -47,10 +47,10 @@ def is_running(pid):
         return False
 
 
-def start_long():
+def start_long(*more):
     """Ranks that run until something happens to them."""
     job = subprocess.Popen([PERF, "ep", *SMALL, "--ranks", "4", "--ranks-per-node", "2", "--iters",
-                            "10000000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            "10000000", *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                            env={**os.environ, "NEP_TIMEOUT": "10s"})
     deadline = time.monotonic() + 30
     while len(children(job.pid)) < 4 and time.monotonic() < deadline:
@@ -145,6 +145,29 @@ class Faults(unittest.TestCase):
         self.assertEqual(job.returncode, 1)
         self.assertIn("rank 2", errors)
         self.assertFalse([pid for pid in pids if is_running(pid)])
+
+    def test_continue_goes_on_without_two_ranks_and_checks_every_element(self):
+        for inter in ("shm", "ucx"):
+            with self.subTest(inter=inter):
+                job, pids = start_long("--on-fault", "continue", "--iters", "12000", "--verify",
+                                       "--json", "-", "--inter", inter)
+                os.kill(pids[2], signal.SIGKILL)
+                time.sleep(0.7)
+                os.kill(pids[0], signal.SIGKILL)
+                output, errors = job.communicate(timeout=100)
+                self.assertEqual(job.returncode, 0, errors)
+                found = json.loads(output)
+                self.assertEqual(found["lost_ranks"], [0, 2])
+                self.assertEqual(found["wrong_elements"], 0)
+                self.assertIn("rank 2 lost", errors)
+
+    def test_continue_needs_ranks_of_its_own(self):
+        self.assertEqual(run("--on-fault", "continue", "--threads").returncode, 2)
+
+    def test_slow_rank_is_the_column_that_others_wait_for(self):
+        found = result("--ranks", "4", "--ranks-per-node", "2")
+        self.assertEqual([len(row) for row in found["wait_ms"]], [4] * 4)
+        self.assertIn("counts", found["wait_ms_by_phase"])
 
     def test_children_end_with_the_parent(self):
         job, pids = start_long()
