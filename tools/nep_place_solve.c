@@ -50,6 +50,15 @@ static int solve_and_save(struct place_args *args, const struct nep_trace *trace
         return place_failed(status, "solve");
     }
     int is_truncated = nep_map_is_truncated(map);
+    uint64_t moved = 0;
+    if (warm != NULL) {
+        nep_map_diff(warm, map, NULL, 0,
+                     &moved); /* counts them; that they do not fit is no fault */
+        fprintf(args->out, "%llu of %llu copies moved\n", (unsigned long long)moved,
+                (unsigned long long)shape.num_layers * shape.num_nodes * args->gpus_per_node *
+                    shape.slots_per_rank);
+        json_u64(&args->json, "moved_copies", moved);
+    }
     fprintf(args->out,
             "%s: %u layers, %u experts on %u nodes of %llu, %u slots per rank, %.2f s%s\n",
             args->output, shape.num_layers, shape.num_experts, shape.num_nodes,

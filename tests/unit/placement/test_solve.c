@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The solver: what it promises about slots, load, determinism, and refusals in words. */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "placement/map.h"
 #include "placement/score.h"
@@ -91,6 +93,90 @@ static void test_solve_odd_shapes_work(void **state)
         }
         nep_map_destroy(map);
     }
+}
+
+/* A trace of the size given in which every token of layer 0 takes expert 3, and one expert each of
+ * the other layers. */
+static struct nep_trace *make_collapsed(uint32_t num_requests, uint32_t num_tokens)
+{
+    enum { LAYERS = 2, EXPERTS = 16 };
+    const struct nep_trace_shape shape = {.size = sizeof shape,
+                                          .num_layers = LAYERS,
+                                          .num_experts = EXPERTS,
+                                          .top_k = 1,
+                                          .num_domains = 1};
+    const char *const domains[] = {"one"};
+    char path[] = "/tmp/nep-collapsed-XXXXXX";
+    struct nep_trace_writer *writer = NULL;
+    struct nep_trace *made = NULL;
+    int32_t ids[2 * 64];
+    int fd = mkstemp(path);
+    assert_true(fd >= 0 && num_tokens <= 64);
+    close(fd);
+    assert_int_equal(nep_trace_writer_create(&shape, "collapsed", domains, &writer), NEP_OK);
+    for (uint32_t r = 0; r < num_requests; r++) {
+        for (uint32_t t = 0; t < num_tokens; t++) {
+            ids[t * LAYERS] = 3;
+            ids[t * LAYERS + 1] = (int32_t)((r + t) % EXPERTS);
+        }
+        const struct nep_trace_request request = {.decode_tokens = num_tokens};
+        assert_int_equal(nep_trace_writer_add(writer, &request, ids), NEP_OK);
+    }
+    assert_int_equal(nep_trace_writer_save(writer, path), NEP_OK);
+    nep_trace_writer_destroy(writer);
+    assert_int_equal(nep_trace_open(path, &made), NEP_OK);
+    remove(path);
+    return made;
+}
+
+/* A router that has collapsed: solved as well as can be, a limit that cannot hold is refused with
+ * the expert and its share, and copies spread the load. */
+static void test_solve_collapsed_router_is_spread_or_refused(void **state)
+{
+    (void)state;
+    struct nep_trace *collapsed = make_collapsed(32, 64);
+    const uint32_t sizes[] = {1, 1, 1, 1};
+    struct nep_map_shape shape = {sizeof shape, 0, 0, 4, 0, 0, sizes};
+    struct nep_solve_params params = {.size = sizeof params, .shape = &shape};
+    struct nep_map *map = NULL;
+    assert_int_equal(nep_map_solve(collapsed, &params, &map), NEP_OK);
+    nep_map_destroy(map);
+    params.max_imbalance = 1.1;
+    map = NULL;
+    assert_int_equal(nep_map_solve(collapsed, &params, &map), NEP_ERR_INVALID);
+    assert_non_null(strstr(nep_last_message(), "layer 0, expert 3 has 100.0 % of the load"));
+    params.max_imbalance = 0.0;
+    shape.slots_per_rank = 8;
+    assert_int_equal(nep_map_solve(collapsed, &params, &map), NEP_OK);
+    struct nep_requests all = nep_requests_all(collapsed);
+    uint32_t homes[32];
+    struct nep_score score;
+    assert_int_equal(nep_homes_predict(&all, map, homes), NEP_OK);
+    assert_int_equal(nep_score_map(&all, map, homes, &score, NULL), NEP_OK);
+    print_message("collapsed, with copies: %.3f remote nodes, imbalance %.3f\n",
+                  score.remote_nodes_per_token, score.imbalance_node);
+    assert_true(score.imbalance_node < 1.2);
+    nep_map_destroy(map);
+    nep_trace_close(collapsed);
+}
+
+static void test_solve_one_request_of_one_token_works(void **state)
+{
+    (void)state;
+    struct nep_trace *single = make_collapsed(1, 1);
+    const uint32_t sizes[] = {2, 1, 1};
+    for (uint32_t slots = 4; slots <= 6; slots += 2) {
+        struct nep_map_shape shape = {sizeof shape, 0, 0, 3, 0, slots, sizes};
+        struct nep_solve_params params = {.size = sizeof params, .shape = &shape};
+        struct nep_map *map = NULL;
+        struct nep_map *again = NULL;
+        assert_int_equal(nep_map_solve(single, &params, &map), NEP_OK);
+        params.warm = map;
+        assert_int_equal(nep_map_solve(single, &params, &again), NEP_OK);
+        nep_map_destroy(map);
+        nep_map_destroy(again);
+    }
+    nep_trace_close(single);
 }
 
 static void refuse(const struct nep_solve_params *params, const char *words)
@@ -209,6 +295,8 @@ int main(void)
         cmocka_unit_test(test_solve_any_thread_count_gives_the_same_map),
         cmocka_unit_test(test_solve_sample_beats_contiguous_in_balance),
         cmocka_unit_test(test_solve_odd_shapes_work),
+        cmocka_unit_test(test_solve_collapsed_router_is_spread_or_refused),
+        cmocka_unit_test(test_solve_one_request_of_one_token_works),
         cmocka_unit_test(test_solve_impossible_arguments_are_refused),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
