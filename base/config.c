@@ -106,6 +106,13 @@ static const struct row rows[] = {
      "largest piece of memory registered at once; systems with an IOMMU refuse 2 GiB"},
     {"NEP_VERBS_RELAXED_ORDERING", SWITCH, NULL, FIELD(verbs_relaxed_ordering), "on", false,
      "let PCIe reorder writes of data; announcements are never reordered"},
+    {"NEP_TRACE", TEXT, NULL, FIELD(trace), "", false,
+     "where each rank writes what happened on its wire, when the communicator breaks or is "
+     "destroyed; %r is the rank (added where it is missing), %p the process id, %h the host; "
+     "empty: "
+     "nowhere"},
+    {"NEP_TRACE_EVENTS", COUNT, NULL, FIELD(trace_events), "8192", false,
+     "last events that are kept for it, at most 1048576, 32 bytes each; 0: none"},
     {"NEP_ADVERSARY_SEED", COUNT, NULL, FIELD(adversary_seed), "1", false,
      "what the transport adversary draws its delays, parts and repeats from"},
     {"NEP_CUDA_VISIBILITY", WORD, "auto|ordered|flush|staged", FIELD(cuda_visibility), "auto",

@@ -20,6 +20,7 @@
 #include <unistd.h>
 
 #include "base/config.h"
+#include "base/path.h"
 
 enum { LEVEL_UNSET = -1, LINE_CAP = 1400 };
 
@@ -48,30 +49,10 @@ uint64_t nep_log_num_warnings(void)
     return atomic_load_explicit(&num_warnings, memory_order_relaxed);
 }
 
-/* "run-%p.log" -> "run-1234.log" */
-static void expand_path(const char *path, char *out, size_t cap)
-{
-    size_t used = 0;
-    for (const char *at = path; *at != '\0' && used + 1 < cap; at++) {
-        char host[65] = "";
-        if (at[0] == '%' && at[1] == 'p') {
-            used += (size_t)snprintf(out + used, cap - used, "%ld", (long)getpid());
-            at++;
-        } else if (at[0] == '%' && at[1] == 'h') {
-            gethostname(host, sizeof host - 1);
-            used += (size_t)snprintf(out + used, cap - used, "%s", host);
-            at++;
-        } else {
-            out[used++] = *at;
-        }
-    }
-    out[used < cap ? used : cap - 1] = '\0';
-}
-
 static enum nep_status open_file(const char *path)
 {
     char name[512];
-    expand_path(path, name, sizeof name);
+    nep_path_expand(path, UINT32_MAX, name, sizeof name);
     int fd = open(name, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NOCTTY, 0644);
     if (fd < 0) {
         return nep_fail(NEP_ERR_IO,

@@ -135,6 +135,11 @@ static void fill_head(struct nep_ep *ep)
     head->generation = (uint32_t)ep->comm->generation;
     atomic_store_explicit(&head->completed, ep->completed_op, memory_order_relaxed);
     head->region = *ep->region;
+    struct nep_event_ring *arrivals = nep_ep_arrivals(ep);
+    arrivals->num = ep->comm->events->num != 0 ? NEP_ARRIVALS : 0;
+    pthread_mutex_lock(&ep->comm->lock);
+    ep->is_traced = true;
+    pthread_mutex_unlock(&ep->comm->lock);
     struct nep_directory *directory =
         (struct nep_directory *)((uint8_t *)head + ep->region->directory);
     for (uint32_t r = 0; r < topology->num_ranks; r++) {
@@ -242,10 +247,25 @@ void nep_ep_free_tables(struct nep_ep *ep)
     nep_plan_fini(&ep->plan);
 }
 
+/* A trace no longer looks into the region; what arrived there stays in it. */
+static void leave_trace(struct nep_ep *ep)
+{
+    struct nep_comm *comm = ep->comm;
+    pthread_mutex_lock(&comm->lock);
+    if (ep->is_traced) {
+        ep->is_traced = false;
+        nep_events_move(nep_ep_arrivals(ep), comm->events, comm->members);
+    }
+    pthread_mutex_unlock(&comm->lock);
+}
+
 void nep_ep_free_window(struct nep_ep *ep)
 {
     struct nep_comm *comm = ep->comm;
     bool is_child = comm->pid != getpid(); /* the fabric's threads are the parent's */
+    if (!is_child) {
+        leave_trace(ep);
+    }
     if (ep->has_inter_window && !is_child) {
         comm->inter->ops->window_destroy(comm->inter, ep->number);
     }
@@ -272,6 +292,7 @@ static void retire_window(struct nep_ep *ep)
         return;
     }
     struct nep_comm *comm = ep->comm;
+    leave_trace(ep);
     if (ep->has_inter_window) {
         comm->inter->ops->window_destroy(comm->inter, ep->number);
     }

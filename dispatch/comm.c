@@ -12,6 +12,7 @@
 
 #include "base/clock.h"
 #include "base/log.h"
+#include "dispatch/events.h"
 #include "dispatch/host/workers.h"
 #include "dispatch/protocol.h"
 #include "transport/bootstrap.h"
@@ -57,11 +58,17 @@ enum nep_status nep_comm_fail(struct nep_comm *comm, const struct nep_fault *fau
     named.rank = nep_comm_name(comm, fault->rank);
     named.node = nep_comm_node_name(comm, fault->rank);
     pthread_mutex_lock(&comm->lock);
-    if (comm->fault.status == NEP_OK) {
+    bool is_first = comm->fault.status == NEP_OK;
+    if (is_first) {
         comm->fault = named;
     }
     pthread_mutex_unlock(&comm->lock);
     nep_log(NEP_LOG_ERROR, "rank %u: %s", comm->world.rank, fault->message);
+    if (is_first) {
+        nep_event_put(comm->events, NEP_EVENT_FAULT, 0, named.rank, fault->op,
+                      (uint32_t)fault->status);
+        nep_events_dump_configured(comm);
+    }
     return nep_fail(fault->status, "%s", fault->message);
 }
 
@@ -363,9 +370,24 @@ static enum nep_status fill_newcomer(struct nep_comm *comm)
     return status == NEP_OK ? nep_workers_create(comm->config.threads, 0, &comm->workers) : status;
 }
 
+static enum nep_status start_events(struct nep_comm *comm)
+{
+    uint32_t num = comm->config.trace_events;
+    comm->started = nep_tick_pair_now();
+    comm->clock.measured_ns = comm->started.ns;
+    comm->events = nep_events_create(num == UINT32_MAX ? NEP_EVENTS_DEFAULT : num);
+    if (comm->events == NULL) {
+        return nep_fail(NEP_ERR_NO_MEMORY, "no memory for %u events (NEP_TRACE_EVENTS)", num);
+    }
+    return NEP_OK;
+}
+
 static enum nep_status fill(struct nep_comm *comm, const struct nep_comm_params *params)
 {
     enum nep_status status = nep_config_load(&comm->config);
+    if (status == NEP_OK) {
+        status = start_events(comm);
+    }
     if (status != NEP_OK) {
         return status;
     }
@@ -394,6 +416,10 @@ static enum nep_status fill(struct nep_comm *comm, const struct nep_comm_params 
             status = nep_comm_init_members(comm);
         }
         status = nep_bootstrap_common(&comm->bootstrap, rank, num_ranks, status, comm->timeout_ns);
+    }
+    if (status == NEP_OK) {
+        status =
+            nep_clocks_align(&comm->bootstrap, rank, num_ranks, comm->timeout_ns, &comm->clock);
     }
     if (status != NEP_OK) {
         return status;
@@ -440,6 +466,9 @@ void nep_comm_destroy(struct nep_comm *comm)
         nep_warn(
             "a communicator is destroyed before its ep objects: they must not be used any more");
     }
+    if (!is_child && comm->fault.status == NEP_OK && comm->intra != NULL) {
+        nep_events_dump_configured(comm);
+    }
     /* In a forked child threads and connections belong to the parent: memory alone is freed. */
     if (!is_child) {
         nep_comm_close_transports(comm);
@@ -453,6 +482,7 @@ void nep_comm_destroy(struct nep_comm *comm)
     }
     nep_topology_destroy(comm->world_store);
     nep_group_fini(&comm->group);
+    free(comm->events);
     free(comm->members);
     free(comm->is_live);
     pthread_mutex_destroy(&comm->lock);

@@ -7,7 +7,9 @@
 #include <sys/types.h>
 
 #include "base/config.h"
+#include "base/ticks.h"
 #include "nearep.h"
+#include "transport/clocks.h"
 #include "transport/group.h"
 #include "transport/transport.h"
 
@@ -15,6 +17,7 @@ struct nep_topology_store;
 struct nep_rendezvous_client;
 struct nep_workers;
 struct nep_ep;
+struct nep_event_ring;
 
 /*
  * Seats have numbers that stay: `world`, what callers see. Members are those who live, numbered
@@ -45,6 +48,9 @@ struct nep_comm {
     uint64_t eps_used;    /* bit i: ep number i is alive */
     pthread_mutex_t lock; /* of fault, eps_used and eps */
     struct nep_fault fault;
+    struct nep_event_ring *events; /* what this rank did last */
+    struct nep_tick_pair started;
+    struct nep_clock clock; /* against the first member's */
 };
 
 /* Refuses NULL, a forked child and a communicator that broke. */
@@ -55,6 +61,10 @@ enum nep_status nep_comm_fail(struct nep_comm *comm, const struct nep_fault *fau
 /* Collective: the lowest ep number that is free on every rank, claimed. */
 enum nep_status nep_comm_claim_ep(struct nep_comm *comm, uint32_t *number_p);
 void nep_comm_release_ep(struct nep_comm *comm, uint32_t number);
+/* Writes the trace to a path (see nep_comm_dump_events). Any thread. */
+enum nep_status nep_events_dump(struct nep_comm *comm, const char *path);
+/* The same where NEP_TRACE says, if it does; a failure is a warning. */
+void nep_events_dump_configured(struct nep_comm *comm);
 /* Collective over members: the transports of comm->topology, over comm->bootstrap. */
 enum nep_status nep_comm_open_transports(struct nep_comm *comm);
 void nep_comm_close_transports(struct nep_comm *comm);

@@ -50,10 +50,19 @@ void nep_ep_forget(struct nep_ep *ep, struct nep_handle *handle)
     }
 }
 
+/* The whole number of an operation of which the immediate has 8 bits. */
+static uint64_t whole_op(const struct nep_ep *ep, uint32_t imm)
+{
+    uint64_t completed = ep->completed_op;
+    return completed + (uint64_t)(int64_t)(int8_t)(uint8_t)(nep_imm_op(imm) - completed);
+}
+
 enum nep_status nep_ep_put(struct nep_ep *ep, const struct nep_put *put, uint64_t *number_p)
 {
     ep->stats.wire_messages++;
     ep->stats.wire_bytes += put->len;
+    nep_ep_event(ep, NEP_EVENT_POST, put->dst, whole_op(ep, put->imm),
+                 (uint64_t)put->imm << 32 | put->len);
     enum nep_status status = ep->comm->inter->ops->put(ep->comm->inter, put, number_p);
     return status == NEP_OK ? NEP_OK : nep_blame_put(ep, put->dst, status);
 }

@@ -4,6 +4,7 @@
 #define NEP_DISPATCH_EP_H
 
 #include "dispatch/comm.h"
+#include "dispatch/events.h"
 #include "dispatch/flow.h"
 #include "dispatch/handle.h"
 #include "dispatch/host/kernels.h"
@@ -110,6 +111,7 @@ struct nep_ep {
     bool has_intra_window; /* made */
     bool has_inter_window; /* registered with the fabric */
     bool is_broken;
+    bool is_traced; /* under the communicator's lock: a trace may look into the region */
     uint64_t *load; /* [num_layers][E] (token, k) pairs that this rank dispatched, ever */
     struct nep_ep_params params;   /* as given, without the map */
     struct nep_device *device;     /* NULL: tokens are in host memory */
@@ -145,6 +147,32 @@ static inline void nep_ep_miss(struct nep_ep *ep, const char *phase, uint32_t ra
     if (ep->missing.phase == NULL) {
         ep->missing = (struct nep_missing){phase, rank, expected, arrived};
     }
+}
+
+/* What arrived here last, in the own region. */
+static inline struct nep_event_ring *nep_ep_arrivals(const struct nep_ep *ep)
+{
+    return (struct nep_event_ring *)((uint8_t *)ep->head + ep->region->arrivals);
+}
+
+/* peer: a member. */
+static inline void nep_ep_event(struct nep_ep *ep, enum nep_event_kind kind, uint32_t peer,
+                                uint64_t op, uint64_t value)
+{
+    nep_event_put(ep->comm->events, kind, ep->number, ep->comm->members[peer], op, value);
+}
+
+static inline void nep_ep_begin_call(struct nep_ep *ep, enum nep_event_call call, uint64_t op)
+{
+    nep_ep_event(ep, NEP_EVENT_BEGIN, ep->rank, op, call);
+}
+
+/* Returns status. */
+static inline enum nep_status nep_ep_end_call(struct nep_ep *ep, enum nep_event_call call,
+                                              uint64_t op, enum nep_status status)
+{
+    nep_ep_event(ep, NEP_EVENT_END, ep->rank, op, (uint64_t)(uint32_t)status << 32 | call);
+    return status;
 }
 
 /* What a rank is called in sentences and faults. */

@@ -225,15 +225,16 @@ enum nep_status nep_dispatch_send(struct nep_ep *ep, struct nep_handle *handle,
     if (status == NEP_OK && ep->device != NULL) {
         return send_on_device(ep, handle, &tokens, NULL, stream);
     }
-    if (status == NEP_OK) {
-        status = take_routing(ep, handle, &tokens);
-        if (status != NEP_OK) {
-            handle->has_routing = false;
-            handle->state = NEP_HANDLE_EMPTY;
-        }
-    }
     if (status != NEP_OK) {
         return status;
+    }
+    uint64_t op = ep->next_op;
+    nep_ep_begin_call(ep, NEP_CALL_DISPATCH_SEND, op);
+    status = take_routing(ep, handle, &tokens);
+    if (status != NEP_OK) {
+        handle->has_routing = false;
+        handle->state = NEP_HANDLE_EMPTY;
+        return nep_ep_end_call(ep, NEP_CALL_DISPATCH_SEND, op, status);
     }
     nep_op_begin(ep, handle, NEP_OP_DISPATCH);
     handle->op.in = tokens;
@@ -242,7 +243,7 @@ enum nep_status nep_dispatch_send(struct nep_ep *ep, struct nep_handle *handle,
     if (status == NEP_OK && is_next_to_send(ep, handle)) {
         status = nep_try(ep, handle, pack_step);
     }
-    return status;
+    return nep_ep_end_call(ep, NEP_CALL_DISPATCH_SEND, op, status);
 }
 
 enum nep_status nep_dispatch_counts(struct nep_ep *ep, struct nep_handle *handle,
@@ -260,7 +261,7 @@ enum nep_status nep_dispatch_counts(struct nep_ep *ep, struct nep_handle *handle
     } else if (ep->device != NULL) {
         status = nep_device_counts(handle);
     } else if (handle->state == NEP_HANDLE_DISPATCHING) {
-        status = nep_wait(ep, handle, counts_step);
+        status = nep_wait_in(ep, handle, counts_step, NEP_CALL_COUNTS);
     }
     if (status != NEP_OK) {
         return status;
@@ -352,7 +353,7 @@ enum nep_status nep_dispatch_recv(struct nep_ep *ep, struct nep_handle *handle,
         return receive_on_device(ep, handle, &rows, stream);
     }
     if (status == NEP_OK) {
-        status = nep_wait(ep, handle, counts_step);
+        status = nep_wait_in(ep, handle, counts_step, NEP_CALL_COUNTS);
     }
     if (status == NEP_OK &&
         (rows.capacity < handle->num_rows || (rows.x == NULL && handle->num_real_rows != 0))) {
@@ -368,7 +369,7 @@ enum nep_status nep_dispatch_recv(struct nep_ep *ep, struct nep_handle *handle,
     }
     handle->op.out = rows;
     handle->op.is_receiving = true;
-    status = nep_wait(ep, handle, nep_recv_step);
+    status = nep_wait_in(ep, handle, nep_recv_step, NEP_CALL_ROWS);
     if (status == NEP_OK) {
         nep_op_end(ep, handle);
     }

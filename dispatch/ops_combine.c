@@ -43,11 +43,14 @@ static enum nep_status send_combine(struct nep_ep *ep, struct nep_handle *handle
     if (status != NEP_OK) {
         return status;
     }
+    uint64_t op = ep->next_op;
+    nep_ep_begin_call(ep, NEP_CALL_COMBINE_SEND, op);
     nep_op_begin(ep, handle, NEP_OP_COMBINE);
     handle->op.rows = rows;
     ep->stats.combines++;
     if (ep->device != NULL) {
-        return nep_op_settle(ep, nep_device_combine_send(handle, is_whole, stream));
+        status = nep_op_settle(ep, nep_device_combine_send(handle, is_whole, stream));
+        return nep_ep_end_call(ep, NEP_CALL_COMBINE_SEND, op, status);
     }
     uint32_t num_ranks = ep->plan.topology->num_ranks;
     memset(handle->rows_read, 0, num_ranks * sizeof *handle->rows_read);
@@ -57,7 +60,7 @@ static enum nep_status send_combine(struct nep_ep *ep, struct nep_handle *handle
     if (status == NEP_OK && handle->op.number == ep->completed_op) {
         status = nep_try(ep, handle, nep_combine_step);
     }
-    return status;
+    return nep_ep_end_call(ep, NEP_CALL_COMBINE_SEND, op, status);
 }
 
 /* rows: what was, or will be, sent. */
@@ -129,7 +132,7 @@ static enum nep_status receive_combine(struct nep_ep *ep, struct nep_handle *han
     handle->op.is_receiving = true;
     status = ep->device != NULL
                  ? nep_op_settle(ep, nep_device_combine_recv(handle, is_whole, stream))
-                 : nep_wait(ep, handle, nep_combine_step);
+                 : nep_wait_in(ep, handle, nep_combine_step, NEP_CALL_COMBINE_RECV);
     if (status == NEP_OK && sum.present != NULL) {
         fill_present(ep, handle, sum.present);
     }

@@ -7,6 +7,8 @@
  */
 #include "dispatch/protocol.h"
 
+#include "dispatch/events.h"
+
 uint32_t nep_counts_ride_offset(const struct nep_shape *shape, uint32_t node_ranks)
 {
     uint64_t tables = nep_counts_rows_per_slot_offset(node_ranks) +
@@ -69,10 +71,24 @@ static void credit(struct nep_region_head *head, uint64_t words, uint64_t sent_w
     raise(head, word, value);
 }
 
+/* Keeps what came, whatever becomes of it. The operation's number is the one next to those that
+ * this rank has completed. */
+static void keep(struct nep_region_head *head, uint32_t src, uint32_t imm)
+{
+    struct nep_event_ring *ring =
+        (struct nep_event_ring *)((uint8_t *)head + head->region.arrivals);
+    uint64_t completed = atomic_load_explicit(&head->completed, memory_order_relaxed);
+    uint64_t op = completed + (uint64_t)(int64_t)(int8_t)(uint8_t)(nep_imm_op(imm) - completed);
+    nep_event_put(ring, NEP_EVENT_ARRIVAL, nep_imm_ep(imm), src, op, (uint64_t)imm << 32);
+}
+
 void nep_arrive(void *base, uint32_t dst, uint32_t src, uint32_t imm)
 {
     struct nep_region_head *head = base;
     (void)dst;
+    if (src < head->num_ranks) {
+        keep(head, src, imm);
+    }
     if (src >= head->num_ranks || nep_imm_generation(imm) != (head->generation & 7)) {
         drop_stale(head);
         return;

@@ -190,6 +190,10 @@ static enum nep_status build(struct nep_comm *comm, const struct nep_group_decis
     if (status == NEP_OK) {
         status = nep_comm_open_transports(comm);
     }
+    if (status == NEP_OK) {
+        status = nep_clocks_align(&comm->bootstrap, comm->topology.rank, num_ranks,
+                                  comm->timeout_ns, &comm->clock);
+    }
     for (uint32_t i = 0; status == NEP_OK && i < NEP_GROUP_OPS; i++) {
         struct nep_ep *ep = ep_of(comm, i);
         status = ep != NULL ? build_ep(ep, decision) : NEP_OK;

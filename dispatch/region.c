@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "dispatch/events.h"
 #include "dispatch/protocol.h"
 
 enum { STAGING_BYTES = 16 << 20, STAGING_ROWS = 256, ALIGN = 64, PAGE = 4096 };
@@ -111,6 +112,7 @@ static void fill_words(struct nep_region *region, const struct nep_plan *plan, u
     region->pushed = take(&end, node_ranks, 8);
     region->staged = take(&end, num_ranks, 8);
     region->taken = take(&end, (lanes + 1) * node_ranks, 8);
+    region->arrivals = take(&end, 1, NEP_ARRIVALS_BYTES);
     region->words_end = end;
 }
 

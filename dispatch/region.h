@@ -44,6 +44,7 @@ struct nep_region {
     uint64_t pushed;          /* [G] op + 1 of the last push of each local rank into this one */
     uint64_t staged;          /* [R] rows staged for each source, ever */
     uint64_t taken;           /* [lanes + 1][G] rows that this consumer took from each local rank */
+    uint64_t arrivals;        /* struct nep_event_ring: what the sink was told last */
     uint64_t words_end;
     /* data */
     uint64_t counts;           /* [controls][W] */

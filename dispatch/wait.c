@@ -14,7 +14,8 @@
 #include "base/log.h"
 #include "dispatch/waits.h"
 
-#define GRACE_NS (500 * NEP_MS)
+#define TRACED_IDLE_NS 10000ull
+#define GRACE_NS       (500 * NEP_MS)
 
 static void forget_missing(struct nep_ep *ep)
 {
@@ -181,12 +182,17 @@ static void warn_slow(const struct nep_ep *ep, const struct nep_handle *handle, 
 }
 
 /* An idle stretch is over: whoever was missing in its last step is charged for it. */
-static void end_idle(struct nep_ep *ep, struct nep_backoff *backoff,
-                     const struct nep_missing *missed)
+static void end_idle(struct nep_ep *ep, const struct nep_handle *handle,
+                     const struct nep_backoff *backoff, const struct nep_missing *missed)
 {
     uint64_t idle_ns = nep_backoff_idle_ns(backoff);
     ep->stats.wait_ns += idle_ns;
     nep_waits_add(ep->waits, missed->phase, nep_ep_name(ep, missed->rank), idle_ns);
+    if (idle_ns >= TRACED_IDLE_NS && missed->phase != NULL) {
+        uint64_t us = idle_ns / 1000 < UINT32_MAX ? idle_ns / 1000 : UINT32_MAX;
+        nep_ep_event(ep, NEP_EVENT_WAIT, missed->rank, us << 32 | (uint32_t)handle->op.number,
+                     (uintptr_t)missed->phase);
+    }
 }
 
 static enum nep_status time_out(struct nep_ep *ep, struct nep_handle *handle, uint64_t idle_ns)
@@ -210,7 +216,7 @@ enum nep_status nep_wait(struct nep_ep *ep, struct nep_handle *handle, nep_step_
         forget_missing(ep);
         enum nep_status status = step(ep, handle, &progress, &done);
         if ((progress || done) && backoff.num_idle != 0) {
-            end_idle(ep, &backoff, &missed);
+            end_idle(ep, handle, &backoff, &missed);
         }
         if (status != NEP_OK || done) {
             return status;
@@ -240,6 +246,14 @@ enum nep_status nep_wait(struct nep_ep *ep, struct nep_handle *handle, nep_step_
             is_warned = true;
         }
     }
+}
+
+enum nep_status nep_wait_in(struct nep_ep *ep, struct nep_handle *handle, nep_step_fn step,
+                            enum nep_event_call call)
+{
+    uint64_t op = handle->op.number;
+    nep_ep_begin_call(ep, call, op);
+    return nep_ep_end_call(ep, call, op, nep_wait(ep, handle, step));
 }
 
 enum nep_status nep_try(struct nep_ep *ep, struct nep_handle *handle, nep_step_fn step)

@@ -14,6 +14,9 @@ typedef enum nep_status (*nep_step_fn)(struct nep_ep *ep, struct nep_handle *han
  * fault that names who is missing with what, and tells the other ranks.
  */
 enum nep_status nep_wait(struct nep_ep *ep, struct nep_handle *handle, nep_step_fn step);
+/* The same as a call of the trace. */
+enum nep_status nep_wait_in(struct nep_ep *ep, struct nep_handle *handle, nep_step_fn step,
+                            enum nep_event_call call);
 /* The end of this ep: tells the other ranks whom this one blames, keeps the fault, returns its
  * status. */
 enum nep_status nep_break(struct nep_ep *ep, const struct nep_fault *fault);

@@ -211,6 +211,16 @@ NEP_API enum nep_status nep_comm_recover(struct nep_comm *comm,
  */
 NEP_API enum nep_status nep_comm_newcomers(struct nep_comm *comm, uint32_t *num_p);
 
+/*
+ * Writes what happened last on this rank's wire (calls, waits, posts, arrivals, faults: the last
+ * NEP_TRACE_EVENTS of them) as trace JSON for Perfetto or chrome://tracing, on rank 0's clock (the
+ * lowest live rank's, after recovery), with the error's bound in its head. In path %r becomes the
+ * rank, %p the process id, %h the host; a temporary file is renamed into place. NEP_TRACE does it
+ * at a fault and at the end by itself; nep-info --merge-traces joins the files of ranks. Also of a
+ * communicator that broke. Any thread, but not during nep_comm_recover.
+ */
+NEP_API enum nep_status nep_comm_dump_events(struct nep_comm *comm, const char *path);
+
 /* ---- one MoE shape on a communicator ------------------------------------------------------ */
 
 enum nep_dtype {
@@ -760,11 +770,12 @@ NEP_API enum nep_status nep_balance_update(struct nep_balance *balance, struct n
 /*
  * Which waiting request runs where, and when: requests go to the home where their experts are,
  * within a band of costs to the least loaded one, oldest first, tenants served evenly; a home with
- * nothing to do takes what waits elsewhere (but leaves a request for a 40th of max_age to a full home
- * that is clearly its best, where homes are often full and hardly anything waits); a request older than half of max_age goes before
- * everything younger, at any home, so that the bound holds whatever the mix as long as it would
- * hold first come first served. No communicator, no clock: time is an argument, in any nanoseconds
- * that do not go back. All memory is allocated at creation. Any thread; calls are serialised.
+ * nothing to do takes what waits elsewhere (but leaves a request for a 40th of max_age to a full
+ * home that is clearly its best, where homes are often full and hardly anything waits); a request
+ * older than half of max_age goes before everything younger, at any home, so that the bound holds
+ * whatever the mix as long as it would hold first come first served. No communicator, no clock:
+ * time is an argument, in any nanoseconds that do not go back. All memory is allocated at creation.
+ * Any thread; calls are serialised.
  */
 struct nep_queue;
 

@@ -21,6 +21,7 @@ static int run(struct info *info)
         {offsetof(struct info, wants_region), info_region},
         {offsetof(struct info, wants_check), info_check},
         {offsetof(struct info, wants_serve), info_serve},
+        {offsetof(struct info, wants_merge), info_merge_traces},
     };
     int worst = INFO_FINE;
     for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {

@@ -20,6 +20,10 @@ struct info {
     struct nep_config config;
     /* what to show */
     bool wants_config, wants_transports, wants_topology, wants_region, wants_check, wants_serve;
+    bool wants_merge;
+    const char *merge_path;
+    char **files; /* the arguments behind --merge-traces */
+    uint32_t num_files;
     bool is_markdown; /* --config as docs/configuration.md */
     /* a shape */
     bool has_ranks;
@@ -42,6 +46,7 @@ int info_topology(struct info *info);
 int info_region(struct info *info);
 int info_check(struct info *info);
 int info_serve(struct info *info);
+int info_merge_traces(struct info *info);
 
 /* "nep-info: <sentence>" on standard error; returns status. */
 int info_error(int status, const char *fmt, ...) __attribute__((format(printf, 2, 3)));

@@ -68,6 +68,14 @@ static bool set_serve(struct info *info, const char *value, size_t offset)
     return true;
 }
 
+static bool set_merge(struct info *info, const char *value, size_t offset)
+{
+    (void)offset;
+    info->wants_merge = true;
+    info->merge_path = value;
+    return true;
+}
+
 static bool set_ranks(struct info *info, const char *value, size_t offset)
 {
     info->has_ranks = true;
@@ -148,6 +156,10 @@ static const struct option table[] = {
     {"--serve", "HOST:PORT",
      "serve a rendezvous for --ranks ranks until a signal ends it (all addresses, port 29600)",
      set_serve, 0, true},
+    {"--merge-traces", "OUT",
+     "join the traces of ranks (NEP_TRACE), the files named next, into one for Perfetto; - is "
+     "standard output",
+     set_merge, 0, false},
     {"--ranks", "R", "ranks of the group (8)", set_ranks, AT(num_ranks), false},
     {"--ranks-per-node", "G[,G...]", "nodes of G ranks each, or of the sizes listed (4)", set_sizes,
      0, false},
@@ -217,6 +229,13 @@ static int parse_one(int argc, char **argv, int *at_p, struct info *info)
     }
     const struct option *option = find_option(name);
     const char *value = NULL;
+    if (info->wants_merge && name[0] != '-') {
+        info->files = info->files != NULL ? info->files : argv + *at_p;
+        info->num_files++;
+        return info->files + info->num_files == argv + *at_p + 1
+                   ? INFO_GO_ON
+                   : info_error(INFO_UNUSABLE, "%s: the traces to join stand together", name);
+    }
     if (option == NULL) {
         return info_error(INFO_UNUSABLE, "%s is no option of nep-info (--help lists them)", name);
     }
@@ -280,11 +299,14 @@ int info_options_parse(int argc, char **argv, struct info *info)
         }
     }
     if (!info->wants_config && !info->wants_transports && !info->wants_region &&
-        !info->wants_check && !info->wants_serve && !info->wants_topology) {
+        !info->wants_check && !info->wants_serve && !info->wants_topology && !info->wants_merge) {
         info->wants_topology = info->wants_transports = true;
     }
     if (info->wants_serve && !info->has_ranks) {
         return info_error(INFO_UNUSABLE, "--serve needs --ranks: how many ranks will join");
+    }
+    if (info->wants_merge && info->num_files == 0) {
+        return info_error(INFO_UNUSABLE, "--merge-traces needs the traces to join behind OUT");
     }
     return complete_nodes(info);
 }

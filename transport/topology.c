@@ -34,16 +34,21 @@ struct place {
     char node[64]; /* NEP_NODE */
 };
 
+void nep_topology_boot_id(char *text, size_t cap)
+{
+    FILE *file = fopen("/proc/sys/kernel/random/boot_id", "re");
+    if (file == NULL || fgets(text, (int)cap, file) == NULL) {
+        text[0] = '\0';
+    }
+    if (file != NULL) {
+        fclose(file);
+    }
+}
+
 static void read_place(const struct nep_config *config, struct place *place)
 {
     memset(place, 0, sizeof *place);
-    FILE *file = fopen("/proc/sys/kernel/random/boot_id", "re");
-    if (file != NULL) {
-        if (fgets(place->boot_id, sizeof place->boot_id, file) == NULL) {
-            place->boot_id[0] = '\0';
-        }
-        fclose(file);
-    }
+    nep_topology_boot_id(place->boot_id, sizeof place->boot_id);
     struct stat info;
     if (stat("/proc/self/ns/ipc", &info) == 0) {
         place->ipc_namespace = info.st_ino;

@@ -37,6 +37,9 @@ enum nep_status nep_topology_subset(const uint32_t *nodes, uint32_t num, uint32_
                                     bool is_one_machine, struct nep_topology_store **store_p,
                                     struct nep_topology *topology_p);
 
+/* Tells one run of a machine from all others; "" where it cannot be read. */
+void nep_topology_boot_id(char *text, size_t cap);
+
 /* Cores usable by this process (hwloc, cpuset aware), and one for the progress thread of a lane,
  * if it can be on NUMA node `numa` (-1: anywhere). -1: no preference. */
 uint32_t nep_topology_num_cores(void);

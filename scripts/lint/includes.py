@@ -26,8 +26,9 @@ MAY = {  # folder -> folders that it may include
 CONTRACT = {"transport/transport.h"}
 CONTRACT_CREATE = {
     "dispatch/comm.c": CONTRACT | {
-        "transport/bootstrap.h", "transport/rendezvous.h", "transport/topology.h"},
-    "dispatch/comm.h": CONTRACT | {"transport/group.h"},
+        "transport/bootstrap.h", "transport/clocks.h", "transport/rendezvous.h",
+        "transport/topology.h"},
+    "dispatch/comm.h": CONTRACT | {"transport/clocks.h", "transport/group.h"},
     "dispatch/ep.c": CONTRACT | {"transport/bootstrap.h"},
     "dispatch/cuda/exec.c": CONTRACT | {"transport/bootstrap.h"},
     "dispatch/cuda/windows.c": CONTRACT | {"transport/bootstrap.h"},
