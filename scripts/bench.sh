@@ -11,7 +11,7 @@ usage() {
     cat <<'TEXT'
 usage: scripts/bench.sh [--rounds N] [--list] [NAME...]
 
-  --rounds N   repeat each benchmark N times; each has 7 alternating pairs of its own (1)
+  --rounds N   repeat each benchmark N times; each has 7 alternating pairs of its own, verbs-put 9 (1)
   --list       names of the benchmarks, one line each
 
 Results: a table here, and every round as JSON in build/bench/NAME.ROUND.json.
@@ -30,6 +30,7 @@ benches=(
     "mpi-4x1024-rank-private|the same with the caller's own memory|ep --ranks 4 --ranks-per-node 4 --tokens 1024 --layout rank --memory private --baseline mpi"
     "hosts-4x2-1024|4 hosts of 2 ranks at 1 Gbit/s x 1024 tokens, against MPI_Alltoallv|hosts 4 1gbit 2 ep --inter ucx --tokens 1024 --layout expert --baseline mpi"
     "hosts-4x2-1024-fp8|the same with fp8 on the wire of dispatch|hosts 4 1gbit 2 ep --inter ucx --tokens 1024 --layout expert --wire fp8 --baseline mpi"
+    "verbs-put|nep-perf put against ib_write_bw and ib_write_lat, in the Soft-RoCE guest|guest 9 300"
 )
 
 rounds=1 names=()
@@ -59,11 +60,18 @@ mkdir -p build/bench
 printf '%s, %s cores, Linux %s, %s, commit %s\n' \
     "$(sed -n 's/^model name[[:space:]]*: //p' /proc/cpuinfo | head -n 1)" "$(nproc)" "$(uname -r)" \
     "$(date +%F)" "$(git rev-parse --short HEAD 2> /dev/null || echo unknown)"
-# "hosts N RATE RANKS ..." runs under mpirun over N emulated hosts: root, and some seconds a pair.
+# "hosts N RATE RANKS ..." runs under mpirun over N emulated hosts: root, and some seconds a pair;
+# "guest RUNS MESSAGES" beside perftest, where there are verbs: in a guest.
 measure() { # FILE ARGUMENTS
     local file=$1 status=0
     # shellcheck disable=SC2086 # arguments are words
     set -- $2
+    if [ "$1" = guest ]; then
+        mapfile -t packages < <(nep_list tests/vm/packages.txt | awk '{ print $1 }')
+        nep_need "${packages[@]}" && tests/vm/nep-vm -n 2 -t 280 -- \
+            sh "$PWD/tests/vm/guest_bench.sh" "$PWD/build/bin" "$2" "$3" | tee "$file"
+        return
+    fi
     if [ "$1" != hosts ]; then
         build/bin/nep-perf "$@" --verify --iters 10 --warmup 3 --json "$file"
         return

@@ -36,6 +36,12 @@ for delay in 0.3 0.9 1.7 2.6; do
     check "  and named" yes "$(grep -q 'rank 2' /run/err && echo yes || head -n 3 /run/err)"
 done
 
+# A process that comes back: the same job, started again on the devices that the dead one used.
+check "no QP of the dead is left behind" 0 "$(rdma resource show qp 2>/dev/null | grep -c 'type RC')"
+# shellcheck disable=SC2086
+"$bin/nep-perf" ep --inter verbs $small --iters 10 --verify >/run/out 2>/run/err
+check "reconnect: the same job again, every element right" 0 $?
+
 # One of two paths of rank 0 dies for good: the job goes on, every element right. The bits are those
 # of a run in which nothing died.
 export NEP_VERBS_PATHS=2 NEP_VERBS_SPLIT=512

@@ -36,7 +36,7 @@ run "nep-perf put --lat" "$bin/nep-perf" put --ranks 2 --transport verbs --lat -
 run "nep-perf put --lat --write-imm" \
     "$bin/nep-perf" put --ranks 2 --transport verbs --lat --iters 200 --verify --write-imm
 
-for fault in rkey gone memlock dmabuf; do
+for fault in rkey gone srq cut refused memlock dmabuf; do
     run "fault: $fault" "$bin/verbs_faults" $fault
     said
 done
@@ -44,8 +44,17 @@ run "fault: rnr" "$bin/verbs_faults" rnr
 tail -n 1 /run/run.out | sed 's/^/      /'
 run "fault: port" env NEP_VERBS_RETRY=6 "$bin/verbs_faults" port
 run "fault: path" "$bin/verbs_faults" path
-ip link set p1 up
 grep -h 'sent again' /run/run.out | sed 's/^/      /'
+ip link set p1 up
+ip link set p2 up
+run "reconnect: the path is back" "$bin/verbs_faults" again
+grep -h 'connected again' /run/run.out | sed 's/^/      /'
+
+NEP_TIMEOUT=3s timeout 30 "$bin/nep-perf" put --transport verbs 10.9.0.1 >/run/run.out 2>&1
+check "connection refused: no server" 1 $?
+grep -h 10.9.0.1 /run/run.out | head -n 1 | sed 's/^/      /'
+check "  and named" yes "$(grep -q '10.9.0.1' /run/run.out && echo yes)"
+check "no QP is left behind" 0 "$(rdma resource show qp 2>/dev/null | grep -c 'type RC')"
 
 env NEP_VERBS_DEVICES=rxe9 timeout 30 "$bin/nep-perf" put --ranks 2 --transport verbs \
     >/run/run.out 2>&1

@@ -3,13 +3,17 @@
  * Faults over real verbs, one case per run, in the guest of nep-vm: two ranks as threads, rank 1
  * does something wrong or has something done to it. usage: verbs_faults CASE
  *
- *   rkey     a put with a key that the peer did not give: that peer is lost, with the reason
- *   rnr      the receiver does not poll while far more comes than its queue holds: all arrives
- *   port     the link of rank 1 goes down and comes back within the budget: nothing is lost
- *   path     one of two paths goes down for good: its puts go over the other, none is lost
- *   gone     rank 1's process end is played by QPs in error: rank 0 learns it though it sends
- * nothing memlock  a limit on locked memory: a sentence with the limit dmabuf   Soft-RoCE has no
- * dma-buf: refused, with an errno that says so
+ * - rkey: a put with a key that the peer did not give: that peer is lost, with the reason
+ * - rnr: the receiver does not poll while far more comes than its queue holds: all arrives
+ * - srq: the same with senders that do not try for ever: the peer is lost, for want of receives
+ * - port: the link of rank 1 goes down and comes back within the budget: nothing is lost
+ * - path: one of two paths goes down for good: its puts go over the other, none is lost
+ * - again: the same, then the cable is back and the ranks connect anew: both paths carry puts
+ * - gone: rank 1's end is played by QPs in error: rank 0 learns it though it sends nothing
+ * - cut: no frame of rank 1 gets through from the start: lost at the first put, in the budget
+ * - refused: the ends have no address of one family: both are told, and nothing is left
+ * - memlock: a limit on locked memory: a sentence with the limit
+ * - dmabuf: Soft-RoCE has no dma-buf: refused, with an errno that says so
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -116,9 +120,32 @@ static int body_rnr(struct rank *rank, struct nep_transport *transport, struct w
     return barrier(rank);
 }
 
+static int body_srq(struct rank *rank, struct nep_transport *transport, struct window *window)
+{
+    if (rank->rank == 1) {
+        pthread_mutex_lock(&inner(transport)->poll_lock);
+    }
+    int failed = barrier(rank);
+    if (rank->rank == 0 && failed == 0) {
+        uint64_t number = 0;
+        enum nep_status status = NEP_OK;
+        for (uint32_t i = 0; i < MANY && status == NEP_OK; i++) {
+            status = put(transport, window, 0, i % 256, 64, &number);
+        }
+        const char *said = wait_lost(transport, 1, 60);
+        RANK_CHECK(rank, said != NULL && strstr(said, "RNR retry") != NULL, "%s",
+                   said == NULL ? "nothing was said" : said);
+    }
+    failed = barrier(rank) | failed;
+    if (rank->rank == 1) {
+        pthread_mutex_unlock(&inner(transport)->poll_lock);
+    }
+    return failed;
+}
+
 static int link_set(const char *device, const char *state)
 {
-    char command[64]; /* rxeN sits on nN, whose cable ends at pN: pulled there, as by a switch */
+    char command[128]; /* rxeN sits on nN, whose cable ends at pN: pulled there, as by a switch */
     snprintf(command, sizeof command, "ip link set p%s %s", device + 3, state);
     return system(command);
 }
@@ -220,6 +247,94 @@ static int body_gone(struct rank *rank, struct nep_transport *transport, struct 
     return barrier(rank);
 }
 
+/* The port of rank 1 stays up, but its bridge takes nothing from it. */
+static int body_cut(struct rank *rank, struct nep_transport *transport, struct window *window)
+{
+    int failed = 0;
+    if (rank->rank == 0) {
+        const char *device = inner(transport)->paths[0].device;
+        uint64_t number, before_ns = nep_now_ns();
+        RANK_CHECK(rank, link_set(device, "nomaster") == 0, "%s", device);
+        RANK_CHECK(rank, put(transport, window, 0, 0, 64, &number) == NEP_OK, "put");
+        const char *said = wait_lost(transport, 1, 60);
+        uint64_t took_ns = nep_now_ns() - before_ns;
+        RANK_CHECK(rank, link_set(device, "master br0") == 0, "%s", device);
+        RANK_CHECK(rank, said != NULL && strstr(said, "retry counter exceeded") != NULL, "%s",
+                   said == NULL ? "nothing was said" : said);
+        RANK_CHECK(rank, took_ns < 20 * NEP_S, "%llu ns", (unsigned long long)took_ns);
+        failed = window_arrivals(window, 1, 0) != 0;
+    }
+    return barrier(rank) | failed;
+}
+
+static int open_two(struct rank *rank, const struct nep_transport_params *params,
+                    const struct nep_transport_ops *ops, struct nep_transport **transport_p,
+                    struct window *window)
+{
+    RANK_CHECK(rank, ops->create(params, transport_p) == NEP_OK, "%s", nep_last_message());
+    return window_open(rank, *transport_p, WINDOW, SLOT_BYTES, window);
+}
+
+static void close_two(struct nep_transport *transport, struct window *window)
+{
+    window_close(transport, window);
+    transport->ops->close(transport);
+}
+
+/* One address of each end, of different families: nothing can be connected. */
+static int refuse(struct rank *rank, const struct nep_transport_params *params,
+                  const struct nep_transport_ops *ops)
+{
+    struct nep_transport *transport = NULL;
+    enum nep_status status = ops->create(params, &transport);
+    RANK_CHECK(rank, status != NEP_OK && transport == NULL, "connected");
+    if (rank->rank == 0) {
+        printf("%s\n", nep_last_message());
+    }
+    RANK_CHECK(rank, strstr(nep_last_message(), "no GID of one kind at both ends") != NULL, "%s",
+               nep_last_message());
+    return 0;
+}
+
+/* Two paths, one dies; all is closed; its cable is back; the same ranks connect again. */
+static int connect_again(struct rank *rank, const struct nep_transport_params *params,
+                         const struct nep_transport_ops *ops)
+{
+    struct nep_transport *transport;
+    struct window window;
+    if (open_two(rank, params, ops, &transport, &window) != 0) {
+        return 1;
+    }
+    char device[NEP_VERBS_NAME];
+    snprintf(device, sizeof device, "%s", inner(transport)->paths[1].device);
+    int failed = body_path(rank, transport, &window);
+    close_two(transport, &window);
+    if (failed != 0 || barrier(rank) != 0) {
+        return 1;
+    }
+    RANK_CHECK(rank, rank->rank != 0 || link_set(device, "up") == 0, "%s", device);
+    usleep(300000); /* the kernel reports the port a little later */
+    if (barrier(rank) != 0 || open_two(rank, params, ops, &transport, &window) != 0) {
+        return 1;
+    }
+    uint64_t number = 0, peer = 1 - rank->rank;
+    for (uint32_t i = 0; i < 32 && failed == 0; i++) {
+        failed = send_one(rank, transport, &window, i, &number);
+    }
+    failed = failed || wait_completed(rank, transport, (uint32_t)peer, number) != 0;
+    for (uint32_t i = 0; i < 32 && failed == 0; i++) {
+        failed = window_wait(rank, transport, &window, (uint32_t)peer, i);
+    }
+    const struct nep_verbs_peer *other = &inner(transport)->peers[peer];
+    RANK_CHECK(rank, failed != 0 || other->num_alive == 2, "%u QPs live", other->num_alive);
+    RANK_CHECK(rank, failed != 0 || (other->qps[0].posted > 0 && other->qps[1].posted > 0),
+               "a path was not used");
+    printf("rank %u connected again: 2 of 2 QPs live\n", rank->rank);
+    failed = barrier(rank) | failed;
+    close_two(transport, &window);
+    return failed;
+}
+
 static int run_two(struct rank *rank)
 {
     static _Thread_local struct nep_config config;
@@ -234,18 +349,24 @@ static int run_two(struct rank *rank)
     struct nep_transport *transport;
     struct window window;
     RANK_CHECK(rank, nep_config_load(&config) == NEP_OK, "%s", nep_last_message());
-    if (wanted->body == body_path) {
+    if (wanted->body == body_path) { /* "again", too */
         config.verbs_paths = 2;
         config.verbs_split_bytes = 4 << 10;
     }
+    config.verbs_rnr_retry = wanted->body == body_srq ? 1 : config.verbs_rnr_retry;
     RANK_CHECK(rank, nep_transport_find("verbs", &ops, &params.args) == NEP_OK, "no verbs");
-    RANK_CHECK(rank, ops->create(&params, &transport) == NEP_OK, "%s", nep_last_message());
-    if (window_open(rank, transport, WINDOW, SLOT_BYTES, &window) != 0) {
+    if (strcmp(wanted->name, "refused") == 0) {
+        config.verbs_gid = rank->rank; /* 0: link-local; 1: IPv4 */
+        return refuse(rank, &params, ops);
+    }
+    if (strcmp(wanted->name, "again") == 0) {
+        return connect_again(rank, &params, ops);
+    }
+    if (open_two(rank, &params, ops, &transport, &window) != 0) {
         return 1;
     }
     int failed = wanted->body(rank, transport, &window);
-    window_close(transport, &window);
-    ops->close(transport);
+    close_two(transport, &window);
     return failed;
 }
 
@@ -299,11 +420,10 @@ static int refused_dmabuf(void)
 
 int main(int argc, char **argv)
 {
-    static const struct fault_case cases[] = {{"rkey", body_rkey},
-                                              {"rnr", body_rnr},
-                                              {"port", body_port},
-                                              {"path", body_path},
-                                              {"gone", body_gone}};
+    static const struct fault_case cases[] = {
+        {"rkey", body_rkey}, {"rnr", body_rnr},   {"srq", body_srq},
+        {"cut", body_cut},   {"refused", NULL},   {"again", body_path},
+        {"port", body_port}, {"path", body_path}, {"gone", body_gone}};
     const char *name = argc == 2 ? argv[1] : "";
     setvbuf(stdout, NULL, _IOLBF, 0);
     if (strcmp(name, "memlock") == 0) {
@@ -320,6 +440,7 @@ int main(int argc, char **argv)
             return ranks_run(&params, run_two, (void *)(uintptr_t)&cases[i]) != 0;
         }
     }
-    fprintf(stderr, "usage: verbs_faults rkey|rnr|port|path|gone|memlock|dmabuf\n");
+    fprintf(stderr,
+            "usage: verbs_faults rkey|rnr|srq|port|path|again|gone|cut|refused|memlock|dmabuf\n");
     return 2;
 }
