@@ -175,6 +175,24 @@ class Ep(Owner):
         sums.bias[0], sums.bias[1] = bias
         check(lib.nep_combine_recv(self.pointer, handle.pointer, self._at["sums"], stream))
 
+    def dispatch_raw(self, handle, num_tokens, x, scales, ids, id_type, weights, out, out_rows, out_scales, stream):
+        """nep_dispatch with addresses: both halves in one call, rows and scales alone."""
+        tokens, rows = self.tokens, self.rows
+        tokens.num_tokens, tokens.layer, tokens.x, tokens.scales = num_tokens, 0, x, scales
+        tokens.topk_ids, tokens.id_type, tokens.topk_weights = ids, id_type, weights
+        rows.x, rows.capacity, rows.scales, rows.topk_slots = out, out_rows, out_scales, None
+        rows.topk_weights = rows.source_rank = rows.source_token = None
+        check(lib.nep_dispatch(self.pointer, handle.pointer, self._at["tokens"], self._at["rows"], stream))
+        handle.num_tokens = num_tokens
+
+    def combine_raw(self, handle, y, weights, out, out_weights, bias, stream):
+        """nep_combine with addresses: both halves in one call."""
+        rows, sums = self.expert_rows, self.sums
+        rows.y, rows.topk_weights = y, weights
+        sums.num_tokens, sums.y, sums.topk_weights = handle.num_tokens, out, out_weights
+        sums.bias[0], sums.bias[1] = bias
+        check(lib.nep_combine(self.pointer, handle.pointer, self._at["expert_rows"], self._at["sums"], stream))
+
     # ---- dispatch and combine -----------------------------------------------------------------
 
     def dispatch_send(self, handle: Handle, x: Any, topk_ids: Any = None, topk_weights: Any = None, *,

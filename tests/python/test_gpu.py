@@ -22,7 +22,7 @@ def on(tokens):
 def streams(rank, ranks):
     """Asynchronous calls chained by events, with work on the compute stream around them."""
     experts = 4 * ranks
-    buffer = deep_ep.Buffer(dist.group.WORLD, 1 << 20, 0)
+    buffer = deep_ep.Buffer(dist.group.WORLD, 1 << 25, 0)
     for turn in range(12):
         tokens = world(ranks, [300 - r for r in range(ranks)], H, experts, K, salt=turn)[rank]
         x, ids, weights = on(tokens)
@@ -90,18 +90,22 @@ def figures(rank, ranks, tokens, hidden, top_k):
     """Microseconds: of the host in a cached dispatch while the GPU has little to do; of the device in
     dispatch and combine of `tokens` rows."""
     experts = 8 * ranks
-    buffer = deep_ep.Buffer(dist.group.WORLD, 1 << 20, 0, max_tokens=tokens)
+    buffer = deep_ep.Buffer(dist.group.WORLD, 1 << 30, 0, max_tokens=tokens)
     found = {}
     for label, num in (("small", 8), ("large", tokens)):
         given = world(ranks, [num] * ranks, hidden, experts, top_k, absent=0)[rank]
         x, ids, weights = on(given)
+        rows = handle = None
         layout = buffer.get_dispatch_layout(ids, experts)
         rows, _, _, _, handle, _ = buffer.dispatch(
             x, topk_idx=ids, topk_weights=weights, num_tokens_per_rank=layout[0], is_token_in_rank=layout[3],
             num_tokens_per_expert=layout[2])
         y = buffer.combine(rows, handle)[0]
         for name, call in (("dispatch", lambda: buffer.dispatch(x, handle=handle)),
-                           ("combine", lambda: buffer.combine(rows, handle))):
+                           ("combine", lambda: buffer.combine(rows, handle)),
+                          ("library alone", lambda: handle.owned.seat.ep.dispatch_raw(
+                              handle.owned.handle, num, x.data_ptr(), None, None, 0, None, rows.data_ptr(),
+                              rows.shape[0], None, None))):
             for _ in range(5):
                 call()
             torch.cuda.synchronize()

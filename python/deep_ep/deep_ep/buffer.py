@@ -15,7 +15,8 @@ from .events import EventHandle, EventOverlap, Streams
 from .layout import Routing, contiguous_layout, mapped_layout
 from .low_latency import LowLatency
 from .normal import Normal
-from .seats import Seats, element_size
+from .rows import element_size
+from .seats import Seats
 
 topk_idx_t = torch.int64
 
@@ -61,7 +62,8 @@ class Buffer(Normal, LowLatency):
     calls for decode, in one object and in any order.
 
     group: a torch process group of any backend, or None with comm, an mpi4py communicator.
-    num_nvl_bytes, num_rdma_bytes: multiples of 128; kept as attributes, nearep sizes its own memory.
+    num_nvl_bytes, num_rdma_bytes: multiples of 128. On a GPU the first is what received rows of normal calls
+    may take in memory that the node maps, for each type of x; nearep sizes all else by itself.
     low_latency_mode, num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric: kept or
     ignored; transports are chosen by nearep (NEP_INTER, NEP_VERBS_QPS).
     explicitly_destroy: destroy() must be called; without it the buffer frees itself.
@@ -104,6 +106,7 @@ class Buffer(Normal, LowLatency):
         self._allgather = allgather
         self._seats = Seats(self._comm, allgather, placement, max_tokens)
         self._seats.num_sms = self._asked_sms
+        self._seats.receive_bytes = num_nvl_bytes // 4096 * 4096
         self._streams = Streams()
         self._lock = threading.RLock()
         self._init_low_latency()
@@ -185,7 +188,7 @@ class Buffer(Normal, LowLatency):
         if topk_idx.dim() != 2 or topk_idx.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"deep_ep: topk_idx has shape {tuple(topk_idx.shape)} of {topk_idx.dtype}; it must "
                              "be [T, K] of int64 or int32")
-        with self._streams.on(topk_idx.is_cuda, previous_event, async_finish, allocate_on_comm_stream) as scope:
+        with self._streams.on(topk_idx, previous_event, async_finish, allocate_on_comm_stream) as scope:
             with scope.torch():
                 if self._seats.placement is None:
                     found = contiguous_layout(topk_idx, num_experts, self._comm.topology)

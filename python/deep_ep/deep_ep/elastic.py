@@ -108,7 +108,7 @@ class ElasticBuffer:
         """
         buffer = self._buffer
         payload = Payload(x)
-        with buffer._lock, buffer._streams.on(payload.x.is_cuda, previous_event, async_with_compute_stream,
+        with buffer._lock, buffer._streams.on(payload.x, previous_event, async_with_compute_stream,
                                               allocate_on_comm_stream and async_with_compute_stream) as scope:
             if handle is not None:
                 return self._again(payload, handle, do_zero_padding, scope)
@@ -200,7 +200,7 @@ class ElasticBuffer:
                                         allocate_on_comm_stream and async_with_compute_stream)
         if topk_weights is not None:
             raise NotImplementedError("deep_ep: topk_weights come back from dispatches without do_expand")
-        with self._buffer._lock, self._buffer._streams.on(x.is_cuda, previous_event,
+        with self._buffer._lock, self._buffer._streams.on(x, previous_event,
                                                           async_with_compute_stream) as scope:
             return self._combine_expanded(x, handle, bias, scope)
 
@@ -214,7 +214,7 @@ class ElasticBuffer:
             inner.twins["ones"] = Owned(seat)
             nothing = torch.zeros(inner.num_tokens, 16, dtype=torch.uint8, device=x.device)
             payload = Payload((nothing, torch.zeros(inner.num_tokens, 0, device=x.device)))
-            with self._buffer._streams.on(x.is_cuda) as scope:
+            with self._buffer._streams.on(x) as scope:
                 ids = handle.topk_idx
                 self._buffer._send(seat, inner.twins["ones"], payload, ids, None, scope)
                 rows = torch.empty(inner.num_rows, 16, dtype=torch.uint8, device=x.device)

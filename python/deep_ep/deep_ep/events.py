@@ -10,6 +10,12 @@ def _has_gpu():
     return torch.cuda.is_available()
 
 
+def _raw_stream(device):
+    """The address of torch's current stream; torch's own way to it builds an object, 5 us."""
+    quick = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    return quick(device) if quick is not None else torch.cuda.current_stream(device).cuda_stream
+
+
 class EventHandle:
     """A point in the current stream of torch at construction; without a GPU, a point that has passed."""
 
@@ -48,10 +54,13 @@ class EventOverlap:
 
 
 class Streams:
-    """Where the operations of a buffer run: one communication stream, made when it is first needed."""
+    """Where the operations of a buffer run: on a communication stream, made when it is first needed, or
+    on the current stream, where a call would make either wait for the other anyway."""
 
     def __init__(self):
         self._comm = None
+        self._last = None  # address of the stream of the last operation: nearep's are ordered as made
+        self._event = None
 
     @property
     def comm(self):
@@ -62,9 +71,25 @@ class Streams:
             self._comm = torch.cuda.Stream(priority=-1)
         return self._comm
 
-    def on(self, is_cuda, previous_event=None, is_async=False, allocate=False, use_comm=True):
-        """The scope of one call."""
-        return _CudaScope(self, previous_event, is_async, allocate, use_comm) if is_cuda else _HostScope(is_async)
+    def order(self, before, after):
+        """`after` waits for what `before` has now."""
+        if self._event is None:
+            self._event = torch.cuda.Event()
+        self._event.record(before)
+        after.wait_event(self._event)
+
+    def follow(self, address, stream):
+        """Operations go on on this stream: its address, and the object or None for the current one."""
+        last, self._last = self._last, address
+        if last is not None and last != address and not torch.cuda.is_current_stream_capturing():
+            self.order(torch.cuda.ExternalStream(last) if last else torch.cuda.default_stream(),
+                       stream if stream is not None else torch.cuda.current_stream())
+
+    def on(self, tensor, previous_event=None, is_async=False, allocate=False, use_comm=True):
+        """The scope of one call on tensors that are where this one is."""
+        if not tensor.is_cuda:
+            return _HostScope(is_async)
+        return _CudaScope(self, tensor.get_device(), previous_event, is_async, allocate, use_comm)
 
 
 class _HostScope:
@@ -99,28 +124,35 @@ class _HostScope:
 
 class _CudaScope:
     """The communication stream waits for previous_event, or for all that the current stream has; at
-    the end the current stream waits for it, unless the call is asynchronous. Outputs are allocated
-    before the wait, on the current stream unless `allocate`: a fill by torch cannot race with it."""
+    the end the current stream waits for it, unless the call is asynchronous. A call with neither event
+    runs on the current stream, which is the same with fewer waits. Outputs are allocated on the current
+    stream unless `allocate`; allocated() comes before the first kernel that uses them."""
 
-    def __init__(self, streams, previous_event, is_async, allocate, use_comm):
+    def __init__(self, streams, device, previous_event, is_async, allocate, use_comm):
         if allocate and not (previous_event is not None and is_async):
             raise ValueError("deep_ep: allocate_on_comm_stream needs previous_event and async_finish=True")
-        self._current = torch.cuda.current_stream()
-        self._stream = streams.comm if use_comm else self._current
+        self._streams = streams
+        self._is_apart = use_comm and (is_async or previous_event is not None)
+        self._stream = self._current = None  # not needed where the call runs on the current stream
+        if self._is_apart or previous_event is not None or is_async:
+            self._current = torch.cuda.current_stream()
+            self._stream = streams.comm if self._is_apart else self._current
+        self._address = self._stream.cuda_stream if self._stream is not None else _raw_stream(device)
         self._previous, self._is_async, self._allocate = previous_event, is_async, allocate
         self._kept = []
-        self.pointer = self._stream.cuda_stream or None
+        self._scope = None
+        self.pointer = self._address or None
 
     def __enter__(self):
-        if self._stream is not self._current:
-            event = getattr(self._previous, "event", self._previous)
-            event = getattr(event, "event", event)
-            if event is not None:
-                self._stream.wait_event(event)
-            else:
-                self._stream.wait_stream(self._current)
-        self._scope = torch.cuda.stream(self._stream) if self._allocate else None
-        if self._scope is not None:
+        self._streams.follow(self._address, self._stream)
+        event = getattr(self._previous, "event", self._previous)
+        event = getattr(event, "event", event)
+        if event is not None:
+            self._stream.wait_event(event)
+        elif self._is_apart:
+            self._streams.order(self._current, self._stream)
+        if self._allocate:
+            self._scope = torch.cuda.stream(self._stream)
             self._scope.__enter__()
         return self
 
@@ -131,12 +163,16 @@ class _CudaScope:
     def allocated(self):
         """What was allocated, filled or copied on the current stream is there for the communication
         stream: memory that torch hands out may still be read by what the current stream has queued."""
-        if self._stream is not self._current and not self._allocate:
-            self._stream.wait_stream(self._current)
+        if self._is_apart and not self._allocate:
+            self._streams.order(self._current, self._stream)
 
     def torch(self):
         """Where torch's own kernels on results belong."""
-        return torch.cuda.stream(self._stream)
+        return torch.cuda.stream(self._stream) if self._is_apart else contextlib.nullcontext()
+
+    def stream(self):
+        """The stream of the operation, as an object."""
+        return self._stream if self._stream is not None else torch.cuda.current_stream()
 
     def contiguous(self, tensor):
         if tensor is None or tensor.is_contiguous():
@@ -148,15 +184,16 @@ class _CudaScope:
 
     def keep(self, *tensors):
         """Tensors that the communication stream uses."""
-        self._kept += [tensor for tensor in tensors if tensor is not None]
+        if self._is_apart:
+            self._kept += [tensor for tensor in tensors if tensor is not None]
 
     def finish(self):
-        if self._stream is self._current:
+        if not self._is_apart:
             return EventOverlap(EventHandle(self._stream) if self._is_async else None)
         for tensor in self._kept:
             tensor.record_stream(self._stream)
             tensor.record_stream(self._current)
         if self._is_async:
             return EventOverlap(EventHandle(self._stream), tuple(self._kept))
-        self._current.wait_stream(self._stream)
+        self._streams.order(self._stream, self._current)
         return EventOverlap()

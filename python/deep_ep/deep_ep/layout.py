@@ -12,10 +12,10 @@ class Routing:
         is_used = (topk_idx >= 0) & (topk_idx < num_experts)
         self.cleaned = torch.where(is_used, topk_idx, torch.full_like(topk_idx, -1))
 
-    def ids_for(self, topk_idx):
-        """topk_idx with -1 for all that counts nowhere, if that is what the layout was made of."""
-        is_same = topk_idx is self.topk_idx and topk_idx._version == self._version
-        return self.cleaned if is_same else topk_idx
+    def is_of(self, topk_idx):
+        """Whether it was made of this tensor as it is now; then `cleaned` has -1 for all ids that count
+        nowhere."""
+        return topk_idx is self.topk_idx and topk_idx._version == self._version
 
 
 def owners(topk_idx, num_experts, num_ranks):

@@ -145,7 +145,7 @@ class LowLatency:
         owned = Owned(seat)
         handle = LowLatencyHandle(owned, shape, sources[0], sources[1], count)
         scales = self._ll_scales(ep, raw_scales, rows, x.device)
-        scope = self._streams.on(x.is_cuda, None, is_async, use_comm=not wants_hook)
+        scope = self._streams.on(x, None, is_async, use_comm=not wants_hook)
         owned.is_idle = False
         with scope:
             if x.is_cuda:
@@ -157,7 +157,7 @@ class LowLatency:
         @shrinking
         def receive(self):
             with self._lock:
-                here = scope if not wants_hook else self._streams.on(x.is_cuda, use_comm=False)
+                here = scope if not wants_hook else self._streams.on(x, use_comm=False)
                 self._ll_receive(ep, owned, (raw, raw_scales, rows), scales, sources, count, stats, here)
         half = _Half(seat, functools.partial(receive, self))
         handle.complete = half.finish
@@ -260,7 +260,7 @@ class LowLatency:
 
     def _ll_combine(self, seat, x, ids, weights, y, cost, is_async, wants_hook):
         ep, owned = seat.ep, Owned(seat)
-        scope = self._streams.on(x.is_cuda, None, is_async, use_comm=not wants_hook)
+        scope = self._streams.on(x, None, is_async, use_comm=not wants_hook)
         owned.is_idle = False
         with scope:
             ep.send_raw(owned.handle, ids.shape[0], seat.nothing.data_ptr(), None, ids.data_ptr() or 8,
@@ -272,7 +272,7 @@ class LowLatency:
         @shrinking
         def receive(self):
             with self._lock:
-                here = scope if not wants_hook else self._streams.on(x.is_cuda, use_comm=False)
+                here = scope if not wants_hook else self._streams.on(x, use_comm=False)
                 ep.combine_recv_raw(owned.handle, _pointer(y), None, (None, None), here.pointer)
                 owned.is_idle = True
                 if cost is not None:

@@ -5,7 +5,8 @@ from nearep import InvalidError
 
 from .handles import NormalHandle, Owned
 from .layout import ids_from_ranks
-from .seats import DTYPES, element_size, executor_of
+from .rows import element_size
+from .seats import DTYPES, executor_of
 
 _ID_TYPES = {torch.int32: 0, torch.int64: 1}
 
@@ -38,9 +39,13 @@ class Payload:
         return "bf16", hidden, (hidden * element_size(self.x.dtype),
                                 self.scales.shape[1] * element_size(self.scales.dtype))
 
-    def empty(self, rows):
-        """Outputs of the same kind."""
-        x = torch.empty(rows, self.x.shape[1], dtype=self.x.dtype, device=self.x.device)
+    def empty(self, rows, seat=None, scope=None):
+        """Outputs of the same kind; x in memory that the node maps where the seat has some."""
+        x = None
+        if seat is not None and seat.pool is not None:
+            x = seat.pool.empty(rows, self.x.shape[1], self.x.dtype, scope.stream())
+        if x is None:
+            x = torch.empty(rows, self.x.shape[1], dtype=self.x.dtype, device=self.x.device)
         if not self.is_pair:
             return x, None
         return x, torch.empty(rows, self.scales.shape[1], dtype=self.scales.dtype, device=self.x.device)
@@ -72,7 +77,7 @@ class Normal:
         with self._lock:
             self._check_alive()
             payload = Payload(x)
-            with self._streams.on(payload.x.is_cuda, previous_event, async_finish,
+            with self._streams.on(payload.x, previous_event, async_finish,
                                   allocate_on_comm_stream) as scope:
                 scope.keep(payload.x, payload.scales, topk_idx, topk_weights)
                 if handle is not None:
@@ -107,7 +112,14 @@ class Normal:
         routing = getattr(in_rank, "nearep_routing", None)
         num_experts = self._experts_of(per_expert, routing)
         has_topk = topk_idx is not None
-        ids = routing.ids_for(topk_idx) if has_topk and routing is not None else topk_idx
+        ids = topk_idx
+        if has_topk and routing is not None and routing.is_of(topk_idx):
+            ids = routing.cleaned
+        elif has_topk and topk_idx.is_cuda:  # kernels refuse ids beyond the experts; nobody has looked at these
+            is_used = (topk_idx >= 0) & (topk_idx < num_experts)
+            ids = torch.where(is_used, topk_idx, torch.full_like(topk_idx, -1))
+            scope.allocated()
+            scope.keep(ids)
         if not has_topk:
             ids = routing.cleaned if routing is not None else ids_from_ranks(in_rank, num_experts)
         ids = scope.contiguous(ids)
@@ -156,7 +168,7 @@ class Normal:
         """Completes a fresh dispatch; the sizes come first, outputs are allocated then."""
         counts = None if worst else seat.ep.dispatch_counts(handle.owned.handle)
         rows, device, top_k = worst or counts.num_rows, payload.x.device, seat.ep.top_k
-        x, scales = payload.empty(rows)
+        x, scales = payload.empty(rows, seat, scope)
         slots = weights = None
         if has_topk:
             slots = torch.full((rows, top_k), -1, dtype=torch.int32, device=device) if worst else \
@@ -200,11 +212,16 @@ class Normal:
             raise ValueError(f"deep_ep: x has {payload.x.shape[0]} tokens; the dispatch of this handle had "
                              f"{handle.num_tokens}")
         seat, owned, ids = self._twin(handle, payload.kind, payload.x)
-        x, scales = payload.empty(handle.num_rows)
+        x, scales = payload.empty(handle.num_rows, seat, scope)
         scope.allocated()
-        self._send(seat, owned, payload, ids, handle.routing[2] if ids is not None else None, scope)
-        seat.ep.recv_raw(owned.handle, _pointer(x), handle.num_rows, _pointer(scales), None, None, None, None,
-                         scope.pointer)
+        if ids is None:
+            owned.is_idle = False
+            seat.ep.dispatch_raw(owned.handle, handle.num_tokens, _pointer(payload.x), _pointer(payload.scales), None,
+                                 0, None, _pointer(x), handle.num_rows, _pointer(scales), scope.pointer)
+        else:
+            self._send(seat, owned, payload, ids, handle.routing[2], scope)
+            seat.ep.recv_raw(owned.handle, _pointer(x), handle.num_rows, _pointer(scales), None, None, None, None,
+                             scope.pointer)
         owned.is_idle = True
         scope.keep(x, scales)
         return payload.give(x, scales), None, None, None, None, scope.finish()
@@ -228,7 +245,7 @@ class Normal:
                 raise ValueError(f"deep_ep: x is of type {x.dtype}; the dispatch of this handle was made for "
                                  f"{ep.dtype}")
             biases = bias if isinstance(bias, (tuple, list)) else (bias, None)
-            with self._streams.on(x.is_cuda, previous_event, async_finish, allocate_on_comm_stream) as scope:
+            with self._streams.on(x, previous_event, async_finish, allocate_on_comm_stream) as scope:
                 return self._combine(x, handle, topk_weights, biases, scope)
 
     internode_combine = combine
@@ -251,10 +268,8 @@ class Normal:
         owned.is_idle = False
         scope.allocated()
         has = weights is not None
-        ep.combine_send_raw(owned.handle, _pointer(x), (weights.data_ptr() or 8) if has else None,
-                            scope.pointer)
-        ep.combine_recv_raw(owned.handle, _pointer(y), _pointer(sums), [_pointer(b) for b in biases],
-                            scope.pointer)
+        ep.combine_raw(owned.handle, _pointer(x), (weights.data_ptr() or 8) if has else None, _pointer(y),
+                       _pointer(sums), [_pointer(b) for b in biases], scope.pointer)
         owned.is_idle = True
         scope.keep(x, y, weights, sums, *biases)
         return y, sums, scope.finish()

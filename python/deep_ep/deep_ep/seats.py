@@ -9,15 +9,12 @@ NEP_DEEP_EP_MAX_TOKENS (8192). Nothing in nearep's region grows with it, handles
 """
 import os
 
-import nearep
 import torch
+
+from .rows import RowPool
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FP8 = getattr(torch, "float8_e4m3fn", torch.uint8)  # a torch without the type: its bytes
-
-
-def element_size(dtype):
-    return torch.empty(0, dtype=dtype).element_size()
 
 
 def executor_of(tensor):
@@ -30,6 +27,7 @@ class Seat:
     def __init__(self, ep, num_experts):
         self.ep, self.num_experts = ep, num_experts
         self.free = []
+        self.pool = None  # of receive buffers, on a GPU
         self.captured = []
         self.waited = [0] * ep.comm.num_ranks
         self.waiting = []  # halves that are open, oldest first
@@ -48,6 +46,7 @@ class Seats:
         self._max_tokens = max_tokens or int(os.environ.get("NEP_DEEP_EP_MAX_TOKENS", "8192"))
         self._seats = {}
         self.num_sms = 0
+        self.receive_bytes = 0  # for receive buffers of each normal shape, on a GPU
 
     def sms(self, executor):
         """What Buffer.set_num_sms asked for; nearep's own choice until it is called."""
@@ -72,10 +71,14 @@ class Seats:
         if seat is None:
             dtype, hidden, opaque = kind
             extra = dict(wire="opaque", row_bytes=opaque[0], scale_bytes=opaque[1]) if opaque else {}
+            if executor == "cuda" and self.receive_bytes:
+                extra["pool_bytes"] = self.receive_bytes
             ep = self.comm.ep(num_experts=num_experts, top_k=top_k, hidden=hidden, dtype=dtype,
                               max_tokens=self._agree(num_tokens), layout=layout, map=self.placement,
                               expert_alignment=alignment, executor=executor, **self.sms(executor), **extra)
             seat = self._seats[key] = Seat(ep, num_experts)
+            if executor == "cuda" and self.receive_bytes:
+                seat.pool = RowPool(ep, self.receive_bytes)
         if num_tokens > seat.ep.max_tokens:
             raise ValueError(f"deep_ep: a dispatch of {num_tokens} tokens, but the first one of this shape "
                              f"made room for {seat.ep.max_tokens} on all ranks: give Buffer max_tokens=, or set "
@@ -139,5 +142,8 @@ class Seats:
             seat.waiting.clear()
 
     def close(self):
+        for seat in self._seats.values():
+            if seat.pool is not None:
+                seat.pool.close()
         self._seats.clear()
         self.comm.close()

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Receive buffers on a GPU in memory that the ranks of the node map: sources store rows there directly,
+once. Blocks of an ep's pool are handed out as tensors and come back when their storage is freed; what
+does not fit is torch's memory, with one more move.
+"""
+import functools
+
+import torch
+
+GRAIN = 1 << 21
+
+
+@functools.lru_cache(maxsize=None)
+def element_size(dtype):
+    return torch.empty(0, dtype=dtype).element_size()
+
+
+class _Lease:
+    """What a tensor's storage holds on to; its end gives the block back."""
+
+    def __init__(self, pool, block, num_bytes):
+        self._pool, self._block = pool, block
+        self.__cuda_array_interface__ = {"data": (block.pointer, False), "shape": (num_bytes,),
+                                         "typestr": "|u1", "version": 3}
+
+    def __del__(self):
+        try:
+            self._pool.give_back(self._block)
+        except (AttributeError, TypeError, RuntimeError):  # the buffer or the interpreter is ending
+            pass
+
+
+class RowPool:
+    """Of one ep. A block that comes back is used again after what the current stream had then."""
+
+    def __init__(self, ep, num_bytes):
+        self._ep, self._left = ep, num_bytes
+        self._free = []  # (block, event)
+
+    def give_back(self, block):
+        if self._ep is None or torch.cuda.is_current_stream_capturing():
+            return  # a graph keeps the address for good
+        event = torch.cuda.Event()
+        event.record()
+        self._free.append((block, event))
+
+    def _block(self, num_bytes, stream):
+        fits = [i for i, (block, _) in enumerate(self._free) if num_bytes <= block.num_bytes]
+        if fits:
+            best = min(fits, key=lambda i: self._free[i][0].num_bytes)
+            block, event = self._free.pop(best)
+            stream.wait_event(event)
+            return block
+        size = -(-num_bytes // GRAIN) * GRAIN
+        if size > self._left or torch.cuda.is_current_stream_capturing():
+            return None
+        self._left -= size
+        return self._ep.alloc(size)
+
+    def empty(self, rows, columns, dtype, stream):
+        """[rows, columns], or None when the pool has no room."""
+        size = rows * columns * element_size(dtype)
+        block = self._block(size, stream) if size else None
+        if block is None:
+            return None
+        raw = torch.as_tensor(_Lease(self, block, size), device="cuda")
+        return raw.view(dtype).view(rows, columns)
+
+    def close(self):
+        self._ep = None
+        self._free.clear()
