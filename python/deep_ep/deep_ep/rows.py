@@ -8,6 +8,7 @@ import functools
 import torch
 
 GRAIN = 1 << 21
+LEAST = 1 << 23  # a tensor from a block costs the host some 60 us, a second move of so little less
 
 
 @functools.lru_cache(maxsize=None)
@@ -36,11 +37,12 @@ class RowPool:
     def __init__(self, ep, num_bytes):
         self._ep, self._left = ep, num_bytes
         self._free = []  # (block, event)
+        self._events = {}
 
     def give_back(self, block):
         if self._ep is None or torch.cuda.is_current_stream_capturing():
             return  # a graph keeps the address for good
-        event = torch.cuda.Event()
+        event = self._events.setdefault(block.pointer, torch.cuda.Event())
         event.record()
         self._free.append((block, event))
 
@@ -60,7 +62,7 @@ class RowPool:
     def empty(self, rows, columns, dtype, stream):
         """[rows, columns], or None when the pool has no room."""
         size = rows * columns * element_size(dtype)
-        block = self._block(size, stream) if size else None
+        block = self._block(size, stream) if size >= LEAST else None
         if block is None:
             return None
         raw = torch.as_tensor(_Lease(self, block, size), device="cuda")
