@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # usage: scripts/gpu-test.sh [PART...]: tests and figures on a machine with an NVIDIA GPU.
-# Parts: build threads faults processes sanitizer perf staged decode ring; without arguments all. It
+# Parts: build threads faults processes sanitizer perf staged decode ring dmabuf; without arguments all. It
 # starts and ends an MPS daemon of its own. Part ring runs the litmus test for NEP_GPU_LITMUS seconds
 # (60).
 #   NEP_GPU_BIN    where gpu_check, gpu_perf and nep-perf are: then nothing is built here
@@ -38,12 +38,14 @@ part_build() {
         echo "gpu-test: it cannot be built here; see the head of this script for another way"
         exit 1
     fi
+    cmake --build "$tree" --target gpu_dmabuf || echo "gpu-test: built without verbs: no part dmabuf"
 }
 
 pack() { # DIR: programs and the libraries that are not part of every system
     mkdir -p "$1/lib"
     part_build
     local program library
+    [ ! -x "$bin/gpu_dmabuf" ] || programs+=(gpu_dmabuf)
     for program in "${programs[@]}"; do
         cp "$bin/$program" "$1/" && strip "$1/$program"
         for library in $(ldd "$bin/$program" | awk '/sodium|hwloc|libz|udev|xml|cmocka/ { print $3 }'); do
@@ -143,13 +145,22 @@ part_ring() {
     run $((${NEP_GPU_LITMUS:-60} + 60)) "$bin/gpu_ring" litmus "${NEP_GPU_LITMUS:-60}"
 }
 
+# GPU memory for a NIC, as far as it goes without one.
+part_dmabuf() {
+    if [ -x "$bin/gpu_dmabuf" ]; then
+        run 30 "$bin/gpu_dmabuf"
+    else
+        echo "dmabuf: not there, nearep is built without verbs"
+    fi
+}
+
 if [ "${1:-}" = pack ]; then
     pack "${2:?a folder}"
     exit $failed
 fi
 parts=("$@")
 if [ $# -eq 0 ]; then
-    parts=(build threads faults processes sanitizer perf staged decode ring)
+    parts=(build threads faults processes sanitizer perf staged decode ring dmabuf)
 fi
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || true
 for part in "${parts[@]}"; do

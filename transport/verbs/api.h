@@ -37,8 +37,9 @@ struct nep_verbs_api {
      * the process has loaded it.
      */
     int (*memory_kind)(const void *addr, bool *is_device_p);
-    /* A dma-buf of device memory, to be closed after registration; 0, or an errno. */
-    int (*dmabuf_of)(const void *addr, size_t length, int *fd_p);
+    /* A dma-buf of device memory, to be closed after registration, and where addr is in it; 0, or
+     * an errno. */
+    int (*dmabuf_of)(const void *addr, size_t length, int *fd_p, uint64_t *offset_p);
 
     struct ibv_comp_channel *(*create_comp_channel)(struct ibv_context *context);
     int (*destroy_comp_channel)(struct ibv_comp_channel *channel);
@@ -74,7 +75,7 @@ void nep_verbs_api_unload(struct nep_verbs_api *api);
 
 /* memory_kind and dmabuf_of of the table, over the CUDA driver: gpu.c. */
 int nep_verbs_cuda_memory_kind(const void *addr, bool *is_device_p);
-int nep_verbs_cuda_dmabuf_of(const void *addr, size_t length, int *fd_p);
+int nep_verbs_cuda_dmabuf_of(const void *addr, size_t length, int *fd_p, uint64_t *offset_p);
 
 /* The device list, or a sentence that tells a kernel without verbs, a machine without devices and
  * a missing provider apart. Free it with api->free_device_list. */

@@ -7,6 +7,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <stdint.h>
+#include <unistd.h>
 
 #include "transport/verbs/api.h"
 
@@ -39,18 +40,23 @@ int nep_verbs_cuda_memory_kind(const void *addr, bool *is_device_p)
     return 0;
 }
 
-int nep_verbs_cuda_dmabuf_of(const void *addr, size_t length, int *fd_p)
+int nep_verbs_cuda_dmabuf_of(const void *addr, size_t length, int *fd_p, uint64_t *offset_p)
 {
     get_range_handle_fn get;
     int fd = -1;
+    /* The driver takes whole pages of the host's size; the rest is the registration's offset. */
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uintptr_t first = (uintptr_t)addr & ~(page - 1);
+    uintptr_t end = ((uintptr_t)addr + length + page - 1) & ~(page - 1);
     *(void **)&get = driver_symbol("cuMemGetHandleForAddressRange");
     if (get == NULL) {
         return ENOSYS;
     }
-    if (get(&fd, (uintptr_t)addr, length, CU_RANGE_DMA_BUF_FD, 0) != 0 || fd < 0) {
+    if (get(&fd, first, end - first, CU_RANGE_DMA_BUF_FD, 0) != 0 || fd < 0) {
         return ENOTSUP; /* the kernel module is not the open one, or this memory was not made for it
                          */
     }
     *fd_p = fd;
+    *offset_p = (uintptr_t)addr - first;
     return 0;
 }

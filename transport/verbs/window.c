@@ -54,18 +54,19 @@ enum nep_status nep_verbs_register_failed(const char *device, const char *what, 
 
 /*
  * GPU memory: by dma-buf, which needs no module beyond the driver; else as if it were the host's,
- * which works where the driver's peer-memory module is loaded. The offset is 0 and the address the
- * device's own, so a put's arithmetic is the same for all memory.
+ * which works where the driver's peer-memory module is loaded. The address is the device's own, so
+ * a put's arithmetic is the same for all memory.
  */
 static struct ibv_mr *register_device(struct nep_verbs *verbs, struct nep_verbs_path *path,
                                       uint8_t *base, size_t bytes, unsigned access)
 {
     const struct nep_verbs_api *api = &verbs->api;
     int fd = -1;
-    int error = api->reg_dmabuf_mr == NULL ? ENOSYS : api->dmabuf_of(base, bytes, &fd);
+    uint64_t offset = 0;
+    int error = api->reg_dmabuf_mr == NULL ? ENOSYS : api->dmabuf_of(base, bytes, &fd, &offset);
     struct ibv_mr *mr = NULL;
     if (error == 0) {
-        mr = api->reg_dmabuf_mr(path->pd, 0, bytes, (uintptr_t)base, fd, (int)access);
+        mr = api->reg_dmabuf_mr(path->pd, offset, bytes, (uintptr_t)base, fd, (int)access);
         error = errno;
         close(fd); /* the registration keeps the memory */
     }

@@ -277,10 +277,10 @@ static int fake_memory_kind(const void *addr, bool *is_device_p)
     return 0;
 }
 
-static int fake_dmabuf_of(const void *addr, size_t length, int *fd_p)
+static int fake_dmabuf_of(const void *addr, size_t length, int *fd_p, uint64_t *offset_p)
 {
-    (void)addr;
     (void)length;
+    *offset_p = (uintptr_t)addr % 4096; /* the driver's buffers begin at pages */
     if (fake.no_dmabuf) {
         return ENOTSUP;
     }
@@ -294,7 +294,7 @@ static int fake_dmabuf_of(const void *addr, size_t length, int *fd_p)
 static struct ibv_mr *fake_reg_dmabuf_mr(struct ibv_pd *pd, uint64_t offset, size_t length,
                                          uint64_t iova, int fd, int access)
 {
-    if (offset != 0 || fcntl(fd, F_GETFD) < 0) {
+    if (offset != iova % 4096 || fcntl(fd, F_GETFD) < 0) {
         fake.num_bad++;
     }
     __atomic_fetch_add(&fake.num_dmabufs, 1, __ATOMIC_RELAXED);
