@@ -45,6 +45,7 @@ struct plan {
     uint32_t num_deaths;
     uint32_t newcomer; /* seat that is taken again, UINT32_MAX: none */
     uint32_t join_step;
+    bool is_renewed; /* the group is made again before every step, nobody being lost */
     char address[64];
 };
 
@@ -364,6 +365,10 @@ static bool run_steps(struct seat *seat, uint32_t step)
                 return nep_multi_fail(seat->rank, "the newcomer was not let in");
             }
         }
+        uint32_t before = step;
+        if (plan->is_renewed && (!recover(seat, &step, 0) || step != before)) {
+            return nep_multi_fail(seat->rank, "step %u became step %u", before, step);
+        }
         int status = run_step(seat, step);
         if (status == 1) {
             return true;
@@ -526,6 +531,21 @@ static void test_recover_threads_that_stop(void **state)
                       .newcomer = UINT32_MAX});
 }
 
+/* The generation's 3 bits in an immediate go round, and nothing is taken for something else. */
+static void test_recover_more_generations_than_bits(void **state)
+{
+    (void)state;
+    run((struct plan){.intra = "shm",
+                      .inter = "ucx",
+                      .num_nodes = 2,
+                      .ranks_per_node = {2, 1},
+                      .layout = NEP_LAYOUT_EXPERT_PACKED,
+                      .is_mapped = true,
+                      .timeout_ns = 20000000000ull,
+                      .newcomer = UINT32_MAX,
+                      .is_renewed = true});
+}
+
 int main(void)
 {
     const struct CMUnitTest processes[] = {
@@ -533,6 +553,7 @@ int main(void)
         cmocka_unit_test(test_recover_three_deaths_and_a_node),
         cmocka_unit_test(test_recover_shm_newcomer_replaces_rank_0),
         cmocka_unit_test(test_recover_ucx_and_newcomer),
+        cmocka_unit_test(test_recover_more_generations_than_bits),
     };
     const struct CMUnitTest threads[] = {
         cmocka_unit_test(test_recover_threads_that_stop),
