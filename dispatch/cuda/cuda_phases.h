@@ -34,12 +34,14 @@ struct nep_cuda_limits {
     uint32_t device_sms;      /* of the device */
     uint32_t ranks_on_device; /* that run kernels on it at once */
     uint32_t shared_bytes;    /* most shared memory that a block may ask for */
+    int can_launch_early;
 };
 
 struct nep_cuda_geometry {
     uint32_t blocks; /* of push, pull and sum: one per SM */
     uint32_t threads;
     uint32_t shared_bytes; /* so much that no second block fits beside one on its SM */
+    int can_launch_early;  /* the device has programmatic dependent launch (sm_90) */
     uint32_t layout_blocks;
     uint32_t layout_threads;
     uint32_t layout_shared_bytes;

@@ -74,19 +74,22 @@ static enum nep_status find_geometry(struct nep_ep *ep, const struct nep_ep_para
     struct nep_device *device = ep->device;
     uint32_t num_ranks = ep->plan.topology->num_ranks;
     uint32_t slots = num_ranks * ep->shape.slots_per_rank;
-    int sms = 0, shared = 0;
+    int sms = 0, shared = 0, major = 0;
     cudaError_t error =
         cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device->ordinal);
     if (error == cudaSuccess) {
         error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin,
                                        device->ordinal);
     }
+    if (error == cudaSuccess) {
+        error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device->ordinal);
+    }
     enum nep_status status = nep_cuda_runtime_check(error, "attributes of the device");
     if (status != NEP_OK) {
         return status;
     }
     struct nep_cuda_limits limits = {(uint32_t)sms, device->windows.ranks_on_device,
-                                     (uint32_t)(shared - STATIC_SHARED)};
+                                     (uint32_t)(shared - STATIC_SHARED), major >= 9};
     uint32_t most = (uint32_t)sms / limits.ranks_on_device;
     uint32_t num_sms = params->num_sms != 0 ? params->num_sms
                        : most < DEFAULT_SMS ? most

@@ -35,6 +35,7 @@ enum nep_status nep_cuda_geometry(const struct nep_cuda_limits *limits, uint32_t
     uint64_t shared = (uint64_t)num_buckets * sizeof(uint32_t);
     struct nep_cuda_geometry geometry = {
         .blocks = num_sms,
+        .can_launch_early = limits->can_launch_early,
         .threads = ROW_THREADS,
         .shared_bytes = shared < ALONE_BYTES ? ALONE_BYTES : (uint32_t)shared,
         .layout_blocks = num_sms < LAYOUT_BLOCKS ? num_sms : LAYOUT_BLOCKS,

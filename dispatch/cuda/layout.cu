@@ -264,7 +264,9 @@ __global__ void __launch_bounds__(LAYOUT_MAX_THREADS)
     extern __shared__ uint32_t shared[];
     uint64_t op = 0;
     uint64_t epoch = nep_ld_relaxed_gpu(&a.routing.cell->epoch) + 1;
-    if (!nep_begin_next(a.group, &op)) {
+    nep_let_next_start();
+    bool is_begun = nep_begin_next(a.group, &op);
+    if (!__syncthreads_and(is_begun)) { /* the same answer for all threads of a block */
         return;
     }
     uint32_t warp = threadIdx.x / 32;

@@ -20,11 +20,15 @@ struct place_args {
 __global__ void __launch_bounds__(PLACE_THREADS) place_kernel(const __grid_constant__ place_args a)
 {
     uint64_t op = 0;
-    if (!nep_begin(a.group, a.routing.cell, &op)) {
+    bool is_begun = nep_begin(a.group, a.routing.cell, &op);
+    if (!__syncthreads_and(is_begun)) {
         return;
     }
-    nep_place place = {a.group, a.routing, a.place, op, a.routing.first, a.routing.totals, true};
-    nep_place_block(place);
+    nep_place place = {a.group, a.routing, a.place, op, a.routing.first, a.routing.totals};
+    if (nep_wait_all(a.group, a.group.words.counts, op, NEP_CUDA_PHASE_COUNTS)) {
+        nep_place_first(place);
+        nep_place_received(place);
+    }
 }
 
 } // namespace

@@ -119,7 +119,8 @@ __global__ void __launch_bounds__(PULL_THREADS, 1) pull_kernel(const __grid_cons
     extern __shared__ uint32_t first[];
     __shared__ struct nep_places places[NEP_CUDA_MAX_RANKS];
     uint64_t op = 0;
-    if (!nep_begin(a.group, a.routing.cell, &op) ||
+    bool is_begun = nep_begin(a.group, a.routing.cell, &op);
+    if (!__syncthreads_and(is_begun) ||
         !nep_wait_all(a.group, a.group.words.pushed, op, NEP_CUDA_PHASE_PUSHED)) {
         return;
     }

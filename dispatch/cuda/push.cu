@@ -51,8 +51,13 @@ struct warp_item {
     uint32_t index;
 };
 
-/* Staging areas of this operation; rows NULL: nobody pulls, or not from there. */
-struct stage {
+/* What a block knows about its operation, in shared memory: registers are for rows. */
+struct block {
+    struct nep_places places[NEP_CUDA_MAX_RANKS];
+    uint64_t totals[NEP_CUDA_MAX_RANKS];
+    uint64_t capacity[NEP_CUDA_MAX_RANKS];
+    bool is_short; /* an output is too small */
+    /* staging areas of this operation; rows NULL: nobody pulls, or not from there */
     bool is_pulled; /* somebody pulls */
     char *rows;
     char *scales;
@@ -202,138 +207,195 @@ __device__ void store_terms(const push_args &a, const warp_item &w, const nep_ta
 }
 
 /* What peers find their rows by. */
-__device__ __forceinline__ void stage_pairs(const push_args &a, const warp_item &w,
-                                            const stage &stage, float weight)
+__device__ __forceinline__ void stage_pairs(const push_args &a, const warp_item &w, const block &b,
+                                            float weight)
 {
     uint32_t lane = threadIdx.x % 32;
-    if (!stage.is_pulled || lane >= a.top_k) {
+    if (!b.is_pulled || lane >= a.top_k) {
         return;
     }
     char *window = nep_window(a.group, a.group.rank);
-    uint64_t at = stage.pairs + (uint64_t)w.token * a.top_k + lane;
+    uint64_t at = b.pairs + (uint64_t)w.token * a.top_k + lane;
     ((uint32_t *)(window + a.staging.slots))[at] = w.slot;
     ((uint32_t *)(window + a.staging.index))[at] = w.index;
     ((float *)(window + a.staging.weights))[at] = weight;
 }
 
-__device__ __forceinline__ void push_item(const push_args &a, const warp_item &w,
-                                          const uint32_t *first_rows,
-                                          const nep_rows_args &rows_args, const stage &stage)
+/* Terms and what lies beside rows, by different parts where there are several. */
+template <bool kCast>
+__device__ __forceinline__ void
+push_beside(const push_args &a, const warp_item &w, const nep_target &t, uint32_t all,
+            uint32_t rows, const nep_rows_args &rows_args, const block &b, char *more_scales)
 {
     uint32_t lane = threadIdx.x % 32;
-    nep_target t = nep_find_target(rows_args, w.slot, w.index, first_rows);
-    uint32_t all = __ballot_sync(0xffffffffu, t.has_row);
-    uint32_t rows = __ballot_sync(0xffffffffu, t.has_row && t.row != nullptr);
-    char *more = rows != all && stage.rows != nullptr
-                     ? stage.rows + (uint64_t)w.token * a.wire.payload_bytes
-                     : nullptr;
-    char *more_scales = more != nullptr && a.wire.scale_bytes != 0
-                            ? stage.scales + (uint64_t)w.token * a.wire.scale_bytes
-                            : nullptr;
-    uint32_t per_part = (a.units + a.parts - 1) / a.parts;
-    if (a.is_cast) {
-        per_part = (per_part + 7) / 8 * 8; /* blocks of one scale stay together */
+    bool is_second = w.part == (a.parts > 1 ? 1 : 0);
+    if (w.part != 0 && !is_second) {
+        return;
     }
-    uint32_t begin = min(a.units, w.part * per_part);
-    uint32_t end = min(a.units, begin + per_part);
-    uint32_t row_bytes = a.is_cast ? a.wire.in_bytes : a.wire.payload_bytes;
-    const char *from = a.x + (uint64_t)w.token * row_bytes;
+    float weight = 0;
+    if (lane < a.top_k) {
+        weight = a.routing.weights[(uint64_t)w.token * a.top_k + lane];
+    }
     if (w.part == 0) {
-        float weight = 0;
-        if (lane < a.top_k) {
-            weight = a.routing.weights[(uint64_t)w.token * a.top_k + lane];
-        }
         store_terms(a, w, t, all, weight);
-        nep_store_beside(rows_args, w.token, t, rows, weight);
-        stage_pairs(a, w, stage, weight);
-        if (a.scales != nullptr && !a.is_cast) {
+        if (!kCast && a.scales != nullptr) {
             nep_copy_scales(rows_args, a.scales + (uint64_t)w.token * a.wire.scale_bytes, t, rows,
                             more_scales);
         }
     }
+    if (is_second) {
+        nep_store_beside(rows_args, w.token, t, rows, weight);
+        stage_pairs(a, w, b, weight);
+    }
+}
+
+template <bool kCast>
+__device__ __forceinline__ void push_item(const push_args &a, const warp_item &w,
+                                          const uint32_t *first_rows,
+                                          const nep_rows_args &rows_args, const block &b)
+{
+    nep_target t = nep_find_target(rows_args, w.slot, w.index, first_rows);
+    uint32_t all = __ballot_sync(0xffffffffu, t.has_row);
+    uint32_t rows = __ballot_sync(0xffffffffu, t.has_row && t.row != nullptr);
+    char *more = nullptr;
+    char *more_scales = nullptr;
+    if (rows != all && b.rows != nullptr) {
+        more = b.rows + (uint64_t)w.token * a.wire.payload_bytes;
+        more_scales =
+            a.wire.scale_bytes != 0 ? b.scales + (uint64_t)w.token * a.wire.scale_bytes : nullptr;
+    }
+    push_beside<kCast>(a, w, t, all, rows, rows_args, b, more_scales);
     if (rows == 0 && more == nullptr) {
         return;
     }
-    if (a.is_cast) {
-        cast_row(a, from, rows_args.places, t, rows, more, more_scales, begin, end);
+    uint32_t per_part = (a.units + a.parts - 1) / a.parts;
+    if (kCast) {
+        per_part = (per_part + 7) / 8 * 8; /* blocks of one scale stay together */
+    }
+    uint32_t begin = min(a.units, w.part * per_part);
+    uint32_t end = min(a.units, begin + per_part);
+    const char *from = a.x + (uint64_t)w.token * (kCast ? a.wire.in_bytes : a.wire.payload_bytes);
+    if constexpr (kCast) {
+        cast_row(a, from, b.places, t, rows, more, more_scales, begin, end);
     } else {
         nep_copy_row(from, t, rows, more, begin, end);
     }
 }
 
+/* Waits for COUNTS and for outputs at once: by different threads. */
+__device__ __forceinline__ bool wait_for_all(const push_args &a, bool is_begun, uint64_t op)
+{
+    uint32_t half = threadIdx.x / NEP_CUDA_MAX_RANKS;
+    uint32_t rank = threadIdx.x % NEP_CUDA_MAX_RANKS;
+    bool is_there = is_begun;
+    if (is_begun && rank < a.group.num_ranks && half == 0 &&
+        (a.flags & NEP_CUDA_PUSH_PLACES) != 0) {
+        is_there = nep_wait_word(a.group,
+                                 nep_word_at(a.group, a.group.rank, a.group.words.counts, op, rank),
+                                 op, NEP_CUDA_PHASE_COUNTS, rank);
+    } else if (is_begun && rank < a.group.num_ranks && half == 1) {
+        is_there = nep_wait_word(a.group,
+                                 nep_word_at(a.group, a.group.rank, a.group.words.bound, op, rank),
+                                 op, NEP_CUDA_PHASE_BOUND, rank);
+    }
+    return __syncthreads_and(is_there) != 0;
+}
+
+/* By the block: outputs of all ranks, and where rows are staged. */
+__device__ __forceinline__ void find_places(const push_args &a, uint64_t op, block &b)
+{
+    /* The last threads: the first ones' warps work out positions meanwhile. */
+    uint32_t r = blockDim.x - 1 - threadIdx.x;
+    if (r < a.group.num_ranks) {
+        b.places[r] = r == a.group.rank ? nep_own_places(a.out) : nep_places_at(a.group, op, r);
+        b.capacity[r] = nep_bind_at(a.group, a.group.rank, op, r)->capacity;
+    }
+    if (threadIdx.x == 0) {
+        b.is_short = false;
+    }
+}
+
 /* By all threads of a block, before rows move: positions, outputs, staging. False: give up. */
-__device__ __forceinline__ bool prepare(const push_args &a, uint64_t op, uint32_t *first_rows,
-                                        struct nep_places *places, uint64_t *totals, stage *stage_p)
+__device__ __forceinline__ bool prepare(const push_args &a, bool is_begun, uint64_t op,
+                                        uint32_t *first_rows, block &b)
 {
     uint32_t num_ranks = a.group.num_ranks;
-    if ((a.flags & NEP_CUDA_PUSH_BINDS) != 0 && blockIdx.x == 0) {
+    bool agrees = true;
+    if (is_begun && (a.flags & NEP_CUDA_PUSH_BINDS) != 0 && blockIdx.x == 0) {
         nep_bind_all(a.group, a.out, op);
     }
+    if (!wait_for_all(a, is_begun, op)) {
+        return false;
+    }
+    find_places(a, op, b);
     if ((a.flags & NEP_CUDA_PUSH_PLACES) != 0) {
-        nep_place place = {a.group, a.routing, a.place, op, first_rows, totals, blockIdx.x == 0};
-        if (!nep_place_block(place)) {
-            return false;
-        }
+        agrees = nep_place_first({a.group, a.routing, a.place, op, first_rows, b.totals});
     } else {
         for (uint32_t i = threadIdx.x; i < a.num_buckets; i += blockDim.x) {
             first_rows[i] = a.routing.first[i];
         }
         for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
-            totals[r] = a.routing.totals[r];
+            b.totals[r] = a.routing.totals[r];
         }
     }
-    if (!nep_wait_all(a.group, a.group.words.bound, op, NEP_CUDA_PHASE_BOUND)) {
+    if (!__syncthreads_and(agrees)) {
         return false;
     }
-    bool fits = true;
     bool is_pulled = false;
-    for (uint32_t r = threadIdx.x; r < num_ranks; r += blockDim.x) {
-        places[r] = r == a.group.rank ? nep_own_places(a.out) : nep_places_at(a.group, op, r);
-        is_pulled = places[r].x == nullptr && totals[r] != 0;
-        if (totals[r] > nep_bind_at(a.group, a.group.rank, op, r)->capacity) {
+    if (threadIdx.x < num_ranks) {
+        uint32_t r = threadIdx.x;
+        is_pulled = b.places[r].x == nullptr && b.totals[r] != 0;
+        if (b.totals[r] > b.capacity[r]) {
             nep_give_up(a.group, op, NEP_CUDA_STATUS(NEP_CUDA_OVERFLOW, NEP_CUDA_PHASE_BOUND, r));
-            fits = false;
+            b.is_short = true;
         }
     }
-    fits = __syncthreads_and(fits) != 0;
     is_pulled = __syncthreads_or(is_pulled) != 0;
-    uint64_t slot = op % a.staging.depth;
-    char *window = nep_window(a.group, a.group.rank);
-    stage_p->is_pulled = is_pulled;
-    stage_p->pairs = slot * a.place.max_tokens * a.top_k;
-    stage_p->rows =
-        !is_pulled || a.is_lent
-            ? nullptr
-            : window + a.staging.x + slot * a.place.max_tokens * (uint64_t)a.wire.payload_bytes;
-    stage_p->scales = window + a.staging.scales + slot * a.staging.scales_stride;
-    return fits;
+    if (threadIdx.x == 0) {
+        uint64_t slot = op % a.staging.depth;
+        char *window = nep_window(a.group, a.group.rank);
+        b.is_pulled = is_pulled;
+        b.pairs = slot * a.place.max_tokens * a.top_k;
+        b.rows =
+            !is_pulled || a.is_lent
+                ? nullptr
+                : window + a.staging.x + slot * a.place.max_tokens * (uint64_t)a.wire.payload_bytes;
+        b.scales = window + a.staging.scales + slot * a.staging.scales_stride;
+    }
+    __syncthreads();
+    return !b.is_short;
 }
 
+template <bool kCast>
 __global__ void __launch_bounds__(PUSH_THREADS, 1) push_kernel(const __grid_constant__ push_args a)
 {
     extern __shared__ uint32_t first_rows[];
-    __shared__ struct nep_places places[NEP_CUDA_MAX_RANKS];
-    __shared__ uint64_t totals[NEP_CUDA_MAX_RANKS];
+    __shared__ block b;
     uint64_t op = 0;
-    stage stage;
-    if (!nep_begin(a.group, a.routing.cell, &op) ||
-        !prepare(a, op, first_rows, places, totals, &stage)) {
-        return;
-    }
-    const nep_rows_args rows_args = {places,          a.group.rank,         a.slots_per_rank,
-                                     a.top_k,         a.wire.payload_bytes, a.wire.scale_bytes,
-                                     a.is_rank_layout};
     /* Rows go round the blocks first: a few tokens then keep every SM busy. */
     uint64_t stride = (uint64_t)gridDim.x * (blockDim.x / 32);
     uint64_t num_items = (uint64_t)a.num_tokens * a.parts;
     uint64_t item = (uint64_t)(threadIdx.x / 32) * gridDim.x + blockIdx.x;
-    warp_item next = item_at(a, item);
+    nep_wait_for_previous();
+    warp_item next = item_at(a, item); /* layout's work, loaded while others are waited for */
+    bool is_begun = nep_begin(a.group, a.routing.cell, &op);
+    if (!prepare(a, is_begun, op, first_rows, b)) {
+        return;
+    }
+    const nep_rows_args rows_args = {b.places,        a.group.rank,         a.slots_per_rank,
+                                     a.top_k,         a.wire.payload_bytes, a.wire.scale_bytes,
+                                     a.is_rank_layout};
     for (; item < num_items; item += stride) {
         warp_item now = next;
         next = item_at(a, item + stride);
-        push_item(a, now, first_rows, rows_args, stage);
+        push_item<kCast>(a, now, first_rows, rows_args, b);
     }
-    if (!nep_is_last_block(a.routing.cell)) {
+    uint32_t ticket = nep_arrive(a.routing.cell);
+    if (ticket == 0 && (a.flags & NEP_CUDA_PUSH_PLACES) != 0) {
+        /* By the block that has nothing else to do, while the others end. */
+        nep_place_received({a.group, a.routing, a.place, op, first_rows, b.totals});
+    }
+    if (ticket != gridDim.x - 1) {
         return;
     }
     nep_tell_all(a.group, a.group.words.pushed, op);
@@ -357,7 +419,11 @@ __global__ void await_kernel(const __grid_constant__ struct nep_cuda_group group
 enum nep_status nep_cuda_load_push(void)
 {
     enum nep_status status = nep_cuda_load_kernel((const void *)await_kernel, "await");
-    return status == NEP_OK ? nep_cuda_load_kernel((const void *)push_kernel, "push") : status;
+    if (status == NEP_OK) {
+        status = nep_cuda_load_kernel((const void *)push_kernel<true>, "push with a cast");
+    }
+    return status == NEP_OK ? nep_cuda_load_kernel((const void *)push_kernel<false>, "push")
+                            : status;
 }
 
 extern "C" enum nep_status nep_cuda_push(const struct nep_cuda_dispatch *dispatch, unsigned flags,
@@ -394,8 +460,10 @@ extern "C" enum nep_status nep_cuda_push(const struct nep_cuda_dispatch *dispatc
         dispatch->group->num_ranks * (args.is_rank_layout ? 1 : shape->slots_per_rank);
     args.flags = flags;
     const struct nep_cuda_geometry *geometry = dispatch->geometry;
-    push_kernel<<<geometry->blocks, PUSH_THREADS, geometry->shared_bytes, stream>>>(args);
-    return nep_cuda_check(cudaGetLastError(), "launch of push");
+    auto kernel = args.is_cast ? push_kernel<true> : push_kernel<false>;
+    return nep_cuda_check(
+        nep_cuda_launch_early<push_args>(kernel, args, *geometry, PUSH_THREADS, stream),
+        "launch of push");
 }
 
 extern "C" enum nep_status nep_cuda_await(const struct nep_cuda_dispatch *dispatch,

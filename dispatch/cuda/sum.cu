@@ -201,7 +201,8 @@ __device__ __forceinline__ bool prepare(const sum_args &a, uint64_t *op_p, uint6
 {
     uint64_t op = 0;
     bool is_begun = (a.flags & NEP_CUDA_SUM_BEGUN) != 0;
-    if (is_begun ? !nep_begin(a.group, a.routing.cell, &op) : !nep_begin_next(a.group, &op)) {
+    is_begun = is_begun ? nep_begin(a.group, a.routing.cell, &op) : nep_begin_next(a.group, &op);
+    if (!__syncthreads_and(is_begun)) {
         return false;
     }
     *op_p = op;

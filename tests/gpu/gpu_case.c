@@ -28,6 +28,8 @@ static void *device(struct gpu_case *c, uint64_t bytes)
     void *memory = NULL;
     gpu_must((int)cudaMalloc(&memory, bytes + 64), "device memory");
     gpu_must((int)cudaMemset(memory, 0, bytes + 64), "device memory");
+    gpu_must((int)cudaStreamSynchronize(NULL),
+             "device memory"); /* the rank's does not wait for it */
     c->memory[c->num_memory++] = memory;
     return memory;
 }
@@ -88,6 +90,7 @@ struct gpu_shape gpu_shape_random(uint64_t key, uint32_t num_ranks)
     s.is_y_private = nep_ref_rng_below(&rng, 3) == 0;
     s.has_bias = nep_ref_rng_below(&rng, 3) == 0;
     s.has_weights_back = s.layout == NEP_LAYOUT_RANK && nep_ref_rng_below(&rng, 2);
+    s.is_overlapped = !s.is_graph && nep_ref_rng_below(&rng, 3) == 0;
     s.calls =
         (enum gpu_calls)nep_ref_rng_below(&rng, s.is_graph ? GPU_CALLS_COUNTS : GPU_NUM_CALLS);
     return s;
@@ -99,8 +102,9 @@ void gpu_shape_print(const struct gpu_shape *s)
            "wire %d scale %d calls %d%s%s%s%s%s%s%s%s%s%s\n",
            (unsigned long long)s->key, s->num_ranks, s->num_sms, s->slots_per_rank, s->num_experts,
            s->top_k, s->hidden, s->max_tokens, s->alignment, (int)s->layout, (int)s->dtype,
-           (int)s->wire, (int)s->scale, (int)s->calls, s->is_cast_before ? " cast-before" : "",
-           s->is_wild ? " wild" : "", s->has_weights ? " weights" : "", s->is_int64 ? " int64" : "",
+           (int)s->wire, (int)s->scale, (int)s->calls + (s->is_overlapped ? 10 : 0),
+           s->is_cast_before ? " cast-before" : "", s->is_wild ? " wild" : "",
+           s->has_weights ? " weights" : "", s->is_int64 ? " int64" : "",
            s->is_graph ? " graph" : "", s->is_x_private ? " x-private" : "",
            s->is_out_private ? " out-private" : "", s->is_y_private ? " y-private" : "",
            s->has_bias ? " bias" : "", s->has_weights_back ? " weights-back" : "");
@@ -128,7 +132,8 @@ uint64_t gpu_shape_bytes(const struct gpu_shape *s)
     uint64_t rows = capacity_of(s);
     uint64_t scales = nep_scales_row_bytes(s->hidden, s->scale);
     uint64_t k = s->layout == NEP_LAYOUT_RANK ? s->top_k : 1;
-    return rows * (2 * y_row_bytes(s) + scales + 16 * k + 16) +
+    uint64_t num = s->is_overlapped ? 2 : 1;
+    return rows * ((1 + num) * y_row_bytes(s) + num * (scales + 16 * k + 16)) +
            s->max_tokens * (y_row_bytes(s) + scales) + 16 * 4096;
 }
 
@@ -265,10 +270,34 @@ static void make_ep(struct gpu_case *c)
         .scale = s->scale,
         .executor = NEP_EXECUTOR_CUDA,
         .num_sms = s->num_sms,
+        .outstanding = s->is_overlapped ? 2 : 1,
     };
     gpu_must_nep(nep_ep_create(c->world->comm, &params, &c->ep), "ep");
     gpu_must_nep(nep_handle_create(c->ep, &c->handle), "handle");
     gpu_must_nep(nep_wire_init(&c->wire, s->dtype, s->wire, s->hidden, s->scale), "wire");
+}
+
+static struct nep_rows make_outputs(struct gpu_case *c)
+{
+    const struct gpu_shape *s = &c->shape;
+    uint64_t rows = capacity_of(s);
+    uint64_t k = s->layout == NEP_LAYOUT_RANK ? s->top_k : 1;
+    bool is_private = s->is_out_private;
+    struct nep_rows out = {
+        .size = sizeof out,
+        .x = shared(c, rows * c->wire.payload_bytes, is_private),
+        .capacity = rows,
+        .topk_weights = shared(c, rows * 4 * k, is_private),
+        .source_rank = shared(c, rows * 4, is_private),
+        .source_token = shared(c, rows * 4, is_private),
+    };
+    if (c->wire.scale_bytes != 0) {
+        out.scales = shared(c, rows * c->wire.scale_bytes, is_private);
+    }
+    if (s->layout == NEP_LAYOUT_RANK) {
+        out.topk_slots = shared(c, rows * 4 * k, is_private);
+    }
+    return out;
 }
 
 static void make_buffers(struct gpu_case *c)
@@ -277,7 +306,6 @@ static void make_buffers(struct gpu_case *c)
     uint64_t pairs = (uint64_t)s->max_tokens * s->top_k;
     uint64_t rows = capacity_of(s);
     uint64_t k = s->layout == NEP_LAYOUT_RANK ? s->top_k : 1;
-    bool is_private = s->is_out_private;
     c->capacity = rows;
     c->ids_device = device(c, pairs * 8);
     c->weights_device = device(c, pairs * 4);
@@ -291,20 +319,7 @@ static void make_buffers(struct gpu_case *c)
     if (s->is_cast_before) {
         c->in.scales = shared(c, s->max_tokens * c->wire.scale_bytes, s->is_x_private);
     }
-    c->out = (struct nep_rows){
-        .size = sizeof c->out,
-        .x = shared(c, rows * c->wire.payload_bytes, is_private),
-        .capacity = rows,
-        .topk_weights = shared(c, rows * 4 * k, is_private),
-        .source_rank = shared(c, rows * 4, is_private),
-        .source_token = shared(c, rows * 4, is_private),
-    };
-    if (c->wire.scale_bytes != 0) {
-        c->out.scales = shared(c, rows * c->wire.scale_bytes, is_private);
-    }
-    if (s->layout == NEP_LAYOUT_RANK) {
-        c->out.topk_slots = shared(c, rows * 4 * k, is_private);
-    }
+    c->out = make_outputs(c);
     c->expert = (struct nep_expert_rows){.size = sizeof c->expert,
                                          .y = shared(c, rows * y_row_bytes(s), s->is_y_private)};
     c->result = (struct nep_tokens_out){.size = sizeof c->result,
@@ -313,6 +328,12 @@ static void make_buffers(struct gpu_case *c)
         c->back_weights = shared(c, rows * 4 * k, s->is_y_private);
         c->expert.topk_weights = c->back_weights;
         c->result.topk_weights = device(c, pairs * 4);
+    }
+    if (s->is_overlapped) {
+        gpu_must_nep(nep_handle_create(c->ep, &c->handle2), "handle");
+        c->out2 = make_outputs(c);
+        c->result2 = c->result;
+        c->result2.y = device(c, s->max_tokens * y_row_bytes(s));
     }
 }
 
@@ -333,6 +354,7 @@ struct gpu_case *gpu_case_create(struct gpu_world *world, const struct gpu_shape
     upload_x(c);
     if (shape->has_bias) {
         upload_bias(c);
+        memcpy(c->result2.bias, c->result.bias, sizeof c->result.bias);
     }
     gpu_world_meet(world);
     return c;
@@ -348,6 +370,7 @@ void gpu_case_destroy(struct gpu_case *c)
         }
     }
     nep_handle_destroy(c->handle);
+    nep_handle_destroy(c->handle2);
     nep_ep_destroy(c->ep);
     nep_map_destroy(c->map);
     for (uint32_t i = 0; i < c->num_memory; i++) {
@@ -413,13 +436,16 @@ static void upload_round(struct gpu_case *c)
         pairs * (s->is_int64 ? 8 : 4));
     put(c, c->weights_device, c->weights[rank], pairs * 4);
     free(wide);
-    poison(c, c->out.x, c->capacity * c->wire.payload_bytes);
-    poison(c, c->out.scales, c->capacity * c->wire.scale_bytes);
-    poison(c, c->out.topk_slots, c->capacity * 4 * k);
-    poison(c, c->out.topk_weights, c->capacity * 4 * k);
-    poison(c, c->out.source_rank, c->capacity * 4);
-    poison(c, c->out.source_token, c->capacity * 4);
-    poison(c, c->result.y, s->max_tokens * y_row_bytes(s));
+    for (uint32_t i = 0; i < 2; i++) {
+        const struct nep_rows *out = i == 0 ? &c->out : &c->out2;
+        poison(c, out->x, c->capacity * c->wire.payload_bytes);
+        poison(c, out->scales, c->capacity * c->wire.scale_bytes);
+        poison(c, out->topk_slots, c->capacity * 4 * k);
+        poison(c, out->topk_weights, c->capacity * 4 * k);
+        poison(c, out->source_rank, c->capacity * 4);
+        poison(c, out->source_token, c->capacity * 4);
+        poison(c, i == 0 ? c->result.y : c->result2.y, s->max_tokens * y_row_bytes(s));
+    }
     poison(c, c->result.topk_weights, (uint64_t)s->max_tokens * s->top_k * 4);
     gpu_must((int)cudaStreamSynchronize(c->world->stream), "poison");
 }
@@ -452,14 +478,58 @@ void gpu_case_draw(struct gpu_case *c, uint64_t round)
         nep_ref_rows_free(&c->want[r]);
         gpu_must(!nep_ref_rows_build(&c->ref, r, &c->want[r]), "memory of the oracle");
     }
-    c->in.num_tokens = c->result.num_tokens = c->num_tokens[c->world->rank];
+    c->in.num_tokens = c->num_tokens[c->world->rank];
+    c->result.num_tokens = c->result2.num_tokens = c->in.num_tokens;
     upload_round(c);
     gpu_world_meet(c->world);
+}
+
+void gpu_case_swap(struct gpu_case *c)
+{
+    struct nep_handle *handle = c->handle;
+    struct nep_rows out = c->out;
+    struct nep_tokens_out result = c->result;
+    c->handle = c->handle2;
+    c->out = c->out2;
+    c->result = c->result2;
+    c->handle2 = handle;
+    c->out2 = out;
+    c->result2 = result;
+}
+
+/* Both send halves before both complete halves; the second's outputs are bound if the calls say so.
+ */
+static void dispatch_two(struct gpu_case *c)
+{
+    void *stream = c->world->stream;
+    bool is_bound = c->shape.calls == GPU_CALLS_BOUND;
+    struct nep_counts counts;
+    gpu_must_nep(nep_handle_bind_output(c->handle2, is_bound ? &c->out2 : NULL), "bind");
+    gpu_must_nep(nep_dispatch_send(c->ep, c->handle, &c->in, stream), "dispatch 1, send");
+    gpu_must_nep(nep_dispatch_send(c->ep, c->handle2, &c->in, stream), "dispatch 2, send");
+    if (c->shape.calls == GPU_CALLS_COUNTS) {
+        gpu_must_nep(nep_dispatch_counts(c->ep, c->handle2, &counts), "counts");
+    }
+    gpu_must_nep(nep_dispatch_recv(c->ep, c->handle, &c->out, stream), "dispatch 1, recv");
+    gpu_must_nep(nep_dispatch_recv(c->ep, c->handle2, &c->out2, stream), "dispatch 2, recv");
+}
+
+static void combine_two(struct gpu_case *c)
+{
+    void *stream = c->world->stream;
+    gpu_must_nep(nep_combine_send(c->ep, c->handle, &c->expert, stream), "combine 1, send");
+    gpu_must_nep(nep_combine_send(c->ep, c->handle2, &c->expert, stream), "combine 2, send");
+    gpu_must_nep(nep_combine_recv(c->ep, c->handle, &c->result, stream), "combine 1, recv");
+    gpu_must_nep(nep_combine_recv(c->ep, c->handle2, &c->result2, stream), "combine 2, recv");
 }
 
 void gpu_case_dispatch(struct gpu_case *c)
 {
     void *stream = c->world->stream;
+    if (c->shape.is_overlapped) {
+        dispatch_two(c);
+        return;
+    }
     if (c->shape.calls == GPU_CALLS_WHOLE) {
         gpu_must_nep(nep_dispatch(c->ep, c->handle, &c->in, &c->out, stream), "dispatch");
         return;
@@ -478,6 +548,10 @@ void gpu_case_dispatch(struct gpu_case *c)
 void gpu_case_combine(struct gpu_case *c)
 {
     void *stream = c->world->stream;
+    if (c->shape.is_overlapped) {
+        combine_two(c);
+        return;
+    }
     if (c->shape.calls == GPU_CALLS_WHOLE) {
         gpu_must_nep(nep_combine(c->ep, c->handle, &c->expert, &c->result, stream), "combine");
         return;

@@ -49,6 +49,7 @@ struct gpu_shape {
     bool has_bias;
     bool has_weights_back; /* rank layout: top-k weights come back with combine */
     enum gpu_calls calls;
+    bool is_overlapped; /* two operations outstanding, with a handle and outputs each */
 };
 
 struct gpu_shape gpu_shape_random(uint64_t key, uint32_t num_ranks);
@@ -81,7 +82,11 @@ struct gpu_case {
     struct nep_expert_rows expert;
     struct nep_tokens_out result;
     float *back_weights; /* [rows][K] what combine adds up */
-    void *graphs[2];     /* of dispatch and combine: captured once, replayed each round */
+    /* a second operation beside the first */
+    struct nep_handle *handle2;
+    struct nep_rows out2;
+    struct nep_tokens_out result2;
+    void *graphs[2]; /* of dispatch and combine: captured once, replayed each round */
     uint32_t graph_tokens;
     void *memory[64];
     uint32_t num_memory;
@@ -96,9 +101,13 @@ void gpu_case_draw(struct gpu_case *c, uint64_t round);
 void gpu_case_fill_y(struct gpu_case *c, uint64_t round);
 void gpu_case_dispatch(struct gpu_case *c);
 void gpu_case_combine(struct gpu_case *c);
+/* The second operation's things in the place of the first's, and back. */
+void gpu_case_swap(struct gpu_case *c);
 /* Wrong elements; the first difference is printed. */
 uint64_t gpu_case_check_dispatch(struct gpu_case *c);
 uint64_t gpu_case_check_combine(struct gpu_case *c, uint64_t round);
+/* Route and layout alone, against the slots that the oracle works with. */
+uint64_t gpu_case_check_layout(struct gpu_case *c);
 /* Dispatch and combine of one round, all checked. */
 uint64_t gpu_case_round(struct gpu_case *c, uint64_t round);
 /* What the caller's row is made of. */

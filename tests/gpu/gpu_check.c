@@ -124,7 +124,7 @@ static uint64_t check_absent(struct gpu_world *world)
         for (uint32_t i = 0; i < 200; i++) { /* 300 ms each, if each waited */
             gpu_must((int)cudaGraphLaunch(exec, stream), "graph");
         }
-        wrong += expect(c, NEP_ERR_TIMEOUT, absent, "for counts of rank", "a rank is absent");
+        wrong += expect(c, NEP_ERR_TIMEOUT, absent, "of rank", "a rank is absent");
         cudaGraphExecDestroy(exec);
         cudaGraphDestroy(graph);
     }

@@ -166,6 +166,61 @@ uint64_t gpu_case_check_dispatch(struct gpu_case *c)
     return wrong;
 }
 
+uint64_t gpu_case_check_layout(struct gpu_case *c)
+{
+    const struct gpu_shape *s = &c->shape;
+    const uint32_t *slots = c->slots[c->world->rank];
+    uint64_t tokens = c->num_tokens[c->world->rank];
+    uint64_t num_ranks = s->num_ranks;
+    uint64_t num_slots = num_ranks * s->slots_per_rank;
+    uint64_t sizes[] = {num_ranks * 4, 4, num_slots * 4, tokens * num_ranks, tokens * s->top_k * 4};
+    uint64_t end = 0;
+    uint64_t at[5];
+    for (uint32_t i = 0; i < 5; i++) {
+        at[i] = end;
+        end += (sizes[i] + 15) / 16 * 16;
+    }
+    char *there = NULL;
+    char *want = host(end);
+    gpu_must((int)cudaMalloc((void **)&there, end + 16), "counts of a layout");
+    gpu_must((int)cudaMemsetAsync(there, 0, end, c->world->stream), "counts of a layout");
+    const struct nep_layout_counts counts = {.size = sizeof counts,
+                                             .rows_per_rank = (uint32_t *)(there + at[0]),
+                                             .rows_per_node = (uint32_t *)(there + at[1]),
+                                             .rows_per_slot = (uint32_t *)(there + at[2]),
+                                             .is_token_in_rank = (uint8_t *)(there + at[3]),
+                                             .topk_slots = (uint32_t *)(there + at[4]),
+                                             .stream = c->world->stream};
+    struct nep_tokens in = c->in;
+    in.topk_ids = c->ids_device;
+    gpu_must_nep(nep_ep_layout(c->ep, &in, &counts), "layout");
+    for (uint64_t t = 0; t < tokens; t++) {
+        bool is_anywhere = false;
+        for (uint32_t k = 0; k < s->top_k; k++) {
+            uint32_t slot = slots[t * s->top_k + k];
+            memcpy(want + at[4] + (t * s->top_k + k) * 4, &slot, 4);
+            if (slot != NEP_SLOT_NONE) {
+                ((uint32_t *)(want + at[2]))[slot]++;
+                want[at[3] + t * num_ranks + slot / s->slots_per_rank] = 1;
+                is_anywhere = true;
+            }
+        }
+        for (uint64_t r = 0; r < num_ranks; r++) {
+            ((uint32_t *)(want + at[0]))[r] += (uint32_t)want[at[3] + t * num_ranks + r];
+        }
+        *(uint32_t *)(want + at[1]) += is_anywhere;
+    }
+    char *got = fetch(c, there, end);
+    uint64_t wrong = 0;
+    for (uint32_t i = 0; i < 5; i++) {
+        wrong += differ(got + at[i], want + at[i], sizes[i], i == 3 ? 1 : 4, "layout alone", i);
+    }
+    cudaFree(there);
+    free(got);
+    free(want);
+    return wrong;
+}
+
 /* ---- combine -------------------------------------------------------------------------------- */
 
 /* Expert output `idx` of a rank; a few rows of a wild case hold infinities and NaN. */
@@ -341,10 +396,21 @@ uint64_t gpu_case_round(struct gpu_case *c, uint64_t round)
     c->out.capacity = c->capacity;
     run(c, 0, gpu_case_dispatch);
     wrong += gpu_case_check_dispatch(c);
+    if (c->shape.is_overlapped) {
+        gpu_case_swap(c);
+        wrong += gpu_case_check_dispatch(c);
+        gpu_case_swap(c);
+    }
+    wrong += gpu_case_check_layout(c);
     gpu_case_fill_y(c, round);
     gpu_world_meet(c->world);
     run(c, 1, gpu_case_combine);
     wrong += gpu_case_check_combine(c, round);
+    if (c->shape.is_overlapped) {
+        gpu_case_swap(c);
+        wrong += gpu_case_check_combine(c, round);
+        gpu_case_swap(c);
+    }
     gpu_must_nep(nep_comm_fault(c->world->comm, &fault), "fault");
     if (fault.status != NEP_OK) {
         printf("rank %u: %s\n", c->world->rank, fault.message);

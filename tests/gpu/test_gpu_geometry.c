@@ -6,7 +6,7 @@
 
 #include "dispatch/cuda/cuda_phases.h"
 
-static const struct nep_cuda_limits h100 = {132, 8, 227 * 1024};
+static const struct nep_cuda_limits h100 = {132, 8, 227 * 1024, 1};
 
 static void test_geometry_all_ranks_together_fit(void **state)
 {

@@ -26,7 +26,6 @@ struct nep_place {
     uint64_t op;
     uint32_t *first;  /* [buckets], shared or global */
     uint64_t *totals; /* [R] */
-    bool is_writer;   /* this block also writes what outlives it */
 };
 
 static inline struct nep_place_args nep_place_args_of(const struct nep_cuda_dispatch *dispatch)
@@ -75,25 +74,27 @@ static __device__ __forceinline__ uint32_t nep_add_sources(const nep_place &p, u
     return most;
 }
 
-/* By one warp: buckets of rank `to`. Returns the rows of its output, padding included. */
-static __device__ inline uint64_t nep_place_rank(const nep_place &p, uint32_t to, uint64_t *real_p)
+/*
+ * By one warp: where this rank's rows begin in the buckets of rank `to` (p.first), or, with
+ * is_here, what comes to this rank (p.routing.received). Returns the rows of that rank's output,
+ * padding included; *real_p: those that carry a token, UINT64_MAX where a slot is crowded.
+ */
+static __device__ inline uint64_t nep_place_rank(const nep_place &p, uint32_t to, bool is_here,
+                                                 uint64_t *real_p)
 {
     const nep_place_args &a = p.args;
     uint32_t lane = threadIdx.x % 32;
     uint32_t num_ranks = p.group.num_ranks;
     uint32_t slots = a.slots_per_rank;
-    bool is_here = p.is_writer && to == p.group.rank;
     bool is_fixed = a.layout == NEP_LAYOUT_EXPERT_PADDED || a.layout == NEP_LAYOUT_EXPERT_FRONT;
     uint32_t end = 0;
     uint64_t pairs = 0;
     if (a.layout == NEP_LAYOUT_RANK) {
         uint32_t before;
         nep_add_sources(p, to, &end, &before);
-        if (lane == 0) {
-            p.first[to] = before;
-        }
+        *real_p = end;
         if (!is_here) {
-            *real_p = end;
+            p.first[to] = before;
             return end;
         }
     }
@@ -102,13 +103,19 @@ static __device__ inline uint64_t nep_place_rank(const nep_place &p, uint32_t to
         bool is_slot = l < slots;
         uint32_t all = 0;
         uint32_t before = 0;
+        bool is_crowded = false;
         if (is_slot) {
             uint32_t most = nep_add_sources(p, num_ranks + to * slots + l, &all, &before);
             /* A token that chooses a slot twice may need more room than a source has. */
-            if (is_fixed && most > a.max_tokens) {
+            is_crowded = is_fixed && most > a.max_tokens;
+            if (is_crowded) {
                 nep_give_up(p.group, p.op,
                             NEP_CUDA_STATUS(NEP_CUDA_CROWDED, NEP_CUDA_PHASE_COUNTS, to));
             }
+        }
+        if (__any_sync(0xffffffffu, is_crowded)) {
+            *real_p = UINT64_MAX;
+            return 0;
         }
         uint32_t total;
         uint32_t room = (all + a.alignment - 1) / a.alignment * a.alignment;
@@ -119,27 +126,60 @@ static __device__ inline uint64_t nep_place_rank(const nep_place &p, uint32_t to
             start = a.layout == NEP_LAYOUT_RANK ? 0 : l * num_ranks * a.max_tokens;
             before = a.layout == NEP_LAYOUT_EXPERT_FRONT ? before : p.group.rank * a.max_tokens;
         }
-        if (is_slot && a.layout != NEP_LAYOUT_RANK) {
-            p.first[to * slots + l] = start + before;
-        }
         if (is_slot && is_here) {
             p.routing.received[2 + l] = start;
             p.routing.received_rows[l] = all;
+        } else if (is_slot) {
+            p.first[to * slots + l] = start + before;
         }
-        nep_warp_scan(all, &total);
-        pairs += total;
+        if (is_here) {
+            nep_warp_scan(all, &total);
+            pairs += total;
+        }
     }
     *real_p = a.layout == NEP_LAYOUT_RANK ? end : pairs;
     return is_fixed ? (uint64_t)slots * num_ranks * a.max_tokens : end;
 }
 
-/* By the block, a warp per source: how many rows come here from it. */
-static __device__ inline void nep_count_sources(const nep_place &p)
+/* By the block: first rows and totals. COUNTS of all ranks are here; False: they do not agree, or
+ * a slot is crowded. A barrier must follow. */
+static __device__ inline bool nep_place_first(const nep_place &p)
+{
+    bool agrees = true;
+    for (uint32_t to = threadIdx.x / 32; to < p.group.num_ranks; to += blockDim.x / 32) {
+        const struct nep_cuda_message *message = nep_message_at(p.group, p.group.rank, p.op, to);
+        uint64_t is_of = message->op;
+        uint64_t digest = message->digest;
+        uint64_t real = 0;
+        uint64_t rows = nep_place_rank(p, to, false, &real);
+        p.totals[to] = rows;
+        agrees = agrees && real != UINT64_MAX;
+        if (is_of != p.op || digest != p.args.digest) {
+            nep_give_up(p.group, p.op,
+                        NEP_CUDA_STATUS(NEP_CUDA_DISAGREE, NEP_CUDA_PHASE_COUNTS, to));
+            agrees = false;
+        }
+    }
+    return agrees;
+}
+
+/* By the block: what comes to this rank, for the host, for pull and for stage. */
+static __device__ inline void nep_place_received(const nep_place &p)
 {
     uint32_t num_ranks = p.group.num_ranks;
     uint32_t slots = p.args.slots_per_rank;
     uint32_t lane = threadIdx.x % 32;
-    for (uint32_t s = threadIdx.x / 32; s < num_ranks; s += blockDim.x / 32) {
+    uint32_t warp = threadIdx.x / 32;
+    uint32_t num_warps = blockDim.x / 32;
+    if (warp == 0) {
+        uint64_t real = 0;
+        uint64_t rows = nep_place_rank(p, p.group.rank, true, &real);
+        if (lane == 0) {
+            p.routing.received[0] = rows;
+            p.routing.received[1] = real;
+        }
+    }
+    for (uint32_t s = warp == 0 ? num_warps - 1 : warp - 1; s < num_ranks; s += num_warps) {
         const uint32_t *rows = nep_rows_per_rank(p.group, p.op, s);
         uint32_t sum = 0;
         for (uint32_t l = lane; l < slots; l += 32) {
@@ -151,37 +191,6 @@ static __device__ inline void nep_count_sources(const nep_place &p)
                 p.args.layout == NEP_LAYOUT_RANK ? rows[p.group.rank] : sum;
         }
     }
-}
-
-/* By all threads of a block; the results are there for all of them. False: give up. */
-static __device__ inline bool nep_place_block(const nep_place &p)
-{
-    if (!nep_wait_all(p.group, p.group.words.counts, p.op, NEP_CUDA_PHASE_COUNTS)) {
-        return false;
-    }
-    bool agrees = true;
-    for (uint32_t to = threadIdx.x / 32; to < p.group.num_ranks; to += blockDim.x / 32) {
-        const struct nep_cuda_message *message = nep_message_at(p.group, p.group.rank, p.op, to);
-        if (message->op != p.op || message->digest != p.args.digest) {
-            nep_give_up(p.group, p.op,
-                        NEP_CUDA_STATUS(NEP_CUDA_DISAGREE, NEP_CUDA_PHASE_COUNTS, to));
-            agrees = false;
-            continue;
-        }
-        uint64_t real = 0;
-        uint64_t rows = nep_place_rank(p, to, &real);
-        if (threadIdx.x % 32 == 0) {
-            p.totals[to] = rows;
-            if (p.is_writer && to == p.group.rank) {
-                p.routing.received[0] = rows;
-                p.routing.received[1] = real;
-            }
-        }
-    }
-    if (p.is_writer) {
-        nep_count_sources(p);
-    }
-    return __syncthreads_and(agrees && !nep_is_stuck(p.group)) != 0;
 }
 
 #endif

@@ -56,6 +56,25 @@ static __device__ __forceinline__ uint4 nep_ld16(const void *from)
     return v;
 }
 
+/*
+ * Programmatic dependent launch (sm_90): the next kernel of the stream may be set up now; and, in
+ * that kernel, what the one before it did is complete and visible from here on. Without the launch
+ * attribute both do nothing.
+ */
+static __device__ __forceinline__ void nep_let_next_start(void)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
+#endif
+}
+
+static __device__ __forceinline__ void nep_wait_for_previous(void)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" : : : "memory");
+#endif
+}
+
 /* Nanoseconds of the device's clock; its step is up to a microsecond. */
 static __device__ __forceinline__ uint64_t nep_globaltimer(void)
 {

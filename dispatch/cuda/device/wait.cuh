@@ -167,7 +167,7 @@ static __device__ inline bool nep_wait_word(const struct nep_cuda_group &group,
 {
     uint64_t start = 0;
     for (uint32_t i = 0; nep_ld_acquire_sys(word) < value; i++) {
-        if (i % 16 != 0) {
+        if (i % 16 != 15) {
             continue;
         }
         uint64_t now = nep_globaltimer();
@@ -201,15 +201,15 @@ static __device__ inline bool nep_wait_all(const struct nep_cuda_group &group, u
 }
 
 /*
- * By all threads of a block, at its end: true in the block that arrives last, which then owns what
- * all blocks did. The barriers carry the stores of a block's threads to and from the arrival.
+ * By all threads of a block, at its end: how many blocks came before. The last one owns what all
+ * blocks did. The barriers carry the stores of a block's threads to and from the arrival.
  */
-static __device__ inline bool nep_is_last_block(struct nep_cuda_cell *cell)
+static __device__ inline uint32_t nep_arrive(struct nep_cuda_cell *cell)
 {
     __shared__ uint32_t ticket;
     __syncthreads();
     if (gridDim.x == 1) {
-        return true;
+        return 0;
     }
     if (threadIdx.x == 0) {
         ticket = nep_add_acq_rel_gpu(&cell->arrived, 1);
@@ -218,7 +218,12 @@ static __device__ inline bool nep_is_last_block(struct nep_cuda_cell *cell)
         }
     }
     __syncthreads();
-    return ticket == gridDim.x - 1;
+    return ticket;
+}
+
+static __device__ inline bool nep_is_last_block(struct nep_cuda_cell *cell)
+{
+    return nep_arrive(cell) == gridDim.x - 1;
 }
 
 /* By all threads of one block: raises this rank's word at every rank. Release: pairs with the
