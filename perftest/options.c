@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "perftest/gpu.h"
 #include "perftest/perf.h"
 #include "transport/transport.h"
 
@@ -195,6 +196,7 @@ static bool set_executor(struct nep_perf_options *options, const char *value, si
 {
     (void)offset;
     options->executor = value;
+    options->is_on_gpu = strcmp(value, "cuda") == 0;
     return strcmp(value, "host") == 0 || strcmp(value, "cuda") == 0;
 }
 
@@ -222,6 +224,8 @@ static const struct option table[] = {
     {"--memory", "mapped|private", "tensors from nearep's pool, or the caller's own (mapped)",
      set_memory, 0},
     {"--executor", "host|cuda", "where tokens live (host)", set_executor, 0},
+    {"--num-sms", "N", "executor cuda: SMs of each rank's kernels (16, or a share of them)",
+     set_u32, AT(num_sms)},
     {"--intra", "NAME", "transport inside a node: shm, cuda, loop or auto (auto)", set_text,
      AT(intra)},
     {"--inter", "NAME",
@@ -294,8 +298,13 @@ static int check(const struct nep_perf_options *options)
         return nep_perf_error(NEP_PERF_USAGE, "--top-k %u is more than --experts %u",
                               options->top_k, options->experts);
     }
-    if (strcmp(options->executor, "cuda") == 0) {
-        return nep_perf_error(NEP_PERF_USAGE, "--executor cuda: this build has no CUDA executor");
+    if (options->is_on_gpu && (options->baseline != NULL || options->is_continued)) {
+        return nep_perf_error(NEP_PERF_USAGE,
+                              "--baseline mpi and --on-fault continue are for tokens "
+                              "in host memory, not for --executor cuda");
+    }
+    if (options->is_on_gpu && nep_perf_gpu_probe() != -1) {
+        return NEP_PERF_USAGE;
     }
     if (options->is_continued && options->baseline != NULL) {
         return nep_perf_error(NEP_PERF_USAGE, "--on-fault continue does not go with --baseline");

@@ -29,6 +29,8 @@ struct nep_perf_options {
     uint32_t alignment;
     bool is_mapped;
     const char *executor;
+    bool is_on_gpu;   /* executor is cuda */
+    uint32_t num_sms; /* 0: the library's default */
     const char *intra;
     const char *inter;
     const char *routing;

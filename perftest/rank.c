@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "base/clock.h"
+#include "perftest/gpu.h"
 #include "perftest/perf.h"
 #include "perftest/results.h"
 
@@ -44,7 +45,7 @@ int nep_perf_fail(struct nep_perf_rank *rank, const char *what)
 static void *tensor(struct nep_perf_rank *rank, size_t bytes)
 {
     void *buffer = NULL;
-    if (!rank->options.is_mapped) {
+    if (!rank->options.is_mapped || rank->options.is_on_gpu) {
         if (posix_memalign(&buffer, 4096, bytes + 1) != 0) {
             return NULL;
         }
@@ -55,7 +56,7 @@ static void *tensor(struct nep_perf_rank *rank, size_t bytes)
 
 static void tensor_free(struct nep_perf_rank *rank, void *buffer)
 {
-    if (!rank->options.is_mapped) {
+    if (!rank->options.is_mapped || rank->options.is_on_gpu) {
         free(buffer);
     } else if (buffer != NULL) {
         nep_buffer_free(rank->ep, buffer);
@@ -194,7 +195,13 @@ static int ep_create(struct nep_perf_rank *rank)
                                    .outstanding = options->outstanding,
                                    .map = nep_perf_plan_map(rank->plan)};
     params.pool_bytes = 1 << 20;
-    if (options->is_mapped) {
+    if (options->is_on_gpu) {
+        params.executor = NEP_EXECUTOR_CUDA;
+        params.num_sms = options->num_sms;
+        params.pool_bytes +=
+            options->is_mapped ? nep_perf_gpu_bytes(rank) * options->outstanding : 0;
+        params.staging_bytes = options->is_mapped ? 1 << 20 : 0;
+    } else if (options->is_mapped) {
         params.pool_bytes += (sizes.x + sizes.rows + sizes.expert + sizes.y + 8 * 4096) *
                              (uint64_t)options->outstanding;
     }
@@ -234,6 +241,9 @@ int nep_perf_rank_create(const struct nep_perf_options *options, struct nep_perf
     for (uint32_t s = 0; s < options->outstanding && rc == -1; s++) {
         rc = lane_create(rank, &rank->lanes[s]);
     }
+    if (rc == -1 && options->is_on_gpu && nep_perf_gpu_create(rank) != NEP_OK) {
+        rc = nep_perf_fail(rank, "tensors on the device");
+    }
     if (rc == -1 && options->is_continued) {
         survive(rank);
     }
@@ -242,6 +252,7 @@ int nep_perf_rank_create(const struct nep_perf_options *options, struct nep_perf
 
 void nep_perf_rank_destroy(struct nep_perf_rank *rank)
 {
+    nep_perf_gpu_destroy(rank);
     for (uint32_t s = 0; s < rank->options.outstanding && rank->ep != NULL; s++) {
         lane_destroy(rank, &rank->lanes[s]);
     }
@@ -423,6 +434,27 @@ static int barrier(struct nep_perf_rank *rank)
     return rank->seat->must_recover ? NEP_PERF_RECOVER : NEP_PERF_FAILED;
 }
 
+/* The timed parts, where tokens are. */
+static int timed(struct nep_perf_rank *rank, bool is_combine, uint64_t *ns_p)
+{
+    if (rank->gpu != NULL) {
+        enum nep_status status =
+            is_combine ? nep_perf_gpu_combine(rank, ns_p) : nep_perf_gpu_dispatch(rank, ns_p);
+        return status == NEP_OK ? -1
+                                : nep_perf_fail(rank, is_combine ? "nep_combine" : "nep_dispatch");
+    }
+    uint64_t start_ns = nep_now_ns();
+    int rc = is_combine ? combine(rank) : dispatch(rank);
+    *ns_p = nep_now_ns() - start_ns;
+    return rc;
+}
+
+/* Between host and device; nothing where tokens are on the host. */
+static int move(struct nep_perf_rank *rank, enum nep_status (*way)(struct nep_perf_rank *))
+{
+    return rank->gpu == NULL || way(rank) == NEP_OK ? -1 : nep_perf_fail(rank, "copies");
+}
+
 static int iteration(struct nep_perf_rank *rank, uint64_t number, bool is_timed)
 {
     for (uint32_t s = 0; s < rank->options.outstanding; s++) {
@@ -430,20 +462,17 @@ static int iteration(struct nep_perf_rank *rank, uint64_t number, bool is_timed)
         fill_lane(rank, &rank->lanes[s]);
     }
     struct nep_perf_sample sample;
-    int rc = barrier(rank);
-    uint64_t start_ns = nep_now_ns();
-    rc = rc == -1 ? dispatch(rank) : rc;
-    sample.dispatch_ns = nep_now_ns() - start_ns;
+    int rc = move(rank, nep_perf_gpu_upload);
     rc = rc == -1 ? barrier(rank) : rc;
+    rc = rc == -1 ? timed(rank, false, &sample.dispatch_ns) : rc;
+    rc = rc == -1 ? barrier(rank) : rc;
+    rc = rc == -1 ? move(rank, nep_perf_gpu_fetch_rows) : rc;
     rc = rc == -1 ? after_dispatch(rank, is_timed) : rc;
+    rc = rc == -1 ? move(rank, nep_perf_gpu_put_experts) : rc;
     rc = rc == -1 ? barrier(rank) : rc;
-    if (rc != -1) {
-        return rc;
-    }
-    start_ns = nep_now_ns();
-    rc = combine(rank);
-    sample.combine_ns = nep_now_ns() - start_ns;
+    rc = rc == -1 ? timed(rank, true, &sample.combine_ns) : rc;
     rc = rc == -1 ? barrier(rank) : rc;
+    rc = rc == -1 ? move(rank, nep_perf_gpu_fetch_results) : rc;
     if (rc != -1) {
         return rc;
     }

@@ -28,6 +28,8 @@ struct nep_perf_lane {
     uint32_t num_tokens;
 };
 
+struct nep_perf_gpu;
+
 struct nep_perf_rank {
     struct nep_perf_options options; /* own copy: a trace sets E and K */
     struct nep_perf_seat *seat;
@@ -36,6 +38,7 @@ struct nep_perf_rank {
     struct nep_perf_plan *plan;
     struct nep_ep *ep;
     struct nep_perf_lane lanes[8];
+    struct nep_perf_gpu *gpu;        /* NULL: tokens are in host memory */
     uint64_t capacity;               /* output rows */
     struct nep_perf_sample *samples; /* of all timed iterations so far */
     uint64_t num_samples;

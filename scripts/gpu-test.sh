@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # usage: scripts/gpu-test.sh [PART...]: tests and figures on a machine with an NVIDIA GPU.
-# Parts: build threads faults processes sanitizer perf staged decode ring dmabuf; without arguments all. It
+# Parts: build threads faults processes sanitizer perf staged decode sweep tool ring dmabuf; without arguments all. It
 # starts and ends an MPS daemon of its own. Part ring runs the litmus test for NEP_GPU_LITMUS seconds
 # (60).
 #   NEP_GPU_BIN    where gpu_check, gpu_perf and nep-perf are: then nothing is built here
@@ -99,10 +99,14 @@ part_sanitizer() {
         echo "sanitizer: compute-sanitizer is not here; nothing was looked at"
         return
     fi
+    # memcheck and synccheck let kernels of two threads run one after the other now and then, which
+    # those that wait for each other do not survive: one rank, and two where they run together.
     for tool in memcheck racecheck synccheck; do
         CUDA_DEVICE_MAX_CONNECTIONS=32 run 100 "$sanitizer" --tool $tool --error-exitcode 9 \
-            "$bin/gpu_check" random threads 2 "$seed" 4
+            "$bin/gpu_check" random threads 1 "$seed" 6
     done
+    CUDA_DEVICE_MAX_CONNECTIONS=32 run 100 "$sanitizer" --tool racecheck --error-exitcode 9 \
+        "$bin/gpu_check" random threads 2 "$seed" 4
 }
 
 part_perf() {
@@ -128,6 +132,28 @@ part_staged() {
         # shellcheck disable=SC2086
         run 100 "$bin/gpu_perf" $setting 4096 fp8 rank private
     done
+    mps stop
+}
+
+part_sweep() { # over num_sms
+    mps start
+    local ranks sms
+    for ranks in 2 4 8; do
+        for sms in 4 8 12 16 20 24; do
+            if [ $((ranks * sms)) -le 132 ]; then
+                run 60 "$bin/gpu_perf" $ranks $sms 4096 bf16 rank mapped
+            fi
+        done
+    done
+    mps stop
+}
+
+part_tool() { # nep-perf itself: every element, halves and several operations outstanding
+    mps start
+    run 100 "$bin/nep-perf" ep --executor cuda --ranks 4 --ranks-per-node 4 --tokens 256 \
+        --layout rank --iters 5 --warmup 1 --verify
+    run 100 "$bin/nep-perf" ep --executor cuda --ranks 4 --ranks-per-node 4 --tokens 128 --wire fp8 \
+        --outstanding 2 --memory private --num-sms 8 --iters 5 --warmup 1 --verify
     mps stop
 }
 
@@ -160,7 +186,7 @@ if [ "${1:-}" = pack ]; then
 fi
 parts=("$@")
 if [ $# -eq 0 ]; then
-    parts=(build threads faults processes sanitizer perf staged decode ring dmabuf)
+    parts=(build threads faults processes sanitizer perf staged decode sweep tool ring dmabuf)
 fi
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || true
 for part in "${parts[@]}"; do

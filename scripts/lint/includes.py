@@ -40,7 +40,8 @@ OUTSIDE = [
     (re.compile(r"^(infiniband|rdma)/"), ("transport/verbs",)),
     (re.compile(r"^uc[mpst]/"), ("transport/ucx",)),
     (re.compile(r"^(cuda|nv)[a-z_0-9]*\.h$"),
-     ("dispatch/cuda/", "transport/cuda/", "transport/proxy/", "transport/verbs")),
+     ("dispatch/cuda/", "transport/cuda/", "transport/proxy/", "transport/verbs",
+      "perftest/gpu.c")),
     (re.compile(r"^mpi\.h$"), ("perftest/", "tests/")),
 ]
 INCLUDE = re.compile(r'^\s*#\s*include\s*(["<])([^">]+)[">]')
