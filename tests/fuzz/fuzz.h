@@ -8,6 +8,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #define PROMISE(condition)                                                                         \
     do {                                                                                           \
@@ -36,6 +38,15 @@ static inline char *fuzz_lines(const uint8_t *data, size_t len, char **lines, si
     }
     lines[num] = NULL;
     return text;
+}
+
+/* A file of these bytes without a name in the file system; its path. Close what is returned. */
+static inline int fuzz_file(const uint8_t *data, size_t len, char *path, size_t cap)
+{
+    int fd = memfd_create("fuzz", MFD_CLOEXEC);
+    PROMISE(fd >= 0 && write(fd, data, len) == (ssize_t)len);
+    snprintf(path, cap, "/proc/self/fd/%d", fd);
+    return fd;
 }
 
 #endif
