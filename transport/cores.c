@@ -173,14 +173,13 @@ static int listed_core(const char *list, uint32_t local)
     return core;
 }
 
-enum nep_status nep_topology_place_thread(const struct nep_topology *topology, const char *wanted,
+enum nep_status nep_topology_place_thread(uint32_t local, uint32_t num_local, const char *wanted,
                                           pthread_t thread, const char *name, int32_t numa)
 {
-    uint32_t on_node = topology->node_ranks[topology->node];
     bool is_auto = strcmp(wanted, "auto") == 0;
-    int core = is_auto ? nep_topology_progress_core(topology->local, on_node, numa)
+    int core = is_auto                       ? nep_topology_progress_core(local, num_local, numa)
                : strcmp(wanted, "none") == 0 ? -1
-                                             : listed_core(wanted, topology->local);
+                                             : listed_core(wanted, local);
     if (core == -2) {
         return nep_fail(NEP_ERR_INVALID,
                         "NEP_PROGRESS_CORES is \"%s\": auto, none, or core numbers by local rank, "
@@ -188,7 +187,8 @@ enum nep_status nep_topology_place_thread(const struct nep_topology *topology, c
                         wanted);
     }
     if (core < 0 || core >= CPU_SETSIZE) {
-        nep_info("%s: the progress thread of rank %u is not bound to a core", name, topology->rank);
+        nep_info("%s: the progress thread of local rank %u of %u is not bound to a core", name,
+                 local, num_local);
         return NEP_OK;
     }
     cpu_set_t set;
@@ -197,9 +197,11 @@ enum nep_status nep_topology_place_thread(const struct nep_topology *topology, c
     int error = pthread_setaffinity_np(thread, sizeof set, &set);
     if (error != 0 && !is_auto) {
         return nep_fail(NEP_ERR_INVALID, "NEP_PROGRESS_CORES names core %d for local rank %u: %s",
-                        core, topology->local, strerror(error));
+                        core, local, strerror(error));
     }
-    nep_info("%s: the progress thread of rank %u %s core %d (device on NUMA node %d; -1: unknown)",
-             name, topology->rank, error == 0 ? "runs on" : "could not be bound to", core, numa);
+    nep_info(
+        "%s: the progress thread of local rank %u of %u %s core %d (device on NUMA node %d; -1: "
+        "unknown)",
+        name, local, num_local, error == 0 ? "runs on" : "could not be bound to", core, numa);
     return NEP_OK;
 }

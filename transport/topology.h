@@ -45,11 +45,12 @@ void nep_topology_boot_id(char *text, size_t cap);
 uint32_t nep_topology_num_cores(void);
 int nep_topology_progress_core(uint32_t local, uint32_t ranks_on_node, int32_t numa);
 /*
- * Binds a progress thread as NEP_PROGRESS_CORES says (`wanted`: auto, none, or a core for each
- * local rank), near NUMA node `numa` of its device, and logs where it runs. NEP_ERR_INVALID:
- * `wanted` is no list, or names a core that this process may not use.
+ * Binds the progress thread of local rank `local` of `num_local` as NEP_PROGRESS_CORES says
+ * (`wanted`: auto, none, or a core for each local rank), near NUMA node `numa` of its device, and
+ * logs where it runs. NEP_ERR_INVALID: `wanted` is no list, or names a core that this process may
+ * not use.
  */
-enum nep_status nep_topology_place_thread(const struct nep_topology *topology, const char *wanted,
+enum nep_status nep_topology_place_thread(uint32_t local, uint32_t num_local, const char *wanted,
                                           pthread_t thread, const char *name, int32_t numa);
 
 /* The rank that lands messages of source rank `source` on node `node`: local index local(source)

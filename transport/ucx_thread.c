@@ -165,8 +165,9 @@ enum nep_status nep_ucx_thread_start(struct nep_ucx *ux)
     }
     ux->has_thread = true;
     pthread_setname_np(ux->thread, "nep-ucx");
-    enum nep_status status = nep_topology_place_thread(topology, ux->params.config->progress_cores,
-                                                       ux->thread, "transport ucx", -1);
+    enum nep_status status =
+        nep_topology_place_thread(topology->local, on_node, ux->params.config->progress_cores,
+                                  ux->thread, "transport ucx", -1);
     if (status != NEP_OK) {
         nep_ucx_thread_stop(ux);
         return status;

@@ -67,6 +67,25 @@ export NEP_VERBS_QPS=8
 ep "24 QPs on each rank" --inter verbs --ranks 4 --ranks-per-node 1 --iters 10 $small
 unset NEP_VERBS_QPS
 
+# Requests of a rank: remote nodes x (tiles + COUNTS + CREDITs), never per token. 4 nodes, 5 steps of
+# two operations, one tile each; a COUNTS, a tile and two to four CREDITs a node, and as many again
+# where each is split over two paths.
+requests() { # requests WHAT MOST
+    export NEP_LOG=info
+    # shellcheck disable=SC2086
+    ep "requests, $1" --inter verbs --ranks 4 --ranks-per-node 1 $small --tokens 200 --iters 4 \
+        --warmup 1
+    unset NEP_LOG
+    most_seen=$(sed -n 's/.* bytes in all as \([0-9]*\) requests.*/\1/p' "$scratch/out" | sort -n | tail -n 1)
+    check "  at most $2 on each rank" yes "$([ "${most_seen:-0}" -gt 0 ] && [ "$most_seen" -le "$2" ] &&
+        echo yes || echo "$most_seen")"
+    echo "      $most_seen at most, of 200 tokens to 3 nodes in 5 steps"
+}
+requests "one path" $((5 * 2 * 3 * 6))
+export NEP_VERBS_PATHS=2 NEP_VERBS_SPLIT=512
+requests "two paths" $((5 * 2 * 3 * 6 * 2))
+unset NEP_VERBS_PATHS NEP_VERBS_SPLIT
+
 echo "1 % of packets lost"
 for i in 0 1 2 3; do
     tc qdisc add dev "n$i" root netem loss 1%

@@ -56,6 +56,23 @@ grep -h 10.9.0.1 /run/run.out | head -n 1 | sed 's/^/      /'
 check "  and named" yes "$(grep -q '10.9.0.1' /run/run.out && echo yes)"
 check "no QP is left behind" 0 "$(rdma resource show qp 2>/dev/null | grep -c 'type RC')"
 
+# Who uses what: over all ranks at once, or as a file says.
+printed() { # printed: the port of each rank's path 0 and 1, in order
+    sed -n 's/.*verbs: rank \([0-9]\) path \([0-9]\): \(rxe[0-9]\) port.*/\1.\2=\3/p' /run/run.out |
+        sort | tr '\n' ' '
+}
+run "assignment: two ranks, two paths each" env NEP_LOG=info "$bin/nep-perf" put --ranks 2 \
+    --transport verbs --iters 10 --depth 4 --paths 2
+check "  no port twice while another is idle" "0.0=rxe0 0.1=rxe1 1.0=rxe2 1.1=rxe3 " "$(printed)"
+printf '# local rank, devices\n0 rxe3\n* rxe1:1\n' >/run/devices
+run "override file" env NEP_LOG=info NEP_VERBS_DEVICES=/run/devices "$bin/nep-perf" put --ranks 2 \
+    --transport verbs --iters 10 --depth 4
+check "  decides" 0.0=rxe3 "$(printed | cut -d' ' -f1)"
+printf 'rxe3 0\n' >/run/devices
+NEP_VERBS_DEVICES=/run/devices timeout 30 "$bin/nep-perf" put --ranks 2 --transport verbs \
+    >/run/run.out 2>&1
+check "override file with a bad line" 1 $?
+check "  and its line is named" yes "$(grep -q '/run/devices line 1 is not' /run/run.out && echo yes)"
 env NEP_VERBS_DEVICES=rxe9 timeout 30 "$bin/nep-perf" put --ranks 2 --transport verbs \
     >/run/run.out 2>&1
 check "a device that does not exist is refused" 1 $?

@@ -247,6 +247,20 @@ static void take_ports(struct nep_verbs *verbs, const struct nep_verbs_port *por
     }
 }
 
+static bool same_machine(const struct nep_verbs *verbs, const struct seat *seats, uint32_t rank)
+{
+    return strcmp(seats[rank].boot_id, seats[verbs->rank].boot_id) == 0;
+}
+
+static void count_local(struct nep_verbs *verbs, const struct seat *seats)
+{
+    for (uint32_t r = 0; r < verbs->num_ranks; r++) {
+        bool is_here = same_machine(verbs, seats, r);
+        verbs->local += is_here && r < verbs->rank;
+        verbs->num_local += is_here;
+    }
+}
+
 /* The assignment from everybody's seats. */
 static enum nep_status choose_among(struct nep_verbs *verbs, const struct nep_verbs_port *ports,
                                     uint32_t num_ports, const struct seat *seats)
@@ -257,16 +271,15 @@ static enum nep_status choose_among(struct nep_verbs *verbs, const struct nep_ve
     if (numa == NULL || choice == NULL) {
         status = nep_fail(NEP_ERR_NO_MEMORY, "verbs: no memory for %u ranks", verbs->num_ranks);
     } else {
-        uint32_t num_local = 0, mine = 0;
+        uint32_t num_alike = 0, mine = 0;
         for (uint32_t r = 0; r < verbs->num_ranks; r++) {
-            if (strcmp(seats[r].boot_id, seats[verbs->rank].boot_id) != 0 ||
-                seats[r].ports != seats[verbs->rank].ports) {
+            if (!same_machine(verbs, seats, r) || seats[r].ports != seats[verbs->rank].ports) {
                 continue;
             }
-            mine = r == verbs->rank ? num_local : mine;
-            numa[num_local++] = seats[r].numa;
+            mine = r == verbs->rank ? num_alike : mine;
+            numa[num_alike++] = seats[r].numa;
         }
-        nep_verbs_assign(ports, num_ports, numa, num_local, verbs->num_paths, choice);
+        nep_verbs_assign(ports, num_ports, numa, num_alike, verbs->num_paths, choice);
         take_ports(verbs, ports, choice + mine * verbs->num_paths);
     }
     free(numa);
@@ -322,6 +335,7 @@ enum nep_status nep_verbs_paths_choose(struct nep_verbs *verbs)
                                          verbs->params.timeout_ns, "verbs devices");
     }
     if (status == NEP_OK) {
+        count_local(verbs, seats);
         status =
             is_file ? choose_listed(verbs, listed) : choose_among(verbs, ports, num_ports, seats);
     }

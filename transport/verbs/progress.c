@@ -173,8 +173,9 @@ enum nep_status nep_verbs_progress_start(struct nep_verbs *verbs)
     }
     verbs->has_thread = true;
     pthread_setname_np(verbs->thread, "nep-verbs");
-    return nep_topology_place_thread(verbs->params.topology, verbs->params.config->progress_cores,
-                                     verbs->thread, "verbs", verbs->paths[0].numa);
+    return nep_topology_place_thread(verbs->local, verbs->num_local,
+                                     verbs->params.config->progress_cores, verbs->thread, "verbs",
+                                     verbs->paths[0].numa);
 }
 
 void nep_verbs_progress_stop(struct nep_verbs *verbs)

@@ -155,13 +155,6 @@ static void destroy(struct nep_verbs *verbs)
     free(verbs);
 }
 
-static void verbs_close(struct nep_transport *transport)
-{
-    struct nep_verbs *verbs = (struct nep_verbs *)transport;
-    say_farewell(verbs);
-    destroy(verbs);
-}
-
 /* ---- creation ------------------------------------------------------------------------------- */
 
 static enum nep_status make_peers(struct nep_verbs *verbs)
@@ -316,6 +309,20 @@ static void verbs_stats(struct nep_transport *transport, struct nep_transport_st
     stats->arrivals = atomic_load(&verbs->arrivals);
     stats->retries = atomic_load(&verbs->retries);
     stats->refused = atomic_load(&verbs->stale);
+}
+
+static void verbs_close(struct nep_transport *transport)
+{
+    struct nep_verbs *verbs = (struct nep_verbs *)transport;
+    struct nep_transport_stats stats;
+    say_farewell(verbs);
+    verbs_stats(transport, &stats);
+    nep_info("verbs: rank %u sent %llu puts of %llu bytes in all as %llu requests, %llu again; "
+             "%llu arrived, %llu came too late",
+             verbs->rank, (unsigned long long)stats.puts, (unsigned long long)stats.put_bytes,
+             (unsigned long long)stats.work_requests, (unsigned long long)stats.retries,
+             (unsigned long long)stats.arrivals, (unsigned long long)stats.refused);
+    destroy(verbs);
 }
 
 const struct nep_transport_ops nep_verbs_ops = {

@@ -202,6 +202,8 @@ struct nep_verbs {
     struct nep_verbs_api api;
     uint32_t rank;
     uint32_t num_ranks;
+    uint32_t local; /* among the ranks of this machine, whatever nodes are emulated on it */
+    uint32_t num_local;
     uint32_t num_paths;
     uint32_t num_qps;  /* per peer */
     uint32_t depth;    /* of each send queue */

@@ -37,8 +37,6 @@ static void test_cores_progress_is_near_its_device(void **state)
 static void test_cores_listed_ones_are_taken(void **state)
 {
     (void)state;
-    uint32_t ranks[1] = {2};
-    struct nep_topology topology = {.num_nodes = 1, .node_ranks = ranks, .local = 1};
     cpu_set_t before, now;
     int core = -1;
     char list[64];
@@ -47,20 +45,18 @@ static void test_cores_listed_ones_are_taken(void **state)
         core = CPU_ISSET((size_t)i, &before) ? i : core;
     }
     snprintf(list, sizeof list, "0,%d", core);
-    assert_int_equal(nep_topology_place_thread(&topology, list, pthread_self(), "test", -1),
-                     NEP_OK);
+    assert_int_equal(nep_topology_place_thread(1, 2, list, pthread_self(), "test", -1), NEP_OK);
     assert_int_equal(pthread_getaffinity_np(pthread_self(), sizeof now, &now), 0);
     assert_int_equal(CPU_COUNT(&now), 1);
     assert_true(CPU_ISSET((size_t)core, &now));
     pthread_setaffinity_np(pthread_self(), sizeof before, &before);
 
-    assert_int_equal(nep_topology_place_thread(&topology, "none", pthread_self(), "test", -1),
-                     NEP_OK);
+    assert_int_equal(nep_topology_place_thread(1, 2, "none", pthread_self(), "test", -1), NEP_OK);
     assert_int_equal(pthread_getaffinity_np(pthread_self(), sizeof now, &now), 0);
     assert_true(CPU_EQUAL(&before, &now));
     static const char *const bad[] = {"x", "3,x", "-1", "3 4", "", "99999", "1023"};
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
-        assert_int_equal(nep_topology_place_thread(&topology, bad[i], pthread_self(), "test", -1),
+        assert_int_equal(nep_topology_place_thread(1, 2, bad[i], pthread_self(), "test", -1),
                          NEP_ERR_INVALID);
         print_message("%s\n", nep_last_message());
         assert_non_null(strstr(nep_last_message(), "NEP_PROGRESS_CORES"));

@@ -170,11 +170,13 @@ static void put_tiles(struct seat *seat)
         return;
     }
     struct nep_transport_stats stats;
-    for (uint32_t slot = 0; slot < SLOTS; slot++) {
-        struct nep_put put = {.dst = 1,
+    uint64_t num_puts = SLOTS * (seat->world->num_ranks - 1);
+    for (uint32_t i = 0; i < num_puts; i++) {
+        uint32_t dst = 1 + i / SLOTS, slot = i % SLOTS;
+        struct nep_put put = {.dst = dst,
                               .window = WINDOW,
                               .offset = COUNTERS_BYTES + (size_t)slot * SLOT_BYTES,
-                              .src = world_source(seat, 1, slot),
+                              .src = world_source(seat, dst, slot),
                               .len = SLOT_BYTES,
                               .imm = world_imm(slot)};
         uint64_t number;
@@ -182,11 +184,11 @@ static void put_tiles(struct seat *seat)
         seat->num_errors += number != slot + 1;
     }
     seat->transport->ops->stats(seat->transport, &stats);
-    seat->num_errors += stats.puts != SLOTS || stats.put_bytes != (uint64_t)SLOTS * SLOT_BYTES;
+    seat->num_errors += stats.puts != num_puts || stats.put_bytes != num_puts * SLOT_BYTES;
     seat->num_wrong = (uint32_t)stats.work_requests;
 }
 
-static void test_verbs_requests_are_tiles_times_qps(void **state)
+static void test_verbs_requests_are_nodes_times_tiles_times_qps(void **state)
 {
     (void)state;
     static struct world world;
@@ -194,10 +196,12 @@ static void test_verbs_requests_are_tiles_times_qps(void **state)
         fake_reset(4);
         world_config(&world.config);
         world.config.verbs_paths = paths;
-        world_run(&world, 2, put_tiles);
-        assert_int_equal(world.seats[0].num_errors, 0);
-        assert_int_equal(world.seats[1].num_errors, 0);
-        assert_int_equal(world.seats[0].num_wrong, SLOTS * paths);
+        uint32_t num_nodes = 1 + paths; /* this one and 1, 2 or 3 others */
+        world_run(&world, num_nodes, put_tiles);
+        for (uint32_t r = 0; r < num_nodes; r++) {
+            assert_int_equal(world.seats[r].num_errors, 0);
+        }
+        assert_int_equal(world.seats[0].num_wrong, (num_nodes - 1) * SLOTS * paths);
         world_free(&world);
     }
 }
@@ -425,7 +429,7 @@ int main(void)
         cmocka_unit_test(test_verbs_most_qps_deliver_all),
         cmocka_unit_test(test_verbs_gpu_memory_goes_by_dmabuf),
         cmocka_unit_test(test_verbs_gpu_memory_without_dmabuf_goes_by_peer_memory),
-        cmocka_unit_test(test_verbs_requests_are_tiles_times_qps),
+        cmocka_unit_test(test_verbs_requests_are_nodes_times_tiles_times_qps),
         cmocka_unit_test(test_verbs_few_receives_delay_and_deliver_all),
         cmocka_unit_test(test_verbs_too_few_receives_are_refused),
         cmocka_unit_test(test_verbs_late_puts_to_a_destroyed_window_hurt_nobody),
