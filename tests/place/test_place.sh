@@ -39,12 +39,12 @@ refused() { # WORDS ARGUMENT...: status 2, no crash, and the words in the messag
 "$place" compare --train "$dir/train" --test "$dir/test" --nodes 4 --replicas 12.5 --online \
     --json "$dir/compare.json" > /dev/null
 m="r['methods']"
-check compare "$m['nearep']['change_pct']" "x < -20"
-check compare "$m['nearep']['change_pct'] - $m['spectral']['change_pct']" "x < 0"
-check compare "$m['nearep']['change_pct'] - $m['paper']['change_pct']" "x < 0"
-check compare "$m['nearep_replicas']['change_pct'] - $m['nearep']['change_pct']" "x < -3"
-check compare "$m['nearep_replicas']['change_pct'] - $m['eplb_replicas']['change_pct']" "x < -10"
-check compare "$m['nearep_online']['imbalance_node']" "x < 1.12"
+check compare "${m}['nearep']['change_pct']" "x < -20"
+check compare "${m}['nearep']['change_pct'] - ${m}['spectral']['change_pct']" "x < 0"
+check compare "${m}['nearep']['change_pct'] - ${m}['paper']['change_pct']" "x < 0"
+check compare "${m}['nearep_replicas']['change_pct'] - ${m}['nearep']['change_pct']" "x < -3"
+check compare "${m}['nearep_replicas']['change_pct'] - ${m}['eplb_replicas']['change_pct']" "x < -10"
+check compare "${m}['nearep_online']['imbalance_node']" "x < 1.12"
 check compare "r['references']['solved_on_test']['change_pct']" "x < -20"
 
 # Picks exchanged between tokens: what is left is what copies are worth whatever they hold. At a
@@ -52,8 +52,8 @@ check compare "r['references']['solved_on_test']['change_pct']" "x < -20"
 "$place" compare --train "$dir/train" --test "$dir/test" --nodes 4 --replicas 12.5 --shuffled \
     --max-imbalance 1.03 \
     --methods nearep,nearep_replicas,eplb_replicas --json "$dir/shuffled.json" > /dev/null
-check shuffled "$m['nearep']['change_pct']" "abs(x) < 1"
-check shuffled "$m['nearep_replicas']['change_pct'] - $m['eplb_replicas']['change_pct']" \
+check shuffled "${m}['nearep']['change_pct']" "abs(x) < 1"
+check shuffled "${m}['nearep_replicas']['change_pct'] - ${m}['eplb_replicas']['change_pct']" \
     "abs(x) < 1.5"
 
 # The same map for any number of threads; the limit on moves of a warm solve.
