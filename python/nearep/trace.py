@@ -3,8 +3,7 @@
 
 Formats read here: what vLLM returns with enable_return_routed_experts (one array of
 [tokens, layers, top-k] expert ids per request), and what SGLang's expert distribution recorder dumps
-in its per-token mode (records with rids or forward passes, `topk_ids_of_layer` [layers, tokens,
-top-k], and forward metadata).
+in its per-token mode.
 """
 import ctypes
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence
@@ -146,54 +145,97 @@ class _Collected:
     def __init__(self):
         self.prefill: list = []
         self.decode: list = []
+        self.next_position = 0
 
 
-def _sglang_tokens(record):
-    """(request, is prefill) of each token of one forward pass, from its metadata."""
-    rids = record.get("rids") or record.get("forward_pass_id")
-    mode = record.get("forward_mode")
-    is_decode = mode in (2, "decode", "DECODE")
+class _Batches:
+    """Requests of a dump without request ids: a prefill at position 0 begins one; what comes at
+    position p goes to the one that has been waiting longest in batch order for p."""
+
+    def __init__(self):
+        self.requests: List[_Collected] = []
+        self._live: List[_Collected] = []
+
+    def _take(self, position, used):
+        for found in self._live:
+            if found.next_position == position and id(found) not in used:
+                return found
+        found = _Collected()
+        self.requests.append(found)
+        self._live.append(found)
+        return found
+
+    def owners(self, record, lengths):
+        """One _Collected for each token of a forward pass."""
+        positions, used, at = _flatten(record["positions"]), set(), 0
+        for length in lengths:
+            if length == 0:
+                continue
+            found = self._take(positions[at], used)
+            used.add(id(found))
+            found.next_position = positions[at] + length
+            yield from [found] * length
+            at += length
+
+
+_DECODE = 2  # SGLang's ForwardMode.DECODE
+
+
+def _lengths(record, num):
     lengths = record.get("extend_seq_lens")
-    if not isinstance(rids, (list, tuple)):
-        rids = [rids]
-        lengths = None if lengths is None else [sum(_flatten(lengths))]
-    if lengths is None:
-        lengths = [1] * len(rids) if len(rids) > 1 or is_decode else [len(_flatten(record["input_ids"]))]
-    for rid, length in zip(rids, _flatten(lengths)):
-        for _ in range(length):
-            yield rid, not is_decode
+    if lengths is None or record.get("forward_mode") == _DECODE:
+        return [1] * num
+    return _flatten(lengths)
 
 
-def from_sglang(records: Iterable[Dict[str, Any]], path: Any, *, num_experts: int, model: str = "") -> int:
+def _logical(ids, table):
+    if table is None:
+        return ids
+    return [[[row[value] if value >= 0 else -1 for value in token] for token in layer]
+            for layer, row in zip(ids, table)]
+
+
+def from_sglang(dump: Any, path: Any, *, num_experts: int, model: str = "") -> int:
     """Writes a dump of SGLang's expert distribution recorder (mode per_token) as a trace; returns the
     number of requests.
 
-    records: the `records` list of the dump (torch.load of the .pt file gives it). Each is a forward
-    pass with `topk_ids_of_layer` [layers, tokens, top-k] (-1 = none), `rids` (requests of the batch;
-    without them each pass counts as one request), `extend_seq_lens` and `forward_mode`. Padding
-    beyond the tokens that the metadata names is left out. Passes of one request join in order.
+    dump: what torch.load gives for one .pt file: a mapping with `records` and
+    `last_physical_to_logical_map` [layers, physical experts]; or the records alone, whose ids are then
+    logical. A record is a forward pass: `topk_ids_of_layer` [layers, tokens, top-k] (-1 = none, also for
+    dense layers), `positions`, `extend_seq_lens`, `forward_mode`. SGLang does not write which request a
+    token belongs to: it is worked out from positions and the order in the batch, where two of equal
+    length may be mistaken for each other; `rids`, which some branches write, are used if they are there.
     """
-    requests: Dict[Any, _Collected] = {}
-    layers = top_k = 0
+    records, table = dump, None
+    if isinstance(dump, dict):
+        records, table = dump["records"], dump.get("last_physical_to_logical_map")
+        table = table.tolist() if hasattr(table, "tolist") else table
+    batches, named = _Batches(), {}
+    shape: Sequence[int] = ()
     for record in records:
-        ids = record["topk_ids_of_layer"]
-        shape = _shape_of(ids)
-        if len(shape) != 3 or (layers and (shape[0], shape[2]) != (layers, top_k)):
-            raise ValueError(f"nearep: topk_ids_of_layer has shape {shape}; it must be [layers, tokens, "
-                             "top-k], equal in all records")
-        layers, top_k = shape[0], shape[2]
-        listed = ids.tolist() if hasattr(ids, "tolist") else ids
-        for token, (rid, is_prefill) in enumerate(_sglang_tokens(record)):
-            if token >= shape[1]:
-                break
-            into = requests.setdefault(rid, _Collected())
-            row = [listed[layer][token] for layer in range(layers)]
-            (into.prefill if is_prefill else into.decode).append(row)
+        ids, found = record["topk_ids_of_layer"], _shape_of(record["topk_ids_of_layer"])
+        if len(found) != 3 or (shape and (found[0], found[2]) != (shape[0], shape[2])):
+            raise ValueError(f"nearep: topk_ids_of_layer has shape {found}; it must be [layers, tokens, top-k], "
+                             "with the layers and top-k of the others")
+        shape = found
+        num = len(_flatten(record["positions"])) if "positions" in record else found[1]
+        lengths = _lengths(record, num)
+        listed = _logical(ids.tolist() if hasattr(ids, "tolist") else ids, table)
+        if record.get("rids") is not None:
+            owners = [named.setdefault(rid, _Collected()) for rid, length in zip(record["rids"], lengths)
+                      for _ in range(length)]
+        else:
+            owners = list(batches.owners(record, lengths))
+        is_decode = record.get("forward_mode") == _DECODE
+        for token, owner in enumerate(owners[:found[1]]):
+            row = [layer[token] for layer in listed]
+            (owner.decode if is_decode else owner.prefill).append(row)
+    requests = list(named.values()) + batches.requests
     if not requests:
         raise ValueError("nearep: no records")
-    with TraceWriter(layers, num_experts, top_k, model=model) as writer:
-        for found in requests.values():
-            writer.add(found.prefill + found.decode, prefill_tokens=len(found.prefill))
+    with TraceWriter(shape[0], num_experts, shape[2], model=model) as writer:
+        for one in requests:
+            writer.add(one.prefill + one.decode, prefill_tokens=len(one.prefill))
         writer.save(path)
     return len(requests)
 

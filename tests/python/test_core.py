@@ -287,17 +287,33 @@ class TraceTest(unittest.TestCase):
                 nearep.from_vllm([{"routed_experts": a}, {"routed_experts": b[:, :1]}], path, num_experts=8)
 
     def test_sglang(self):
-        ids = torch.arange(2 * 5 * 2).view(2, 5, 2) % 8
-        step = torch.tensor([[[1, 2], [3, 4], [0, 0]], [[5, 6], [7, 0], [0, 0]]])
-        records = [dict(forward_pass_id=1, rids=["a", "b"], extend_seq_lens=[2, 3], forward_mode=1,
-                        topk_ids_of_layer=ids),
-                   dict(forward_pass_id=2, rids=["a", "b"], extend_seq_lens=None, forward_mode=2,
-                        topk_ids_of_layer=step)]
+        """Fields as its recorder writes them: no request ids, physical experts, a dense first layer."""
+        table = torch.tensor([list(range(10)), [7, 6, 5, 4, 3, 2, 1, 0, 0, 3]])
+        first = torch.arange(2 * 5 * 2).view(2, 5, 2) % 10
+        first[0] = -1
+        chunk = torch.tensor([[[-1, -1]], [[9, 8]]])
+        step = torch.tensor([[[-1, -1]] * 2, [[5, 6], [7, 0]]])
+        records = [dict(forward_pass_id=1, positions=[0, 1, 0, 1, 2], extend_seq_lens=[2, 3], forward_mode=1,
+                        input_ids=[1] * 5, topk_ids_of_layer=first),
+                   dict(forward_pass_id=2, positions=[3], extend_seq_lens=[1], forward_mode=1, input_ids=[1],
+                        topk_ids_of_layer=chunk),
+                   dict(forward_pass_id=3, positions=[2, 4], extend_seq_lens=None, forward_mode=2,
+                        input_ids=[1] * 2, topk_ids_of_layer=step)]
+        dump = dict(records=records, last_physical_to_logical_map=table)
+
+        def logical(ids):
+            return [[[-1 if i < 0 else int(table[layer, i]) for i in row] for layer, row in enumerate(token)]
+                    for token in ids.permute(1, 0, 2).tolist()]
+        rows, late, more = logical(first), logical(step), logical(chunk)
+        want = [(rows[:2] + late[:1], 2), (rows[2:] + more + late[1:], 4)]
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "t.nept")
-            self.assertEqual(nearep.from_sglang(records, path, num_experts=8), 2)
-            rows = ids.permute(1, 0, 2).tolist()
-            self.check(path, [(rows[:2] + [[[1, 2], [5, 6]]], 2), (rows[2:] + [[[3, 4], [7, 0]]], 3)], 2)
+            self.assertEqual(nearep.from_sglang(dump, path, num_experts=8), 2)
+            self.check(path, want, 2)
+            for record, rids in zip(records, (["a", "b"], ["b"], ["a", "b"])):
+                record["rids"] = rids
+            self.assertEqual(nearep.from_sglang(dump, path, num_experts=8), 2)
+            self.check(path, want, 2)
 
     def test_recorder(self):
         recorder = nearep.Recorder(2, 8, 2)
