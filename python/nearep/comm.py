@@ -2,6 +2,7 @@
 """A rank's seat in a group, made from the environment, a torch process group, MPI, or functions."""
 import ctypes
 import datetime
+import uuid
 from dataclasses import dataclass
 from typing import Any, Callable, List, Optional, Sequence
 
@@ -120,17 +121,15 @@ class _Bootstrap:
         return self._guard(work)
 
 
-def _torch_store(group):
-    """The store behind a torch group, with names of its own; None where torch does not show it."""
+def _torch_store(allgather):
+    """The store behind torch's groups, under a name that the ranks agree on: each communicator has keys of
+    its own. None where torch does not show it."""
+    name = allgather(uuid.uuid4().hex)[0]
     try:
-        import torch.distributed as dist
+        from torch.distributed import PrefixStore
         from torch.distributed import distributed_c10d as c10d
-        store = c10d._get_default_store()
-        ranks = dist.get_process_group_ranks(group) if hasattr(dist, "get_process_group_ranks") else [
-            dist.get_global_rank(group, i) if hasattr(dist, "get_global_rank") else i
-            for i in range(dist.get_world_size(group))]
-        return dist.PrefixStore("nearep/" + ",".join(map(str, ranks)), store)
-    except Exception:
+        return PrefixStore(f"nearep/{name}", c10d._get_default_store())
+    except Exception:  # a torch that has it elsewhere: faults are reported, not recovered from
         return None
 
 
@@ -178,7 +177,7 @@ class Comm(Owner):
             parts = [None] * num_ranks
             dist.all_gather_object(parts, value, group=group)
             return parts
-        return cls(rank, num_ranks, allgather=allgather, store=_torch_store(group), **options)
+        return cls(rank, num_ranks, allgather=allgather, store=_torch_store(allgather), **options)
 
     @classmethod
     def from_mpi(cls, comm: Any = None, **options) -> "Comm":

@@ -190,6 +190,38 @@ class GroupTest(unittest.TestCase):
         with tempfile.TemporaryDirectory() as folder:
             run(2, recording, os.path.join(folder, "t"))
 
+    def test_from_the_environment(self):
+        """As under a launcher: rank, number of ranks and where they meet come from variables."""
+        import socket
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+
+        def work(rank, ranks):
+            os.environ.update(NEP_RANK=str(rank), NEP_RANKS=str(ranks), NEP_RENDEZVOUS=f"127.0.0.1:{port}")
+            comm = nearep.Comm()
+            must((comm.rank, comm.num_ranks) == (rank, ranks), "rank and size")
+            ep = comm.ep(num_experts=2, top_k=1, hidden=32, max_tokens=4)
+            handle, x = ep.handle(), torch.ones(4, 32).bfloat16()
+            ep.dispatch_send(handle, x, torch.full((4, 1), 1 - rank))
+            rows = torch.empty(ep.dispatch_counts(handle).num_rows, 32).bfloat16()
+            ep.dispatch_recv(handle, rows)
+            must(rows.shape[0] == 4 and bool((rows == 1).all()), "rows")
+        run(2, work)
+
+    def test_from_mpi(self):
+        class MpiLike:
+            def Get_rank(self):
+                return 0
+
+            def Get_size(self):
+                return 1
+
+            def allgather(self, value):
+                return [value]
+        with nearep.Comm.from_mpi(MpiLike()) as comm:
+            self.assertEqual(comm.topology.num_ranks, 1)
+
     def test_a_lost_rank_is_named(self):
         def work(rank, ranks):
             comm = nearep.Comm.from_torch(timeout=2)
