@@ -110,6 +110,7 @@ def one(buffer, rank, ranks, tokens, experts, how, mode, zero_copy, with_out, lo
         target = buffer.get_next_low_latency_combine_buffer(handle)
         must(tuple(target.shape) == tuple(y_in.shape), "zero-copy buffer")
         target[:, :, :] = y_in
+        y_in = torch.full_like(y_in, 3)  # what is combined lies in the buffer
     out = torch.empty(mine.x.shape) if with_out else None
     out = out.bfloat16() if with_out else None
     y, event, hook = buffer.low_latency_combine(y_in, mine.ids, mine.weights, handle, use_logfmt=logfmt,
