@@ -20,8 +20,9 @@
 
 enum { PUTS_PER_PEER = 256 };
 
-/* The first fault, that of a kernel included. With the lock held. */
-static struct nep_fault find_fault(struct nep_comm *comm)
+/* Whether there is a fault, that of a kernel included; then it is in comm->fault. With the lock
+ * held. */
+static bool find_fault(struct nep_comm *comm)
 {
     for (struct nep_ep *ep = comm->eps; ep != NULL && comm->fault.status == NEP_OK; ep = ep->next) {
         struct nep_fault fault;
@@ -30,7 +31,7 @@ static struct nep_fault find_fault(struct nep_comm *comm)
             nep_log(NEP_LOG_ERROR, "rank %u: %s", comm->world.rank, fault.message);
         }
     }
-    return comm->fault;
+    return comm->fault.status != NEP_OK;
 }
 
 enum nep_status nep_comm_check(struct nep_comm *comm)
@@ -44,12 +45,13 @@ enum nep_status nep_comm_check(struct nep_comm *comm)
                         "possible in the child; create a new one there");
     }
     pthread_mutex_lock(&comm->lock);
-    struct nep_fault fault = find_fault(comm);
+    bool is_harmed = find_fault(comm);
+    enum nep_status status =
+        is_harmed
+            ? nep_fail(NEP_ERR_BROKEN, "this communicator broke earlier: %s", comm->fault.message)
+            : NEP_OK;
     pthread_mutex_unlock(&comm->lock);
-    if (fault.status != NEP_OK) {
-        return nep_fail(NEP_ERR_BROKEN, "this communicator broke earlier: %s", fault.message);
-    }
-    return NEP_OK;
+    return status;
 }
 
 enum nep_status nep_comm_fail(struct nep_comm *comm, const struct nep_fault *fault)
@@ -79,7 +81,8 @@ enum nep_status nep_comm_fault(const struct nep_comm *comm, struct nep_fault *fa
     }
     struct nep_comm *open = (struct nep_comm *)comm;
     pthread_mutex_lock(&open->lock);
-    *fault_p = find_fault(open);
+    (void)find_fault(open);
+    *fault_p = open->fault;
     pthread_mutex_unlock(&open->lock);
     fault_p->size = sizeof *fault_p;
     return NEP_OK;

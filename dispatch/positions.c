@@ -168,6 +168,7 @@ static enum nep_status contradiction(struct nep_ep *ep, const struct nep_handle 
 
 /* A token's rows on this node: (position, local rank, weight), k ascending. */
 struct found {
+    uint32_t seat; /* of their source, as callers know it */
     uint32_t num;
     struct nep_addend rows[NEP_MAX_TOP_K];
     int32_t slots[NEP_MAX_TOP_K]; /* rank layout: slots of this rank by k, -1 elsewhere */
@@ -248,11 +249,10 @@ static void add_consumer_row(struct nep_consumer *consumer, const struct found *
 
 /* Fills the caller's arrays for one row of this rank. */
 static void fill_row(const struct nep_ep *ep, const struct nep_rows *out, uint32_t pos,
-                     uint32_t source, uint32_t token, const struct found *found, uint32_t i,
-                     const float *weights)
+                     uint32_t token, const struct found *found, uint32_t i, const float *weights)
 {
     if (out->source_rank != NULL) {
-        out->source_rank[pos] = nep_ep_name(ep, source);
+        out->source_rank[pos] = found->seat;
     }
     if (out->source_token != NULL) {
         out->source_token[pos] = token;
@@ -291,7 +291,7 @@ static bool take_own(struct nep_ep *ep, struct nep_handle *handle, uint32_t sour
         if (pos >= handle->num_rows) {
             return false;
         }
-        fill_row(ep, out, pos, source, token, found, i, weights);
+        fill_row(ep, out, pos, token, found, i, weights);
         places.x[num] = (uint8_t *)out->x + (uint64_t)pos * ep->shape.format.payload_bytes;
         places.scales[num] = (uint8_t *)out->scales + (uint64_t)pos * ep->shape.format.scale_bytes;
         if (producer->begin != NULL) {
@@ -325,6 +325,7 @@ enum nep_status nep_positions_walk(struct nep_ep *ep, struct nep_handle *handle,
     struct nep_consumer *consumer = idx != UINT32_MAX ? &handle->consumers[idx] : NULL;
     uint32_t *cursor = handle->cursor + (uint64_t)source * node_slots(ep);
     struct found found;
+    found.seat = nep_ep_name(ep, source);
     for (uint32_t i = 0; i < num; i++) {
         uint8_t *row = (uint8_t *)meta + (uint64_t)i * ep->shape.meta_bytes;
         const uint16_t *slots = nep_meta_slots(row);
