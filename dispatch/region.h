@@ -14,49 +14,8 @@
 
 #include <stdatomic.h>
 
+#include "dispatch/offsets.h"
 #include "dispatch/shape.h"
-
-/* Offsets into a region. [x][y] below are the dimensions of the arrays that start there. */
-struct nep_region {
-    uint32_t num_lanes;    /* lane sources */
-    uint32_t num_controls; /* ranks whose COUNTS land here, itself included */
-    uint32_t num_sends;    /* send rings: max(other nodes, lane sources) */
-    uint32_t staging_rows; /* rows of each staging ring */
-    uint64_t counts_bytes; /* of a COUNTS slot here */
-    uint64_t send_counts_bytes;
-    uint64_t dispatch_tile_bytes;
-    uint64_t combine_tile_bytes;
-    uint64_t send_tile_bytes;
-    /* words, 8 bytes each */
-    uint64_t directory;       /* [R] struct nep_directory: how the sink finds a source's words */
-    uint64_t counts_word;     /* [controls][W] op + 1 */
-    uint64_t dispatch_word;   /* [lanes][V] tile number + 1 */
-    uint64_t combine_word;    /* [N][V] tile number + 1 */
-    uint64_t dispatch_read;   /* [R] tiles of each source that this rank has read */
-    uint64_t combine_read;    /* [N] tiles of each node's partial sums that this rank has read */
-    uint64_t dispatch_credit; /* [N] tiles that node n has freed of this rank's stream to it */
-    uint64_t dispatch_sent;   /* [N] tiles that this rank has sent to it */
-    uint64_t combine_credit;  /* [lanes] the same for partial sums sent to lane sources */
-    uint64_t combine_sent;    /* [lanes] */
-    uint64_t home_word;       /* [V] home tile number + 1 */
-    uint64_t out_bind;        /* [W] struct nep_bind of dispatch outputs */
-    uint64_t y_bind;          /* [W] struct nep_bind of combine inputs */
-    uint64_t pushed;          /* [G] op + 1 of the last push of each local rank into this one */
-    uint64_t staged;          /* [R] rows staged for each source, ever */
-    uint64_t taken;           /* [lanes + 1][G] rows that this consumer took from each local rank */
-    uint64_t arrivals;        /* struct nep_event_ring: what the sink was told last */
-    uint64_t words_end;
-    /* data */
-    uint64_t counts;           /* [controls][W] */
-    uint64_t send_counts;      /* [controls][W] */
-    uint64_t dispatch_landing; /* [lanes][V] */
-    uint64_t combine_landing;  /* [N - 1][V], nodes ascending, own left out */
-    uint64_t send;             /* [num_sends][V] */
-    uint64_t home;             /* [V] */
-    uint64_t staging;          /* [R][staging_rows] */
-    uint64_t staging_weights;  /* [R][staging_rows][K] float */
-    uint64_t bytes;
-};
 
 struct nep_plan {
     uint32_t num_seats; /* ranks that callers know, lost ones too; >= topology->num_ranks */
