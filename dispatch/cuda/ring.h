@@ -199,6 +199,32 @@ NEP_RING_FN enum nep_ring_end nep_ring_wait(const struct nep_ring *ring, const u
     }
 }
 
+/*
+ * The same for a word in the waiters' own memory that one of them raises, or a neighbour: never
+ * looks across PCIe. With hundreds of blocks waiting, looks at the proxy's heartbeat by all of them
+ * made every other hop several times slower; whoever waits for the fabric looks, and turns `stuck`.
+ */
+NEP_RING_FN enum nep_ring_end nep_ring_wait_near(const uint64_t *word, uint64_t value,
+                                                 const uint64_t *stuck, uint64_t timeout_ns)
+{
+    if (nep_ring_load(word) >= value) {
+        return NEP_RING_DONE;
+    }
+    uint64_t start = nep_ring_now();
+    for (uint32_t looks = 1;; looks++) {
+        if (nep_ring_load(word) >= value) {
+            return NEP_RING_DONE;
+        }
+        if (looks % 64 != 0) {
+            nep_ring_relax();
+        } else if (nep_ring_peek(stuck) != 0) {
+            return NEP_RING_STUCK;
+        } else if (nep_ring_now() - start > timeout_ns) {
+            return NEP_RING_EXPIRED;
+        }
+    }
+}
+
 /* ---- producers ------------------------------------------------------------------------------ */
 
 /*

@@ -1,0 +1,345 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What the kernels of the fabric share: places in regions, waits that end, arrivals of blocks, and
+ * the moving of one row by one warp. Words in pinned memory are looked at by one block of a role,
+ * which relays what it saw in memory of the GPU: looks across PCIe cost a microsecond each.
+ */
+#ifndef NEP_DISPATCH_CUDA_DEVICE_FAR_CUH
+#define NEP_DISPATCH_CUDA_DEVICE_FAR_CUH
+
+#include "dispatch/cuda/device/launch.cuh" /* first: it names what is C */
+
+#include "dispatch/cuda/cuda_fabric.h"
+#include "dispatch/cuda/device/number.cuh"
+
+/* ---- places --------------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ uint64_t *nep_far_word(const struct nep_far &a, uint32_t local,
+                                                         uint64_t offset, uint64_t idx)
+{
+    return (uint64_t *)(a.words[local] + offset) + idx;
+}
+
+/* A word that ranks of this node tell each other. */
+static __device__ __forceinline__ uint64_t *nep_near_word(const struct nep_far &a, uint32_t local,
+                                                          uint64_t offset, uint64_t idx)
+{
+    return (uint64_t *)(a.near[local] + offset) + idx;
+}
+
+static __device__ __forceinline__ const struct nep_region &nep_far_region(const struct nep_far &a,
+                                                                          uint32_t local)
+{
+    return a.regions[a.node_rank[a.node_first[a.node] + local]];
+}
+
+static __device__ __forceinline__ uint32_t nep_far_landing(const struct nep_far &a, uint32_t source,
+                                                           uint32_t node)
+{
+    return a.landing[node * a.num_ranks + source];
+}
+
+static __device__ __forceinline__ uint32_t nep_far_lane(const struct nep_far &a, uint32_t source,
+                                                        uint32_t node)
+{
+    return a.lane[node * a.num_ranks + source];
+}
+
+static __device__ __forceinline__ uint32_t nep_far_skip(uint32_t node, uint32_t other)
+{
+    return other < node ? other : other - 1;
+}
+
+static __device__ __forceinline__ uint32_t nep_far_payload(const struct nep_far &a, uint32_t rows)
+{
+    return (uint32_t)((sizeof(struct nep_tile_msg) + (uint64_t)rows * a.meta_bytes + 63) / 64 * 64);
+}
+
+static __device__ __forceinline__ uint32_t nep_far_tiles(const struct nep_far &a, uint32_t rows)
+{
+    return (rows + a.tile_rows - 1) / a.tile_rows;
+}
+
+/* As struct nep_bind of dispatch/region.h: where this rank's buffers lie in its `near` window. */
+struct nep_far_bind {
+    uint64_t word; /* op + 1 */
+    uint64_t capacity;
+    uint64_t x;
+    uint64_t scales;
+    uint64_t topk_slots;
+    uint64_t topk_weights;
+    uint64_t source_rank;
+    uint64_t source_token;
+};
+
+static __device__ __forceinline__ struct nep_far_bind *
+nep_far_bind_at(const struct nep_far &a, uint32_t local, uint64_t offset, uint64_t op)
+{
+    return (struct nep_far_bind *)(a.near[local] + offset) + op % NEP_FAR_WINDOW;
+}
+
+/* The word that says that COUNTS of a source are here: near, or in the landing rank's page. */
+static __device__ __forceinline__ uint64_t *nep_far_counts_word(const struct nep_far &a,
+                                                                uint32_t source, uint64_t op)
+{
+    uint32_t landing = nep_far_landing(a, source, a.node);
+    uint32_t local = a.local_of_rank[landing];
+    bool is_near = a.node_of_rank[source] == a.node;
+    uint64_t idx =
+        (uint64_t)a.control[landing * a.num_ranks + source] * NEP_FAR_WINDOW + op % NEP_FAR_WINDOW;
+    return (uint64_t *)((is_near ? a.near : a.words)[local] + a.regions[landing].counts_word) + idx;
+}
+
+static __device__ __forceinline__ const struct nep_counts_msg *
+nep_far_counts_at(const struct nep_far &a, uint32_t source, uint64_t op)
+{
+    uint32_t landing = nep_far_landing(a, source, a.node);
+    const struct nep_region &region = a.regions[landing];
+    uint64_t idx =
+        (uint64_t)a.control[landing * a.num_ranks + source] * NEP_FAR_WINDOW + op % NEP_FAR_WINDOW;
+    bool is_near = a.node_of_rank[source] == a.node;
+    return (const struct nep_counts_msg *)((is_near ? a.near : a.data)[a.local_of_rank[landing]] +
+                                           region.counts + idx * region.counts_bytes);
+}
+
+static __device__ __forceinline__ void nep_far_stamp(const struct nep_far &a,
+                                                     enum nep_far_stamp stamp)
+{
+    a.state->stamps[stamp] = nep_globaltimer();
+}
+
+/* ---- waiting -------------------------------------------------------------------------------- */
+
+static __device__ inline void nep_far_give_up(const struct nep_far &a, uint64_t status)
+{
+    if (atomicCAS((unsigned long long *)&a.state->status, 0ull, (unsigned long long)status) == 0 &&
+        a.status_host != nullptr) {
+        nep_st_release_sys(a.status_host, status);
+    }
+}
+
+static __device__ inline bool nep_far_ended(const struct nep_far &a, enum nep_ring_end end,
+                                            uint32_t phase, uint32_t who)
+{
+    switch (end) {
+    case NEP_RING_DONE:
+        return true;
+    case NEP_RING_STALE:
+        nep_far_give_up(a, NEP_CUDA_STATUS(NEP_CUDA_PROXY_STALE, phase, a.rank));
+        break;
+    case NEP_RING_FAULT:
+        nep_far_give_up(a, NEP_CUDA_STATUS(NEP_CUDA_FABRIC_FAULT, phase,
+                                           nep_ring_peek(&a.ring.shared->fault) & 0xffffffffu));
+        break;
+    case NEP_RING_EXPIRED:
+        nep_far_give_up(a, NEP_CUDA_STATUS(NEP_CUDA_EXPIRED, phase, who));
+        break;
+    default:
+        break;
+    }
+    return false;
+}
+
+/* By one thread. Acquire: pairs with the release that raised the word. */
+static __device__ inline bool nep_far_wait(const struct nep_far &a, const uint64_t *word,
+                                           uint64_t value, uint32_t phase, uint32_t who)
+{
+    return nep_far_ended(a, nep_ring_wait(&a.ring, word, value, &a.state->status, a.timeout_ns),
+                         phase, who);
+}
+
+/* The same for a word in memory of the GPU: of a neighbour, or relayed. */
+static __device__ inline bool nep_near_wait(const struct nep_far &a, const uint64_t *word,
+                                            uint64_t value, uint32_t phase, uint32_t who,
+                                            uint64_t timeout_ns)
+{
+    return nep_far_ended(a, nep_ring_wait_near(word, value, &a.state->status, timeout_ns), phase,
+                         who);
+}
+
+/*
+ * By one thread of each block of a role: the first block looks at the pinned word and raises
+ * `relay`, the others look there, as everybody does first.
+ */
+static __device__ inline bool nep_far_wait_relayed(const struct nep_far &a, bool is_first,
+                                                   const uint64_t *word, uint64_t *relay,
+                                                   uint64_t value, uint32_t phase, uint32_t who)
+{
+    if (nep_ring_load_near(relay) >= value) {
+        return true;
+    }
+    if (!is_first) {
+        /* Longer than the first block, which knows more about why. */
+        return nep_near_wait(a, relay, value, phase, who, 2 * a.timeout_ns);
+    }
+    if (!nep_far_wait(a, word, value, phase, who)) {
+        return false;
+    }
+    nep_ring_raise_near(relay, value); /* not what the word is by now: another look */
+    return true;
+}
+
+static __device__ inline bool nep_far_post(const struct nep_far &a, uint64_t command)
+{
+    return nep_far_ended(a, nep_ring_post(&a.ring, command, &a.state->status, a.timeout_ns),
+                         NEP_FAR_PHASE_POST, a.rank);
+}
+
+/*
+ * By all threads of a block; true in the block that arrives last of num, which then owns what all
+ * did. The counter is 0 again.
+ */
+static __device__ inline bool nep_far_is_last(uint32_t *counter, uint32_t num)
+{
+    __shared__ uint32_t old;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                     : "=r"(old)
+                     : "l"(counter), "r"(num - 1)
+                     : "memory");
+    }
+    __syncthreads();
+    bool is_last = old == num - 1;
+    __syncthreads(); /* `old` is used again */
+    return is_last;
+}
+
+/* By all threads of a block: raises this rank's word at every rank of the node, and waits for the
+ * others' here. Release, and acquire: what each did before. */
+static __device__ inline bool nep_near_meet(const struct nep_far &a, uint64_t own_offset,
+                                            uint64_t value, uint32_t phase)
+{
+    bool is_there = true;
+    for (uint32_t g = threadIdx.x; g < a.node_size; g += blockDim.x) {
+        nep_st_release_sys(nep_near_word(a, g, nep_far_region(a, g).pushed, a.local), value);
+    }
+    for (uint32_t g = threadIdx.x; g < a.node_size; g += blockDim.x) {
+        is_there = nep_near_wait(a, nep_near_word(a, a.local, own_offset, g), value, phase,
+                                 a.node_rank[a.node_first[a.node] + g], a.timeout_ns);
+    }
+    return __syncthreads_and(is_there) != 0;
+}
+
+/* ---- rows ----------------------------------------------------------------------------------- */
+
+/* Where a lane's copy of the row goes. */
+struct nep_far_place {
+    bool has_row;
+    char *row;
+    char *scales;
+};
+
+static __device__ __forceinline__ char *nep_far_shfl(char *pointer, uint32_t lane)
+{
+    return (char *)__shfl_sync(0xffffffffu, (unsigned long long)pointer, lane);
+}
+
+/* Pieces [begin, end) of 16 bytes to all places, by a warp. */
+static __device__ inline void nep_far_copy(const char *from, const nep_far_place &place,
+                                           uint32_t begin, uint32_t end)
+{
+    const int kFlight = 4;
+    uint32_t lane = threadIdx.x % 32;
+    uint32_t rows = __ballot_sync(0xffffffffu, place.has_row);
+    for (uint32_t first = begin; first < end; first += 32 * kFlight) {
+        uint4 v[kFlight];
+#pragma unroll
+        for (int i = 0; i < kFlight; i++) {
+            if (first + lane + 32 * i < end) {
+                v[i] = nep_ld16(from + 16 * (uint64_t)(first + lane + 32 * i));
+            }
+        }
+        for (uint32_t m = rows; m != 0; m &= m - 1) {
+            uint4 *to = (uint4 *)nep_far_shfl(place.row, __ffs(m) - 1);
+#pragma unroll
+            for (int i = 0; i < kFlight; i++) {
+                if (first + lane + 32 * i < end) {
+                    to[first + lane + 32 * i] = v[i];
+                }
+            }
+        }
+    }
+}
+
+static __device__ inline void nep_far_copy_scales(const char *from, uint32_t bytes,
+                                                  const nep_far_place &place)
+{
+    uint32_t lane = threadIdx.x % 32;
+    uint32_t rows = __ballot_sync(0xffffffffu, place.has_row);
+    for (uint32_t m = rows; m != 0; m &= m - 1) {
+        char *to = nep_far_shfl(place.scales, __ffs(m) - 1);
+        bool is_wide = (bytes | (uint64_t)from | (uint64_t)to) % 4 == 0;
+        for (uint32_t i = lane; is_wide && i < bytes / 4; i += 32) {
+            ((uint32_t *)to)[i] = ((const uint32_t *)from)[i];
+        }
+        for (uint32_t i = lane; !is_wide && i < bytes; i += 32) {
+            to[i] = from[i];
+        }
+    }
+}
+
+/* 16 elements of the caller's row as floats. */
+static __device__ __forceinline__ void nep_far_elements(const char *from, enum nep_dtype dtype,
+                                                        uint32_t unit, float *x)
+{
+    const uint4 *at = (const uint4 *)from;
+    if (dtype == NEP_DTYPE_FP32) {
+        for (int i = 0; i < 4; i++) {
+            nep_fp32::load(at[4 * (uint64_t)unit + i], x + 4 * i);
+        }
+    } else {
+        for (int i = 0; i < 2; i++) {
+            uint4 v = at[2 * (uint64_t)unit + i];
+            dtype == NEP_DTYPE_BF16 ? nep_bf16::load(v, x + 8 * i) : nep_fp16::load(v, x + 8 * i);
+        }
+    }
+}
+
+/* The same with the cast to fp8: 16 elements per lane, eight lanes to a scale. begin is a multiple
+ * of 8. */
+static __device__ inline void nep_far_cast(const struct nep_wire &wire, const char *from,
+                                           const nep_far_place &place, uint32_t begin, uint32_t end)
+{
+    uint32_t lane = threadIdx.x % 32;
+    uint32_t rows = __ballot_sync(0xffffffffu, place.has_row);
+    for (uint32_t first = begin; first < end; first += 32) {
+        uint32_t unit = first + lane;
+        float x[16];
+        float amax = 0;
+        for (int i = 0; i < 16; i++) {
+            x[i] = 0;
+        }
+        if (unit < end) {
+            nep_far_elements(from, wire.dtype, unit, x);
+        }
+        for (int i = 0; i < 16; i++) {
+            amax = fmaxf(amax, fabsf(x[i]));
+        }
+        for (int d = 1; d < 8; d <<= 1) {
+            amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
+        }
+        float scale = nep_fp8_scale_of(amax, wire.scale);
+        float inverse = __frcp_rn(scale);
+        uint32_t q[4] = {0, 0, 0, 0};
+        for (int i = 0; i < 8; i++) {
+            q[i / 2] |= nep_e4m3_pair(nep_fp8_divide(x[2 * i], scale, inverse),
+                                      nep_fp8_divide(x[2 * i + 1], scale, inverse))
+                        << (16 * (i % 2));
+        }
+        for (uint32_t m = rows; m != 0; m &= m - 1) {
+            uint4 *to = (uint4 *)nep_far_shfl(place.row, __ffs(m) - 1);
+            char *scales = nep_far_shfl(place.scales, __ffs(m) - 1);
+            if (unit < end) {
+                to[unit] = make_uint4(q[0], q[1], q[2], q[3]);
+                if (unit % 8 == 0 && wire.scale == NEP_SCALE_UE8M0) {
+                    ((uint8_t *)scales)[unit / 8] = (uint8_t)(__float_as_uint(scale) >> 23);
+                } else if (unit % 8 == 0) {
+                    ((float *)scales)[unit / 8] = scale;
+                }
+            }
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,367 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Sums of a combine over several nodes: what far_reduce.cu and far_sum.cu share. Reducing is here
+ * as a whole, since blocks of the summing kernel reduce what W slots did not hold. The tree and the
+ * bits are those of docs/protocol.md.
+ */
+#ifndef NEP_DISPATCH_CUDA_DEVICE_FAR_SUMS_CUH
+#define NEP_DISPATCH_CUDA_DEVICE_FAR_SUMS_CUH
+
+#include "dispatch/cuda/device/far.cuh"
+
+namespace far_sums
+{
+
+enum { THREADS = 768, FLIGHT = 8, MOST_ADDENDS = 32 };
+
+struct combine_args {
+    struct nep_far far;
+    struct nep_far_routing routing;
+    char *y;
+    uint32_t num_tokens;
+    uint32_t units;
+    uint32_t own_parts;
+    uint32_t tile_parts;
+    uint32_t reduce_blocks; /* of sum: they do what W slots did not hold */
+};
+
+struct role {
+    uint32_t block;
+    uint32_t num;
+};
+
+struct addend {
+    const char *row;
+    float weight;
+    uint32_t ends;
+};
+
+/* The three levels of the tree, for the elements of 16 bytes. */
+template <class T> struct levels {
+    float rank[T::num];
+    float node[T::num];
+    float home[T::num];
+
+    __device__ __forceinline__ void start()
+    {
+#pragma unroll
+        for (int i = 0; i < T::num; i++) {
+            rank[i] = node[i] = home[i] = 0;
+        }
+    }
+    __device__ __forceinline__ void add(const uint4 &v, float weight, uint32_t ends)
+    {
+        float x[T::num];
+        T::load(v, x);
+#pragma unroll
+        for (int i = 0; i < T::num; i++) {
+            rank[i] = __fmaf_rn(weight, x[i], rank[i]);
+        }
+        if ((ends & NEP_ENDS_RANK) != 0) {
+            T::round(rank);
+#pragma unroll
+            for (int i = 0; i < T::num; i++) {
+                node[i] = __fadd_rn(node[i], rank[i]);
+                rank[i] = 0;
+            }
+        }
+        if ((ends & NEP_ENDS_NODE) != 0) {
+            T::round(node);
+#pragma unroll
+            for (int i = 0; i < T::num; i++) {
+                home[i] = __fadd_rn(home[i], node[i]);
+                node[i] = 0;
+            }
+        }
+    }
+};
+
+/* Columns [begin, end) of one sum, by a warp; eight rows in flight. */
+template <class T>
+__device__ __forceinline__ void sum_columns(const addend *addends, uint32_t num, char *to,
+                                            uint32_t begin, uint32_t end)
+{
+    for (uint32_t column = begin + threadIdx.x % 32; column < end; column += 32) {
+        levels<T> sum;
+        sum.start();
+        for (uint32_t first = 0; first < num; first += FLIGHT) {
+            uint4 v[FLIGHT];
+#pragma unroll
+            for (uint32_t i = 0; i < FLIGHT; i++) {
+                if (first + i < num) {
+                    v[i] = nep_ld16(addends[first + i].row + 16 * (uint64_t)column);
+                }
+            }
+#pragma unroll
+            for (uint32_t i = 0; i < FLIGHT; i++) {
+                if (first + i < num) {
+                    sum.add(v[i], addends[first + i].weight, addends[first + i].ends);
+                }
+            }
+        }
+        ((uint4 *)to)[column] = T::store(sum.home);
+    }
+}
+
+/* Where each local rank's expert outputs lie; by a block. False: gave up. */
+__device__ inline bool find_rows(const combine_args &a, uint64_t op, const char **base)
+{
+    const struct nep_far &far = a.far;
+    bool is_there = true;
+    for (uint32_t g = threadIdx.x; g < far.node_size; g += blockDim.x) {
+        const nep_far_bind *bind = nep_far_bind_at(far, g, nep_far_region(far, g).y_bind, op);
+        is_there = nep_near_wait(far, &bind->word, op + 1, NEP_CUDA_PHASE_READY,
+                                 far.node_rank[far.node_first[far.node] + g], far.timeout_ns);
+        base[g] = is_there ? far.near[g] + bind->x : nullptr;
+    }
+    return __syncthreads_and(is_there) != 0;
+}
+
+/* By a warp: the node's addends of a token into the table, from place `fill` on; returns the end.
+ */
+__device__ __forceinline__ uint32_t take_terms(const combine_args &a, const char *const *base,
+                                               const struct nep_cuda_term *terms, uint32_t num,
+                                               uint32_t fill, addend *addends)
+{
+    uint32_t lane = threadIdx.x % 32;
+    if (lane < num) {
+        struct nep_cuda_term term = terms[lane];
+        addends[fill + lane].row = base[term.rank] + (uint64_t)term.pos * a.far.row_bytes;
+        addends[fill + lane].weight = term.weight;
+        addends[fill + lane].ends = term.ends;
+    }
+    return fill + num;
+}
+
+__device__ __forceinline__ uint32_t part_at(const combine_args &a, uint32_t part, uint32_t parts)
+{
+    uint32_t per_part = ((a.units + parts - 1) / parts + 31) / 32 * 32;
+    return min(a.units, part * per_part);
+}
+
+/* ---- reduce --------------------------------------------------------------------------------- */
+
+/* By two threads, a look across PCIe each: the tile may go, and its send slot is free. */
+__device__ inline bool may_reduce(const combine_args &a, const role &r, uint32_t lane,
+                                  uint32_t source, uint64_t number, uint64_t sequence)
+{
+    const struct nep_far &far = a.far;
+    bool is_first = r.block == 0;
+    if (threadIdx.x == 0 && number >= NEP_FAR_WINDOW) {
+        const uint64_t *credit =
+            nep_far_word(far, far.local, far.regions[far.rank].combine_credit, lane);
+        return nep_far_wait_relayed(far, is_first, credit, &far.state->sums_credit[lane],
+                                    number - NEP_FAR_WINDOW + 1, NEP_FAR_PHASE_CREDIT, source);
+    }
+    if (threadIdx.x == 32 && sequence >= NEP_FAR_WINDOW) {
+        return nep_far_wait_relayed(far, is_first, &far.page->tiles_free[lane],
+                                    &far.state->slot[lane], sequence - NEP_FAR_WINDOW + 1,
+                                    NEP_FAR_PHASE_SLOT, source);
+    }
+    return true;
+}
+
+template <class T>
+__device__ inline void sum_tile(const combine_args &a, const role &r, const char *const *base,
+                                addend *addends, uint64_t first, uint32_t num, char *slot)
+{
+    uint32_t stride = r.num * (THREADS / 32);
+    uint32_t top_k = a.far.shape.top_k;
+    for (uint32_t i = threadIdx.x / 32 * r.num + r.block; i < num * a.tile_parts; i += stride) {
+        uint64_t row = first + i / a.tile_parts;
+        uint32_t part = i % a.tile_parts;
+        __syncwarp();
+        uint32_t end = take_terms(a, base, a.routing.far_terms + row * top_k,
+                                  a.routing.far_num[row], 0, addends);
+        __syncwarp();
+        sum_columns<T>(addends, end,
+                       slot + sizeof(struct nep_tile_msg) +
+                           (uint64_t)(i / a.tile_parts) * a.far.row_bytes,
+                       part_at(a, part, a.tile_parts), part_at(a, part + 1, a.tile_parts));
+    }
+}
+
+template <class T>
+__device__ inline bool reduce_tile(const combine_args &a, const role &r, const char *const *base,
+                                   addend *addends, uint64_t op, uint32_t lane, uint32_t t)
+{
+    const struct nep_far &far = a.far;
+    const struct nep_region &region = far.regions[far.rank];
+    uint32_t source = far.lane_source[lane];
+    uint64_t number = far.state->next_sums[lane] + t;
+    uint64_t sequence = far.state->next_send[lane] + t;
+    if (__syncthreads_and(may_reduce(a, r, lane, source, number, sequence)) == 0) {
+        return false;
+    }
+    uint32_t first = t * far.tile_rows;
+    uint32_t num = min(far.tile_rows, a.routing.in[source].rows - first);
+    char *slot = far.data[far.local] + region.send +
+                 (lane * NEP_FAR_WINDOW + sequence % NEP_FAR_WINDOW) * region.send_tile_bytes;
+    sum_tile<T>(a, r, base, addends, (uint64_t)lane * far.shape.max_tokens + first, num, slot);
+    if (nep_far_is_last(&far.state->packed[lane][number % NEP_FAR_WINDOW], r.num) &&
+        threadIdx.x == 0) {
+        struct nep_tile_msg msg = {};
+        msg.op = op;
+        msg.number = number;
+        msg.source = far.rank;
+        msg.kind = NEP_KIND_COMBINE;
+        msg.first_row = first;
+        msg.num_rows = num;
+        *(struct nep_tile_msg *)slot = msg;
+        bool is_posted =
+            nep_far_post(far, nep_ring_command(NEP_KIND_COMBINE, lane, num, op, number));
+        nep_far_stamp(far, NEP_FAR_AT_REDUCED);
+        return is_posted;
+    }
+    return true;
+}
+
+/* The first W tiles of all lanes, in rounds: they wait for earlier operations alone. */
+template <class T>
+__device__ inline bool reduce_first(const combine_args &a, const role &r, const char *const *base,
+                                    addend *addends, uint64_t op)
+{
+    const struct nep_far &far = a.far;
+    bool is_left = true;
+    for (uint32_t t = 0; is_left && t < NEP_FAR_WINDOW; t++) {
+        is_left = false;
+        for (uint32_t i = 0; i < far.num_lanes; i++) {
+            uint32_t lane = (far.rank + i) % far.num_lanes;
+            if (t >= nep_far_tiles(far, a.routing.in[far.lane_source[lane]].rows)) {
+                continue;
+            }
+            is_left = true;
+            if (!reduce_tile<T>(a, r, base, addends, op, lane, t)) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+/*
+ * The rest. Homes take tiles in the order of their tokens, not in rounds, so no lane may wait for
+ * another: one thread chooses any lane whose credit and slot are there and writes it into the
+ * schedule, which all blocks of the role follow.
+ */
+__device__ inline bool is_ready(const combine_args &a, uint32_t lane, uint32_t t)
+{
+    const struct nep_far &far = a.far;
+    uint64_t number = far.state->next_sums[lane] + t;
+    uint64_t sequence = far.state->next_send[lane] + t;
+    const uint64_t *credit =
+        nep_far_word(far, far.local, far.regions[far.rank].combine_credit, lane);
+    /* Acquire: pairs with raise() of the sink, and with the proxy's page. */
+    return nep_ring_load(credit) + NEP_FAR_WINDOW > number &&
+           nep_ring_load(&far.page->tiles_free[lane]) + NEP_FAR_WINDOW > sequence;
+}
+
+__device__ __forceinline__ uint32_t tiles_of(const combine_args &a, uint32_t lane)
+{
+    return nep_far_tiles(a.far, a.routing.in[a.far.lane_source[lane]].rows);
+}
+
+/* By one thread: the next entry; next[lane] is that lane's next tile. False: gave up. */
+__device__ inline bool choose(const combine_args &a, uint64_t op, uint32_t entry, uint32_t *next)
+{
+    const struct nep_far &far = a.far;
+    uint64_t beat = nep_ring_peek(&far.ring.shared->heartbeat);
+    for (uint64_t start = nep_globaltimer();;) {
+        uint32_t waits = 0;
+        for (uint32_t i = 1; i <= far.num_lanes; i++) {
+            uint32_t lane = (entry + i) % far.num_lanes;
+            if (next[lane] >= tiles_of(a, lane)) {
+                continue;
+            }
+            waits = lane;
+            if (is_ready(a, lane, next[lane])) {
+                uint64_t value = (op + 1) << 32 | lane << 20 | next[lane]++;
+                nep_ring_store(&a.routing.schedule[entry], value);
+                return true;
+            }
+        }
+        enum nep_ring_end end = NEP_RING_DONE;
+        if (nep_ld_relaxed_gpu(&far.state->status) != 0) {
+            end = NEP_RING_STUCK;
+        } else if (nep_ring_load(&far.ring.shared->fault) != 0) {
+            end = NEP_RING_FAULT;
+        } else if (nep_globaltimer() - start > far.timeout_ns) {
+            bool is_alive = nep_ring_peek(&far.ring.shared->heartbeat) != beat;
+            end = is_alive ? NEP_RING_EXPIRED : NEP_RING_STALE;
+        }
+        if (end != NEP_RING_DONE) {
+            return nep_far_ended(far, end, NEP_FAR_PHASE_CREDIT, far.lane_source[waits]);
+        }
+    }
+}
+
+template <class T>
+__device__ inline bool reduce_rest(const combine_args &a, const role &r, const char *const *base,
+                                   addend *addends, uint64_t op)
+{
+    __shared__ uint32_t next[NEP_FAR_MAX_RANKS];
+    __shared__ uint64_t chosen;
+    const struct nep_far &far = a.far;
+    uint32_t entries = 0;
+    for (uint32_t l = 0; l < far.num_lanes; l++) {
+        uint32_t tiles = tiles_of(a, l);
+        entries += tiles > NEP_FAR_WINDOW ? tiles - NEP_FAR_WINDOW : 0;
+        next[l] = NEP_FAR_WINDOW; /* the same by every thread */
+    }
+    __syncthreads();
+    for (uint32_t e = 0; e < entries; e++) {
+        bool is_there = true;
+        if (threadIdx.x == 0) {
+            is_there = (r.block != 0 || choose(a, op, e, next)) &&
+                       nep_near_wait(far, &a.routing.schedule[e], (op + 1) << 32,
+                                     NEP_FAR_PHASE_CREDIT, far.rank, 2 * far.timeout_ns);
+            chosen = is_there ? nep_ring_load(&a.routing.schedule[e]) : 0;
+        }
+        if (__syncthreads_and(is_there) == 0 ||
+            !reduce_tile<T>(a, r, base, addends, op, (uint32_t)(chosen >> 20) & 4095,
+                            (uint32_t)chosen & 0xfffff)) {
+            return false;
+        }
+        __syncthreads(); /* `chosen` is used again */
+    }
+    return true;
+}
+
+using kernel_fn = void (*)(combine_args);
+
+inline enum nep_status launch(const struct nep_far_combine *c, kernel_fn kernel,
+                              struct CUstream_st *stream)
+{
+    const struct nep_far *far = c->far;
+    const struct nep_cuda_geometry *geometry = c->geometry;
+    if (far->row_bytes % 16 != 0 || ((uintptr_t)c->y | c->rows) % 16 != 0) {
+        return nep_fail(NEP_ERR_INVALID,
+                        "combine: rows of %u bytes at offset %llu to %p: multiples of 16 are "
+                        "needed",
+                        far->row_bytes, (unsigned long long)c->rows, c->y);
+    }
+    /* A source may have max_tokens, whatever this rank has. */
+    bool is_long = far->shape.max_tokens > NEP_FAR_WINDOW * far->tile_rows;
+    if (is_long && geometry->blocks < 2) {
+        return nep_fail(NEP_ERR_INVALID,
+                        "combine: %u tokens are more than %u tiles of %u, which needs two SMs at "
+                        "least: some reduce while others sum",
+                        far->shape.max_tokens, NEP_FAR_WINDOW, far->tile_rows);
+    }
+    combine_args args = {};
+    args.far = *far;
+    args.routing = *c->far_routing;
+    args.y = (char *)c->y;
+    args.num_tokens = c->num_tokens;
+    args.units = far->row_bytes / 16;
+    uint32_t chunk = c->num_tokens < far->tile_rows ? c->num_tokens : far->tile_rows;
+    args.own_parts = nep_cuda_row_parts(geometry, chunk, args.units, 32);
+    args.tile_parts = args.own_parts;
+    args.reduce_blocks = is_long ? geometry->blocks / 2 : 0;
+    kernel<<<geometry->blocks, THREADS, geometry->shared_bytes, stream>>>(args);
+    return nep_cuda_check(cudaGetLastError(), "launch of far combine");
+}
+
+} // namespace far_sums
+
+#endif

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * Pack: one row per (token, node) into send slots, cast to fp8 if asked, a tile at a time; the
+ * block that finishes a tile last asks the proxy to put it. Here the tiles that W slots hold: they
+ * wait for earlier operations alone, so the send half ends by itself.
+ */
+#include "dispatch/cuda/device/far_rows.cuh"
+
+using namespace far_rows;
+
+namespace
+{
+
+__global__ void __launch_bounds__(THREADS, 1) pack_kernel(const __grid_constant__ dispatch_args a)
+{
+    if (nep_ld_relaxed_gpu(&a.far.state->status) != 0) {
+        return;
+    }
+    role r = {blockIdx.x, gridDim.x};
+    if (threadIdx.x == 0 && blockIdx.x == 0) {
+        nep_far_stamp(a.far, NEP_FAR_AT_PACK);
+    }
+    __shared__ tables tab;
+    load_tables(a.far, tab);
+    __syncthreads();
+    pack(a, tab, r, nep_ld_relaxed_gpu(&a.far.state->op), 0, NEP_FAR_WINDOW);
+}
+
+} // namespace
+
+enum nep_status nep_cuda_load_far_pack(void)
+{
+    return nep_cuda_load_kernel((const void *)pack_kernel, "far pack");
+}
+
+extern "C" enum nep_status nep_cuda_far_pack(const struct nep_far_dispatch *d,
+                                             struct CUstream_st *stream)
+{
+    const struct nep_far *far = d->far;
+    if (far->shape.wire.payload_bytes % 16 != 0 || ((uintptr_t)d->in->x | d->out->x) % 16 != 0 ||
+        far->shape.wire.row_bytes % 16 != 0 || far->num_ranks > NEP_FAR_MAX_RANKS ||
+        far->num_nodes > NEP_FAR_MAX_NODES || far->shape.top_k > 32) {
+        return nep_fail(NEP_ERR_INVALID,
+                        "far pack: rows of %u bytes at %p to offset %llu (multiples of 16), %u "
+                        "ranks (at most %d), %u nodes (at most %d)",
+                        far->shape.wire.payload_bytes, d->in->x, (unsigned long long)d->out->x,
+                        far->num_ranks, NEP_FAR_MAX_RANKS, far->num_nodes, NEP_FAR_MAX_NODES);
+    }
+    if (d->in->num_tokens > NEP_FAR_WINDOW * far->tile_rows && d->geometry->blocks < 2) {
+        return nep_fail(NEP_ERR_INVALID,
+                        "far pack: %u tokens are more than %u tiles of %u, which needs two SMs at "
+                        "least: some pack while others receive",
+                        d->in->num_tokens, NEP_FAR_WINDOW, far->tile_rows);
+    }
+    dispatch_args args = make_args(d);
+    pack_kernel<<<d->geometry->blocks, THREADS, d->geometry->shared_bytes, stream>>>(args);
+    return nep_cuda_check(cudaGetLastError(), "launch of far pack");
+}

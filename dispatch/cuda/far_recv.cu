@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * Receive: own rows go once to their final places in the outputs of this node; rows of other nodes
+ * are read where they landed, by each rank that needs them, and stored once. Nobody forwards.
+ *
+ * Tiles of an operation go in rounds, every stream's tile t in round t, in packing and in reading:
+ * so a tile waits for credits of earlier rounds alone, and all ranks together never wait in a ring.
+ */
+#include "dispatch/cuda/device/far_rows.cuh"
+
+using namespace far_rows;
+
+namespace
+{
+
+__device__ void push_home(const dispatch_args &a, const tables &t, const role &r)
+{
+    const struct nep_far &far = a.far;
+    bool is_rank = far.shape.layout == NEP_LAYOUT_RANK;
+    uint32_t buckets = far.node_size * (is_rank ? 1 : far.shape.slots_per_rank);
+    const uint32_t *first = a.routing.first + far.rank * buckets;
+    uint32_t lane = threadIdx.x % 32;
+    uint32_t top_k = far.shape.top_k;
+    uint32_t per_rank = far.shape.slots_per_rank;
+    uint64_t stride = (uint64_t)r.num * (THREADS / 32);
+    uint64_t num = (uint64_t)a.num_tokens * a.own_parts;
+    for (uint64_t i = threadIdx.x / 32 * r.num + r.block; i < num; i += stride) {
+        uint32_t token = (uint32_t)(i / a.own_parts);
+        uint32_t part = (uint32_t)(i % a.own_parts);
+        uint64_t at = (uint64_t)token * top_k + lane;
+        uint32_t slot = lane < top_k ? a.slots[at] : NEP_SLOT_NONE;
+        bool is_used = slot != NEP_SLOT_NONE && t.node_of_rank[slot / per_rank] == far.node;
+        uint32_t on_node =
+            is_used ? t.local_of_rank[slot / per_rank] * per_rank + slot % per_rank : 0;
+        float weight = is_used && a.weight != nullptr ? a.weight[at] : 1.0f;
+        pair p = make_pair(a, first, is_used, on_node, is_used ? a.index[at] : 0, weight);
+        nep_far_place place = place_of(a, t, p, true);
+        if (part == 0) {
+            store_terms(a, p, a.routing.home_terms + (uint64_t)token * top_k,
+                        a.routing.home_num + token);
+            store_beside(a, t, p, place, far.rank, token);
+        }
+        if (__any_sync(0xffffffffu, place.has_row)) {
+            move_input(a, token, place, part, a.own_parts);
+        }
+    }
+}
+
+/* A round: the tiles t of all sources. In shared memory. */
+struct tiles {
+    const char *tile[NEP_FAR_MAX_RANKS];
+    uint32_t rows[NEP_FAR_MAX_RANKS]; /* 0: this source has no such tile */
+    uint32_t begin[NEP_FAR_MAX_RANKS + 1];
+};
+
+/* This rank's copy of a row that landed; the landing rank also writes down what combine adds up. */
+__device__ void pull_row(const dispatch_args &a, const tables &t, uint32_t source,
+                         uint32_t first_row, uint32_t row, uint32_t num, uint32_t part,
+                         const char *tile)
+{
+    const struct nep_far &far = a.far;
+    const struct nep_wire &wire = far.shape.wire;
+    bool is_rank = far.shape.layout == NEP_LAYOUT_RANK;
+    uint32_t top_k = far.shape.top_k;
+    uint32_t buckets = far.node_size * (is_rank ? 1 : far.shape.slots_per_rank);
+    const char *meta = tile + sizeof(struct nep_tile_msg) + (uint64_t)row * far.meta_bytes;
+    const uint16_t *slots = (const uint16_t *)(meta + 4);
+    const float *weights = (const float *)(meta + 4 + (top_k + 1) / 2 * 4);
+    const uint32_t *index = (const uint32_t *)(weights + top_k);
+    uint32_t lane = threadIdx.x % 32;
+    bool is_k = lane < top_k;
+    uint32_t slot = is_k ? slots[lane] : 0xffff;
+    pair p = make_pair(a, a.routing.first + source * buckets, slot != 0xffff, slot,
+                       is_k ? index[lane] : 0, is_k ? weights[lane] : 0.0f);
+    nep_far_place place = place_of(a, t, p, p.g == far.local);
+    if (part == 0) {
+        if (nep_far_landing(far, source, far.node) == far.rank) {
+            uint64_t at = (uint64_t)nep_far_lane(far, source, far.node) * far.shape.max_tokens +
+                          first_row + row;
+            store_terms(a, p, a.routing.far_terms + at * top_k, a.routing.far_num + at);
+        }
+        store_beside(a, t, p, place, source, *(const uint32_t *)meta);
+    }
+    if (!__any_sync(0xffffffffu, place.has_row)) {
+        return;
+    }
+    const char *from = tile + nep_far_payload(far, num) + (uint64_t)row * wire.row_bytes;
+    nep_far_copy(from, place, part_begin(a, part, a.tile_parts),
+                 part_begin(a, part + 1, a.tile_parts));
+    if (part == 0 && wire.scale_bytes != 0) {
+        nep_far_copy_scales(from + wire.payload_bytes, wire.scale_bytes, place);
+    }
+}
+
+/* By one thread: waits for tile t of a source, and notes where it lies. False: gave up. */
+__device__ bool find_tile(const dispatch_args &a, const role &r, uint64_t op, uint32_t source,
+                          uint32_t t, tiles &round)
+{
+    const struct nep_far &far = a.far;
+    const struct nep_far_in in = a.routing.in[source];
+    uint32_t landing = nep_far_landing(far, source, far.node);
+    uint32_t local = far.local_of_rank[landing];
+    const struct nep_region &region = far.regions[landing];
+    uint64_t number = in.first_tile + t;
+    uint64_t idx =
+        (uint64_t)nep_far_lane(far, source, far.node) * NEP_FAR_WINDOW + number % NEP_FAR_WINDOW;
+    /* Acquire: pairs with the release in raise() of the sink. */
+    if (!nep_far_wait_relayed(
+            far, r.block == 0, nep_far_word(far, local, region.dispatch_word, idx),
+            &far.state->tile_seen[source], number + 1, NEP_FAR_PHASE_TILE, source)) {
+        return false;
+    }
+    const char *tile = far.data[local] + region.dispatch_landing + idx * region.dispatch_tile_bytes;
+    const struct nep_tile_msg *msg = (const struct nep_tile_msg *)tile;
+    uint32_t num = min(far.tile_rows, in.rows - t * far.tile_rows);
+    if (msg->op != op || msg->number != number || msg->source != source || msg->num_rows != num) {
+        nep_far_give_up(far, NEP_CUDA_STATUS(NEP_CUDA_DISAGREE, NEP_FAR_PHASE_TILE, source));
+        return false;
+    }
+    round.tile[source] = tile;
+    round.rows[source] = num;
+    return true;
+}
+
+/* By a block: a warp per source waits. Returns the rows of the round, or UINT32_MAX: gave up. */
+__device__ uint32_t find_round(const dispatch_args &a, const role &r, uint64_t op, uint32_t t,
+                               tiles &round)
+{
+    bool is_there = true;
+    for (uint32_t s = threadIdx.x / 32; s < a.far.num_ranks; s += THREADS / 32) {
+        if (threadIdx.x % 32 == 0) {
+            round.rows[s] = 0;
+            is_there = is_there && (t >= a.routing.in[s].tiles || find_tile(a, r, op, s, t, round));
+        }
+    }
+    if (__syncthreads_and(is_there) == 0) {
+        return UINT32_MAX;
+    }
+    if (threadIdx.x == 0) {
+        uint32_t rows = 0;
+        for (uint32_t s = 0; s < a.far.num_ranks; s++) {
+            round.begin[s] = rows;
+            rows += round.rows[s];
+        }
+        round.begin[a.far.num_ranks] = rows;
+        if (r.block == 0 && rows != 0) {
+            nep_far_stamp(a.far, NEP_FAR_AT_TILE_HERE);
+        }
+    }
+    __syncthreads();
+    return round.begin[a.far.num_ranks];
+}
+
+__device__ bool read_all(const dispatch_args &a, const tables &tab, const role &r, uint64_t op)
+{
+    __shared__ tiles round;
+    const struct nep_far &far = a.far;
+    for (uint32_t t = 0;; t++) {
+        uint32_t rows = find_round(a, r, op, t, round);
+        if (rows == 0 || rows == UINT32_MAX) {
+            return rows == 0;
+        }
+        uint32_t stride = r.num * (THREADS / 32);
+        uint32_t source = 0;
+        for (uint32_t i = threadIdx.x / 32 * r.num + r.block; i < rows * a.tile_parts;
+             i += stride) {
+            uint32_t row = i / a.tile_parts;
+            while (row >= round.begin[source + 1]) {
+                source++;
+            }
+            pull_row(a, tab, source, t * far.tile_rows, row - round.begin[source],
+                     round.rows[source], i % a.tile_parts, round.tile[source]);
+        }
+        if (nep_far_is_last(&far.state->read[t % NEP_FAR_WINDOW], r.num)) {
+            for (uint32_t s = threadIdx.x; s < far.num_ranks; s += THREADS) {
+                if (round.rows[s] != 0) {
+                    /* Release: read; pairs with the acquire in the proxy's duty. */
+                    nep_st_release_sys(
+                        nep_far_word(far, far.local, far.regions[far.rank].dispatch_read, s),
+                        a.routing.in[s].first_tile + t + 1);
+                }
+            }
+        }
+        __syncthreads(); /* `round` is filled in again */
+    }
+}
+
+/* By the last block: all of this rank is done; waits for the node, and ends the operation. */
+__device__ void finish(const dispatch_args &a, uint64_t op)
+{
+    const struct nep_far &far = a.far;
+    if (!nep_near_meet(far, far.regions[far.rank].pushed, op + 1, NEP_CUDA_PHASE_PUSHED)) {
+        return;
+    }
+    for (uint32_t n = threadIdx.x; n < far.num_nodes; n += blockDim.x) {
+        if (n != far.node) {
+            uint32_t tiles = nep_far_tiles(far, a.routing.node_rows[n]);
+            far.state->next_tile[n] += tiles;
+            far.state->next_send[nep_far_skip(far.node, n)] += tiles;
+        }
+    }
+    if (threadIdx.x == 0) {
+        far.state->op = op + 1;
+        /* Release: pairs with the sink's acquire: its window of numbers moves on. */
+        nep_st_release_sys(far.completed, op + 1);
+        nep_far_stamp(far, NEP_FAR_AT_MET);
+    }
+}
+
+__global__ void __launch_bounds__(THREADS, 1) recv_kernel(const __grid_constant__ dispatch_args a)
+{
+    const struct nep_far &far = a.far;
+    if (nep_ld_relaxed_gpu(&far.state->status) != 0) {
+        return;
+    }
+    uint64_t op = nep_ld_relaxed_gpu(&far.state->op);
+    __shared__ tables tab;
+    load_tables(far, tab);
+    load_binds(far, op, tab);
+    if (threadIdx.x == 0 && blockIdx.x == 0) {
+        nep_far_stamp(far, NEP_FAR_AT_RECV);
+    }
+    __syncthreads();
+    bool is_done = true;
+    if (blockIdx.x < a.pack_blocks) {
+        role r = {blockIdx.x, a.pack_blocks};
+        is_done = pack(a, tab, r, op, NEP_FAR_WINDOW, UINT32_MAX);
+    } else {
+        role r = {blockIdx.x - a.pack_blocks, gridDim.x - a.pack_blocks};
+        push_home(a, tab, r);
+        if (r.block == 0 && threadIdx.x == 0) {
+            nep_far_stamp(far, NEP_FAR_AT_PUSHED);
+        }
+        is_done = read_all(a, tab, r, op);
+        if (r.block == 0 && threadIdx.x == 0) {
+            nep_far_stamp(far, NEP_FAR_AT_READ);
+        }
+    }
+    if (!is_done) {
+        return; /* recorded: nobody counts on this block */
+    }
+    if (nep_far_is_last(&far.state->arrived, gridDim.x)) {
+        finish(a, op);
+    }
+}
+
+} // namespace
+
+enum nep_status nep_cuda_load_far_recv(void)
+{
+    return nep_cuda_load_kernel((const void *)recv_kernel, "far receive");
+}
+
+extern "C" enum nep_status nep_cuda_far_recv(const struct nep_far_dispatch *d,
+                                             struct CUstream_st *stream)
+{
+    dispatch_args args = make_args(d);
+    recv_kernel<<<d->geometry->blocks, THREADS, d->geometry->shared_bytes, stream>>>(args);
+    return nep_cuda_check(cudaGetLastError(), "launch of far receive");
+}

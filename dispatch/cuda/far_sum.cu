@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: Apache-2.0
+/*
+ * Sum: a rank's own tokens from its node's rows and the other nodes' rows, nodes ascending. Tokens
+ * are summed in chunks of a tile's rows, so that at most two tiles of each node are needed at once:
+ * a tile's slot is free when the chunk that holds its last row is done.
+ */
+#include "dispatch/cuda/device/far_sums.cuh"
+
+using namespace far_sums;
+
+namespace
+{
+
+/* Rows of a node's list that belong to tokens before `token`. */
+__device__ uint32_t rows_before(const combine_args &a, uint32_t node, uint32_t token)
+{
+    uint32_t end = a.routing.node_rows[node];
+    if (token >= a.num_tokens) {
+        return end;
+    }
+    const uint32_t *tokens = a.routing.node_tokens + (uint64_t)node * a.far.shape.max_tokens;
+    uint32_t begin = 0;
+    while (begin < end) {
+        uint32_t middle = (begin + end) / 2;
+        if (tokens[middle] < token) {
+            begin = middle + 1;
+        } else {
+            end = middle;
+        }
+    }
+    return begin;
+}
+
+__device__ __forceinline__ const char *sums_tile(const combine_args &a, uint32_t node,
+                                                 uint64_t number)
+{
+    const struct nep_far &far = a.far;
+    const struct nep_region &region = far.regions[far.rank];
+    uint64_t idx =
+        (uint64_t)nep_far_skip(far.node, node) * NEP_FAR_WINDOW + number % NEP_FAR_WINDOW;
+    return far.data[far.local] + region.combine_landing + idx * region.combine_tile_bytes;
+}
+
+/* By one thread: the tiles of a node that hold its rows of tokens [begin, end). */
+__device__ bool wait_sums(const combine_args &a, const role &r, uint64_t op, uint32_t node,
+                          uint32_t begin, uint32_t end)
+{
+    const struct nep_far &far = a.far;
+    uint32_t first = rows_before(a, node, begin);
+    uint32_t last = rows_before(a, node, end);
+    uint32_t landing = nep_far_landing(far, far.rank, node);
+    for (uint32_t t = first / far.tile_rows; first < last && t <= (last - 1) / far.tile_rows; t++) {
+        uint64_t number = far.state->next_in[node] + t;
+        uint64_t idx = (uint64_t)node * NEP_FAR_WINDOW + number % NEP_FAR_WINDOW;
+        const uint64_t *word =
+            nep_far_word(far, far.local, far.regions[far.rank].combine_word, idx);
+        /* Acquire: pairs with the release in raise() of the sink. */
+        if (!nep_far_wait_relayed(far, r.block == 0, word, &far.state->sums_seen[node], number + 1,
+                                  NEP_FAR_PHASE_SUMS, landing)) {
+            return false;
+        }
+        const struct nep_tile_msg *msg = (const struct nep_tile_msg *)sums_tile(a, node, number);
+        if (msg->op != op || msg->number != number || msg->source != landing ||
+            msg->first_row != t * far.tile_rows) {
+            nep_far_give_up(far, NEP_CUDA_STATUS(NEP_CUDA_DISAGREE, NEP_FAR_PHASE_SUMS, landing));
+            return false;
+        }
+    }
+    return true;
+}
+
+/* By a warp: a token's addends, nodes ascending; returns how many. */
+__device__ uint32_t take_token(const combine_args &a, const char *const *base, uint32_t token,
+                               addend *addends)
+{
+    const struct nep_far &far = a.far;
+    uint32_t fill = 0;
+    for (uint32_t n = 0; n < far.num_nodes; n++) {
+        if (n == far.node) {
+            fill = take_terms(a, base, a.routing.home_terms + (uint64_t)token * far.shape.top_k,
+                              a.routing.home_num[token], fill, addends);
+            continue;
+        }
+        uint32_t row = a.routing.row_of[(uint64_t)n * far.shape.max_tokens + token];
+        if (row == NEP_SLOT_NONE) {
+            continue;
+        }
+        if (threadIdx.x % 32 == 0) {
+            uint64_t number = far.state->next_in[n] + row / far.tile_rows;
+            addends[fill].row = sums_tile(a, n, number) + sizeof(struct nep_tile_msg) +
+                                (uint64_t)(row % far.tile_rows) * far.row_bytes;
+            addends[fill].weight = 1.0f;
+            addends[fill].ends = NEP_ENDS_RANK | NEP_ENDS_NODE;
+        }
+        fill++;
+    }
+    return fill;
+}
+
+/* Tokens of one chunk; false: gave up. */
+template <class T>
+__device__ bool sum_chunk(const combine_args &a, const role &r, const char *const *base,
+                          addend *addends, uint64_t op, uint32_t chunk)
+{
+    const struct nep_far &far = a.far;
+    uint32_t begin = chunk * far.tile_rows;
+    uint32_t end = min(a.num_tokens, begin + far.tile_rows);
+    bool is_there = true;
+    if (threadIdx.x < far.num_nodes && threadIdx.x != far.node) {
+        is_there = wait_sums(a, r, op, threadIdx.x, begin, end);
+    }
+    if (__syncthreads_and(is_there) == 0) {
+        return false;
+    }
+    if (threadIdx.x == 0 && r.block == 0) {
+        nep_far_stamp(far, NEP_FAR_AT_SUMS_HERE);
+    }
+    uint32_t num = (end - begin) * a.own_parts;
+    uint32_t stride = r.num * (THREADS / 32);
+    for (uint32_t i = threadIdx.x / 32 * r.num + r.block; i < num; i += stride) {
+        uint32_t token = begin + i / a.own_parts;
+        uint32_t part = i % a.own_parts;
+        __syncwarp();
+        uint32_t addend_end = take_token(a, base, token, addends);
+        __syncwarp();
+        sum_columns<T>(addends, addend_end, a.y + (uint64_t)token * far.row_bytes,
+                       part_at(a, part, a.own_parts), part_at(a, part + 1, a.own_parts));
+    }
+    if (nep_far_is_last(&a.routing.chunks[chunk], r.num) && threadIdx.x < far.num_nodes &&
+        threadIdx.x != far.node) {
+        uint32_t n = threadIdx.x;
+        uint32_t rows = rows_before(a, n, end);
+        uint32_t tiles = end == a.num_tokens ? nep_far_tiles(far, rows) : rows / far.tile_rows;
+        /* Release: these tiles have been read; pairs with the acquire in the proxy's duty. */
+        nep_st_release_sys(nep_far_word(far, far.local, far.regions[far.rank].combine_read, n),
+                           far.state->next_in[n] + tiles);
+    }
+    return true;
+}
+
+/* By the last block: R1, then the node's end of reading, then the end of the operation. */
+__device__ void finish(const combine_args &a, uint64_t op)
+{
+    const struct nep_far &far = a.far;
+    bool is_there = true;
+    if (threadIdx.x == 0) {
+        nep_far_stamp(far, NEP_FAR_AT_SUMMED);
+    }
+    for (uint32_t s = threadIdx.x; s < far.num_ranks; s += blockDim.x) {
+        const uint64_t *word = nep_far_counts_word(far, s, op);
+        is_there = far.node_of_rank[s] == far.node
+                       ? nep_near_wait(far, word, op + 1, NEP_CUDA_PHASE_COUNTS, s, far.timeout_ns)
+                       : nep_far_wait(far, word, op + 1, NEP_CUDA_PHASE_COUNTS, s);
+        const struct nep_counts_msg *msg = nep_far_counts_at(far, s, op);
+        if (is_there && (msg->op != op || msg->source != s || msg->kind != NEP_KIND_COMBINE)) {
+            nep_far_give_up(far, NEP_CUDA_STATUS(NEP_CUDA_DISAGREE, NEP_CUDA_PHASE_COUNTS, s));
+            is_there = false;
+        }
+    }
+    if (__syncthreads_and(is_there) == 0 ||
+        !nep_near_meet(far, far.regions[far.rank].pushed, op + 1, NEP_CUDA_PHASE_READ)) {
+        return;
+    }
+    for (uint32_t n = threadIdx.x; n < far.num_nodes; n += blockDim.x) {
+        far.state->next_in[n] += n != far.node ? nep_far_tiles(far, a.routing.node_rows[n]) : 0;
+    }
+    for (uint32_t l = threadIdx.x; l < far.num_lanes; l += blockDim.x) {
+        uint32_t tiles = nep_far_tiles(far, a.routing.in[far.lane_source[l]].rows);
+        far.state->next_sums[l] += tiles;
+        far.state->next_send[l] += tiles;
+    }
+    if (threadIdx.x == 0) {
+        far.state->op = op + 1;
+        /* Release: pairs with the sink's acquire: its window of numbers moves on. */
+        nep_st_release_sys(far.completed, op + 1);
+        nep_far_stamp(far, NEP_FAR_AT_SUM_MET);
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(THREADS, 1) sum_kernel(const __grid_constant__ combine_args a)
+{
+    __shared__ const char *base[NEP_FAR_MAX_RANKS];
+    __shared__ addend tables[THREADS / 32][MOST_ADDENDS];
+    const struct nep_far &far = a.far;
+    if (nep_ld_relaxed_gpu(&far.state->status) != 0) {
+        return;
+    }
+    uint64_t op = nep_ld_relaxed_gpu(&far.state->op);
+    addend *addends = tables[threadIdx.x / 32];
+    if (threadIdx.x == 0 && blockIdx.x == 0) {
+        nep_far_stamp(far, NEP_FAR_AT_SUM);
+    }
+    if (!find_rows(a, op, base)) {
+        return;
+    }
+    bool is_done = true;
+    if (blockIdx.x < a.reduce_blocks) {
+        role r = {blockIdx.x, a.reduce_blocks};
+        is_done = reduce_rest<T>(a, r, base, addends, op);
+    } else {
+        role r = {blockIdx.x - a.reduce_blocks, gridDim.x - a.reduce_blocks};
+        uint32_t chunks = nep_far_tiles(far, a.num_tokens);
+        for (uint32_t c = 0; is_done && c < chunks; c++) {
+            is_done = sum_chunk<T>(a, r, base, addends, op, c);
+        }
+    }
+    if (is_done && nep_far_is_last(&far.state->arrived, gridDim.x)) {
+        finish(a, op);
+    }
+}
+
+kernel_fn find_kernel(enum nep_dtype dtype)
+{
+    switch (dtype) {
+    case NEP_DTYPE_FP16:
+        return sum_kernel<nep_fp16>;
+    case NEP_DTYPE_FP32:
+        return sum_kernel<nep_fp32>;
+    default:
+        return sum_kernel<nep_bf16>;
+    }
+}
+
+} // namespace
+
+enum nep_status nep_cuda_load_far_sum(void)
+{
+    const enum nep_dtype dtypes[] = {NEP_DTYPE_BF16, NEP_DTYPE_FP16, NEP_DTYPE_FP32};
+    enum nep_status status = NEP_OK;
+    for (uint32_t i = 0; status == NEP_OK && i < 3; i++) {
+        status = nep_cuda_load_kernel((const void *)find_kernel(dtypes[i]), "far sum");
+    }
+    return status;
+}
+
+enum nep_status nep_cuda_load_far_counts(void);
+enum nep_status nep_cuda_load_far_pack(void);
+enum nep_status nep_cuda_load_far_recv(void);
+enum nep_status nep_cuda_load_far_reduce(void);
+
+extern "C" enum nep_status nep_cuda_far_load(void)
+{
+    enum nep_status (*const loads[])(void) = {nep_cuda_load_far_counts, nep_cuda_load_far_pack,
+                                              nep_cuda_load_far_recv, nep_cuda_load_far_reduce,
+                                              nep_cuda_load_far_sum};
+    for (auto load : loads) {
+        enum nep_status status = load();
+        if (status != NEP_OK) {
+            return status;
+        }
+    }
+    return NEP_OK;
+}
+
+extern "C" enum nep_status nep_cuda_far_sum(const struct nep_far_combine *c,
+                                            struct CUstream_st *stream)
+{
+    return launch(c, find_kernel(c->far->dtype), stream);
+}
