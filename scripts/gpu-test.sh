@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # usage: scripts/gpu-test.sh [PART...]: tests and figures on a machine with an NVIDIA GPU.
-# Parts: build threads faults processes sanitizer perf staged decode sweep tool ring dmabuf; without arguments all. It
-# starts and ends an MPS daemon of its own. Part ring runs the litmus test for NEP_GPU_LITMUS seconds
-# (60).
+# Parts: build threads faults processes sanitizer perf staged decode sweep tool ring far dmabuf;
+# without arguments all. It starts and ends an MPS daemon of its own. Part ring runs the litmus test
+# for NEP_GPU_LITMUS seconds (60).
 #   NEP_GPU_BIN    where gpu_check, gpu_perf and nep-perf are: then nothing is built here
 #   NEP_GPU_SEED, NEP_GPU_COUNT    shapes of the tests: from where, how many (random, 40)
 # A machine that lacks what the library is built from (scripts/packages.txt) and has no network gets
@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.." || exit 1
 tree=${NEP_GPU_TREE:-build-gpu} failed=0
 bin=${NEP_GPU_BIN:-$tree/bin}
 seed=${NEP_GPU_SEED:-$RANDOM$RANDOM} count=${NEP_GPU_COUNT:-40}
-programs=(gpu_check gpu_perf gpu_ring nep-perf)
+programs=(gpu_check gpu_perf gpu_ring gpu_far nep-perf)
 export LD_LIBRARY_PATH=$bin/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 
 run() { # SECONDS COMMAND...
@@ -171,6 +171,17 @@ part_ring() {
     run $((${NEP_GPU_LITMUS:-60} + 60)) "$bin/gpu_ring" litmus "${NEP_GPU_LITMUS:-60}"
 }
 
+part_far() { # two hops between emulated nodes
+    run 120 "$bin/gpu_far" random "$seed" "$count"
+    run 60 "$bin/gpu_far" faults
+    run 60 "$bin/gpu_far" perf 2 4 15 128 bf16
+    run 60 "$bin/gpu_far" perf 2 4 15 128 fp8
+    run 60 "$bin/gpu_far" perf 2 4 15 8 bf16
+    run 60 "$bin/gpu_far" perf 2 4 15 128 bf16 staged
+    run 60 "$bin/gpu_far" perf 4 4 7 128 bf16
+    run 60 "$bin/gpu_far" perf 2 4 15 4096 bf16
+}
+
 # GPU memory for a NIC, as far as it goes without one.
 part_dmabuf() {
     if [ -x "$bin/gpu_dmabuf" ]; then
@@ -186,7 +197,7 @@ if [ "${1:-}" = pack ]; then
 fi
 parts=("$@")
 if [ $# -eq 0 ]; then
-    parts=(build threads faults processes sanitizer perf staged decode sweep tool ring dmabuf)
+    parts=(build threads faults processes sanitizer perf staged decode sweep tool ring far dmabuf)
 fi
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || true
 for part in "${parts[@]}"; do

@@ -38,7 +38,9 @@ static enum nep_status nic_put(struct nep_transport *transport, const struct nep
     if (nic->num_flights == FAKE_NIC_QUEUE) {
         return nep_fail(NEP_ERR_BUSY, "fake NIC: more than %d puts in flight", FAKE_NIC_QUEUE);
     }
-    if (put->len != 0) {
+    if (put->len != 0 && world->is_staged) {
+        memcpy(world->words[put->dst] + put->offset, put->src, put->len);
+    } else if (put->len != 0) {
         struct fake_nic_entry *entry = &queue->entries[nic->posted % FAKE_NIC_QUEUE];
         entry->from = world->data[nic->rank] + ((const char *)put->src - world->words[nic->rank]);
         entry->to = world->data[put->dst] + put->offset;

@@ -52,8 +52,9 @@ struct fake_nic_world {
     char *words[64]; /* host base of each rank's window */
     char *data[64];  /* its base on the GPU */
     nep_sink_fn sink;
-    uint64_t seed; /* 0: announced in order */
-    uint64_t lost; /* bit r: rank r is said to be gone */
+    uint64_t seed;  /* 0: announced in order */
+    uint64_t lost;  /* bit r: rank r is said to be gone */
+    bool is_staged; /* windows lie in host memory as a whole: the sender copies, no kernel */
 };
 
 struct nep_transport *fake_nic_create(struct fake_nic_world *world, uint32_t rank);

@@ -113,8 +113,10 @@ __global__ void __launch_bounds__(256) recv_kernel(const __grid_constant__ gpu_r
         nep_ring ring = ring_of(a);
         uint64_t begin = nep_globaltimer();
         /* One block looks across PCIe, the others at what it relays. */
-        enum nep_ring_end end = nep_ring_wait(&ring, blockIdx.x == 0 ? a.word : &a.state->seen, op,
-                                              &a.state->status, a.timeout_ns);
+        enum nep_ring_end end =
+            blockIdx.x == 0
+                ? nep_ring_wait(&ring, a.word, op, &a.state->status, a.timeout_ns)
+                : nep_ring_wait_near(&a.state->seen, op, &a.state->status, 2 * a.timeout_ns);
         is_there = end == NEP_RING_DONE;
         if (blockIdx.x == 0 && is_there) {
             uint64_t now = nep_globaltimer();
