@@ -159,7 +159,8 @@ static void test_death(void **state)
     /* Alive again: the heartbeat says so, and a word that does not come is no fault of its. */
     nep_proxy_pause(f.proxy, false);
     assert_int_equal(nep_ring_wait(&f.ring, &f.arrived, 1, NULL, 10 * NEP_S), NEP_RING_DONE);
-    assert_int_equal(nep_ring_wait(&f.ring, &never, 1, NULL, 100 * NEP_MS), NEP_RING_EXPIRED);
+    /* A machine with more to do than cores may stop the proxy for a while: two seconds count. */
+    assert_int_equal(nep_ring_wait(&f.ring, &never, 1, NULL, 4 * NEP_S), NEP_RING_EXPIRED);
     uint64_t stuck = 1;
     assert_int_equal(nep_ring_wait(&f.ring, &never, 1, &stuck, 10 * NEP_S), NEP_RING_STUCK);
     stop(&f);
