@@ -521,6 +521,16 @@ struct nep_wait_stat {
 NEP_API enum nep_status nep_ep_waits(const struct nep_ep *ep, struct nep_wait_stat *stats,
                                      uint32_t cap, uint32_t *num_p);
 
+/*
+ * The counters of all ep objects of this communicator, its waits and its state as Prometheus text
+ * (docs/tracing.md), with a zero behind it. *len_p: bytes of the text, also when NEP_ERR_OVERFLOW
+ * says that cap is not more than that; about 4 KiB and 200 for each (ep, phase, rank) waited for.
+ * While no other thread is inside a call on these ep objects: the thread that runs them writes the
+ * text, a server's thread hands it out.
+ */
+NEP_API enum nep_status nep_comm_metrics(const struct nep_comm *comm, char *to, size_t cap,
+                                         size_t *len_p);
+
 /* ---- traces of routing -------------------------------------------------------------------- */
 
 /* Which experts a router picked, for every token of a set of requests; the format of the file is in

@@ -249,6 +249,10 @@ static const struct option table[] = {
      AT(pairs)},
     {"--on-fault", "fail|continue",
      "a lost rank ends the run with status 1, or go on without it (fail)", set_on_fault, 0},
+    {"--metrics", "FILE",
+     "write each rank's counters as Prometheus text, %r in FILE is the rank; without it, or to -, "
+     "those of rank 0",
+     set_text, AT(metrics)},
     {"--json", "FILE", "write results as one JSON object to FILE, - is standard output", set_text,
      AT(json)},
 };

@@ -48,9 +48,10 @@ struct nep_perf_options {
     const char *baseline; /* NULL: none */
     uint32_t pairs;
     const char *on_fault;
-    bool is_continued; /* on_fault is "continue" */
-    const char *json;  /* NULL: for people */
-    char **argv;       /* as given, for running the same command again under mpirun */
+    bool is_continued;   /* on_fault is "continue" */
+    const char *json;    /* NULL: for people */
+    const char *metrics; /* NULL: none */
+    char **argv;         /* as given, for running the same command again under mpirun */
     int argc;
 };
 

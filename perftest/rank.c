@@ -529,6 +529,9 @@ int nep_perf_rank_main(const struct nep_perf_options *options, struct nep_perf_s
         rc = nep_perf_rank_block(&rank, rank.options.warmup, rank.options.iters);
     }
     if (rc == -1) {
+        rc = nep_perf_metrics(&rank);
+    }
+    if (rc == -1) {
         rc = nep_perf_results(&rank, NULL);
     }
     if (rc > NEP_PERF_OK && seat->control != NULL) {

@@ -78,4 +78,7 @@ int nep_perf_rank_block(struct nep_perf_rank *rank, uint32_t warmup, uint32_t it
 /* Everything of a rank: create, a block, results, destroy. Exit status. */
 int nep_perf_rank_main(const struct nep_perf_options *options, struct nep_perf_seat *seat);
 
+/* Writes the counters where --metrics says. Exit status, or -1: go on. */
+int nep_perf_metrics(struct nep_perf_rank *rank);
+
 #endif

@@ -10,7 +10,7 @@ usage: scripts/test.sh [--quick] [-L LABEL] [--preset PRESET] [-- CTEST_ARGUMENT
 
   --quick          small sizes (NEP_TEST_SCALE=10), without the layers vm, hosts and fuzz
   -L LABEL         only one layer: unit, model, multi, place, hosts, vm, adversary, fuzz, gpu,
-                  python
+                  python, chaos
   --preset PRESET  release (default, in build/), dev, clang, asan, tsan (in build-PRESET/)
   --list           names the layers and the packages that each of them needs
 

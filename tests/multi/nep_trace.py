@@ -7,6 +7,8 @@ import collections
 import glob
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -91,22 +93,23 @@ def test_ring_is_bounded(folder):
 
 
 def kill_one(folder):
-    """Number of traces with a fault. nep-perf itself sees a death between operations: then none."""
-    perf = [PERF, "ep", *SHAPE, "--tokens", "512", "--iters", "1000000"]
+    """Number of traces with a fault. A death between operations is found by a gather: then none."""
     for path in glob.glob(os.path.join(folder, "f.*")):
         os.unlink(path)
-    environment = {**os.environ, "NEP_TRACE": os.path.join(folder, "f.%r"), "NEP_TIMEOUT": "2s"}
-    with subprocess.Popen(perf, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True) as job:
-        children = []
-        while len(children) < 4:
-            assert job.poll() is None, job.communicate()
-            with open(f"/proc/{job.pid}/task/{job.pid}/children", encoding="utf-8") as file:
-                children = file.read().split()
-        time.sleep(1)
-        os.kill(int(children[2]), 9)
-        _, error = job.communicate(timeout=60)
-    assert job.returncode == 1 and "rank 2" in error, error
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    perf = [PERF, "ep", *SHAPE, "--tokens", "512", "--iters", "1000000"]
+    ranks = []
+    for rank in range(4):
+        environment = {**os.environ, "NEP_TRACE": os.path.join(folder, "f.%r"), "NEP_TIMEOUT": "5s",
+                       "NEP_RENDEZVOUS": address, "NEP_RANKS": "4", "NEP_RANK": str(rank)}
+        ranks.append(subprocess.Popen(perf, env=environment, stdout=subprocess.DEVNULL,
+                                      stderr=subprocess.DEVNULL))
+    time.sleep(1)
+    ranks[2].kill()
+    statuses = [process.wait(60) for process in ranks]
+    assert statuses == [1, 1, -9, 1], statuses
     num = 0
     for path in glob.glob(os.path.join(folder, "f.*")):
         assert not path.endswith(".2"), path
@@ -150,6 +153,40 @@ def test_merge(folder):
     print("merge: joined, and bad files refused")
 
 
+def test_metrics(folder):
+    """By the grammar of the text format: families stand together under one HELP and TYPE."""
+    out, json_out = os.path.join(folder, "m.%r"), os.path.join(folder, "m.json")
+    run([PERF, "ep", *SHAPE, "--tokens", "60", "--iters", "7", "--metrics", out, "--json", json_out])
+    sample = re.compile(r'^([a-z][a-z0-9_]*)\{((?:[a-z_]+="[^"\\]*",?)*)\} ([0-9]+(?:\.[0-9]+)?)$')
+    for rank in range(4):
+        with open(os.path.join(folder, f"m.{rank}"), encoding="utf-8") as file:
+            lines = file.read().split("\n")
+        assert lines.pop() == ""
+        family, seen, values = None, set(), {}
+        for line in lines:
+            if line.startswith("# HELP "):
+                family = line.split()[2]
+                assert family not in seen, f"{family} twice"
+                seen.add(family)
+            elif line.startswith("# TYPE "):
+                _, _, name, kind = line.split()
+                assert name == family and kind in ("counter", "gauge")
+                assert (kind == "counter") == name.endswith("_total"), line
+            else:
+                name, labels, value = sample.match(line).groups()
+                assert name == family and f'rank="{rank}",node="{rank // 2}"' in labels, line
+                assert (name, labels) not in values, line
+                values[name, labels] = float(value)
+        one = {name: value for (name, labels), value in values.items() if "phase" not in labels}
+        assert one["nearep_dispatches_total"] == one["nearep_combines_total"] == 7
+        assert one["nearep_tokens_total"] == 7 * 60 and one["nearep_broken"] == 0
+        assert one["nearep_live_ranks"] == one["nearep_seats"] == 4
+        assert one["nearep_wire_bytes_total"] > 0
+        waits = sum(v for (name, _), v in values.items() if name == "nearep_wait_seconds_total")
+        assert abs(waits - one["nearep_idle_seconds_total"]) < 1e-3, (waits, one)
+    print(f"metrics: {len(seen)} families, {len(values)} samples")
+
+
 def main():
     with tempfile.TemporaryDirectory() as folder:
         test_whole(folder, "adversary")
@@ -157,6 +194,7 @@ def main():
         test_ring_is_bounded(folder)
         test_fault(folder)
         test_merge(folder)
+        test_metrics(folder)
 
 
 main()
