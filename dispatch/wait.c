@@ -136,6 +136,34 @@ static bool follow(const struct nep_ep *ep, struct loss *loss, uint32_t culprit)
 }
 
 /*
+ * A rank of this node that ended in the middle of this operation without having named anybody: it
+ * comes before a rank of another node, which may have left because of it and whose LEAVE has not
+ * come, or went to others.
+ */
+static uint32_t dead_neighbour(struct nep_ep *ep)
+{
+    for (uint32_t g = 0; g < ep->node_size; g++) {
+        uint32_t rank = nep_ep_rank_at(ep, g);
+        struct nep_region_head *head = (struct nep_region_head *)ep->window[rank];
+        if (rank != ep->rank &&
+            atomic_load_explicit(&head->completed, memory_order_acquire) <= ep->completed_op &&
+            atomic_load_explicit(&head->fault, memory_order_acquire) == 0 &&
+            peer_status(ep, rank) != NEP_OK) {
+            return rank;
+        }
+    }
+    return UINT32_MAX;
+}
+
+static bool lose(const struct nep_ep *ep, struct loss *loss, uint32_t culprit)
+{
+    loss->culprit = culprit;
+    snprintf(loss->cause, sizeof loss->cause, "rank %u is lost: %s", nep_ep_name(ep, culprit),
+             nep_last_message());
+    return true;
+}
+
+/*
  * Looks for ranks that are gone. One that this rank does not wait for is no reason to fail yet: it
  * may have done all its part, or whoever waits for it will say so; after GRACE_NS without either it
  * is one.
@@ -152,9 +180,13 @@ static bool find_loss(struct nep_ep *ep, uint64_t idle_ns, bool is_over, struct 
             peer_status(ep, r) == NEP_OK) {
             continue;
         }
-        loss->culprit = r;
-        snprintf(loss->cause, sizeof loss->cause, "rank %u is lost: %s", nep_ep_name(ep, r),
-                 nep_last_message());
+        lose(ep, loss, r);
+        if (ep->plan.topology->node_of_rank[r] != ep->node) {
+            uint32_t near = dead_neighbour(ep);
+            if (near != UINT32_MAX) {
+                return lose(ep, loss, near);
+            }
+        }
         /* It may have ended because of another: what it said before is visible by now. */
         named = named_culprit(ep);
         return named == UINT32_MAX || named == r || follow(ep, loss, named);
