@@ -14,8 +14,11 @@ while [ $# -gt 0 ]; do
         *) echo "coverage.sh: $1 is no option (--min PERCENT, -L LABELS)" >&2; exit 2 ;;
     esac
 done
+mkdir -p build-coverage
+cc -O1 -fPIC -c scripts/lib/coverage_exit.c -o build-coverage/coverage_exit.o
 cmake --preset dev -B build-coverage -DNEP_WERROR=OFF -DCMAKE_C_FLAGS='--coverage -fprofile-update=atomic' \
-    -DCMAKE_EXE_LINKER_FLAGS=--coverage -DCMAKE_SHARED_LINKER_FLAGS=--coverage > /dev/null
+    -DCMAKE_EXE_LINKER_FLAGS="--coverage -Wl,--wrap=_exit $PWD/build-coverage/coverage_exit.o" \
+    -DCMAKE_SHARED_LINKER_FLAGS=--coverage > /dev/null
 cmake --build build-coverage -j "$(nproc)"
 find build-coverage -name '*.gcda' -delete
 NEP_TEST_SCALE=10 ctest --test-dir build-coverage -L "$labels" -LE '^slow$' -j "$(nproc)" | tail -n 12 || true

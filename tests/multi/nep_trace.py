@@ -92,7 +92,7 @@ def test_ring_is_bounded(folder):
     print("ring: bounded, and off where it is 0")
 
 
-def kill_one(folder):
+def kill_one(folder, delay):
     """Number of traces with a fault. A death between operations is found by a gather: then none."""
     for path in glob.glob(os.path.join(folder, "f.*")):
         os.unlink(path)
@@ -106,7 +106,7 @@ def kill_one(folder):
                        "NEP_RENDEZVOUS": address, "NEP_RANKS": "4", "NEP_RANK": str(rank)}
         ranks.append(subprocess.Popen(perf, env=environment, stdout=subprocess.DEVNULL,
                                       stderr=subprocess.DEVNULL))
-    time.sleep(1)
+    time.sleep(delay)
     ranks[2].kill()
     statuses = [process.wait(60) for process in ranks]
     assert statuses == [1, 1, -9, 1], statuses
@@ -122,7 +122,7 @@ def kill_one(folder):
 
 
 def test_fault(folder):
-    num = next((num for num in (kill_one(folder) for _ in range(10)) if num > 0), 0)
+    num = next((num for num in (kill_one(folder, 0.5 * i) for i in range(1, 11)) if num > 0), 0)
     assert num > 0
     print(f"fault: rank 2 died, {num} traces name it")
 
