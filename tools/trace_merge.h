@@ -1,11 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Joins the traces that ranks have written (dispatch/events_dump.c) into one. */
+/* Reads the traces that ranks have written (dispatch/events_dump.c), to be joined. */
 #ifndef NEP_TOOLS_TRACE_MERGE_H
 #define NEP_TOOLS_TRACE_MERGE_H
 
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
+/* Before the events and behind them. */
+#define TRACE_EVENTS "\"traceEvents\":[\n"
+#define TRACE_TAIL   "\n]}\n"
+enum { TRACE_MAX_RANKS = 65536 };
 
 /* What one dump says of itself, and where its events lie in it. */
 struct trace_dump {
