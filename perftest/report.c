@@ -42,6 +42,23 @@ static void print_row(FILE *out, const struct nep_perf_summary *summary, const c
     fprintf(out, "  %-34s %8.3f %12.1f\n", name, rows_per_token, rows_per_token * per_row / 1024);
 }
 
+/* The rule of docs/performance.md: what flat would cost more, against what it was worth there. */
+static void print_flat(FILE *out, const struct nep_perf_rank *rank,
+                       const struct nep_perf_summary *summary)
+{
+    double more = summary->remote_ranks_per_token - summary->remote_nodes_per_token;
+    if (rank->topology.num_nodes == rank->topology.num_ranks ||
+        summary->remote_nodes_per_token == 0.0) {
+        return;
+    }
+    double kib = more * summary->wire_floor_bytes / summary->remote_nodes_per_token / 1024;
+    fprintf(
+        out,
+        "  Flat, every rank a node of its own (--ranks-per-node 1, NEP_NODE): %.1f KiB more, one "
+        "hop\n  less. It was faster up to about 700 KiB (docs/performance.md)%s.\n",
+        kib, kib <= 700 ? ": try it" : "");
+}
+
 static void print_wire(FILE *out, const struct nep_perf_rank *rank,
                        const struct nep_perf_summary *summary)
 {
@@ -73,6 +90,7 @@ static void print_wire(FILE *out, const struct nep_perf_rank *rank,
         fprintf(out, "  That is %.2f times fewer bytes than one row per (token, expert).", saved);
     }
     fprintf(out, " Busiest node: %.1f KiB.\n", summary->wire_bytes_max_node / 1024);
+    print_flat(out, rank, summary);
 }
 
 static void print_baseline(FILE *out, const struct nep_perf_summary *summary)

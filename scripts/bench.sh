@@ -79,6 +79,8 @@ measure() { # FILE ARGUMENTS
     local num=$2 rate=$3 ranks=$4
     shift 4
     export HOSTS_GROUP=nepbench
+    trap 'tests/hosts/hosts.sh down' EXIT # also when this is ended from outside
+    trap 'exit 1' INT TERM
     tests/hosts/hosts.sh up "$num" "$rate" || return
     tests/hosts/hosts.sh mpirun "$ranks" "$PWD/build/bin/nep-perf" "$@" --verify --iters 2 \
         --warmup 1 --json "$PWD/$file" || status=$?
