@@ -247,6 +247,13 @@ enum nep_cuda_push_flags {
  */
 enum nep_status nep_cuda_push(const struct nep_cuda_dispatch *dispatch, unsigned flags,
                               struct CUstream_st *stream);
+/*
+ * layout and push (with places, outputs known) in one launch, where nep_cuda_is_few says that there
+ * are so few tokens that this is faster.
+ */
+int nep_cuda_is_few(const struct nep_cuda_dispatch *dispatch);
+enum nep_status nep_cuda_push_few(const struct nep_cuda_dispatch *dispatch, unsigned flags,
+                                  struct CUstream_st *stream);
 /* Waits for the rows of all ranks. */
 enum nep_status nep_cuda_await(const struct nep_cuda_dispatch *dispatch,
                                struct CUstream_st *stream);

@@ -48,6 +48,7 @@ struct nep_device_handle {
     bool is_known;  /* layout has told where the outputs are */
     bool is_placed; /* place has been launched */
     bool is_pushed;
+    bool is_few;     /* push does layout's work */
     bool is_counted; /* counts are on the host */
     /* the combine at hand */
     struct nep_cuda_combine combine;

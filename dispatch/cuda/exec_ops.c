@@ -5,6 +5,7 @@
  *   outputs bound before   send: layout, push(place)          recv: await, or pull
  *   outputs given at recv  send: layout                       recv: push(place, bind), or + pull
  *   both in one call       layout, push(place, wait), or push(place), pull
+ *                          few tokens: layout is done by push, in one launch
  *   combine                send: (stage) ready                recv: sum
  *   combine in one call    (stage) sum(ready)
  *
@@ -133,7 +134,8 @@ static enum nep_status push(struct nep_handle *handle, bool is_last, struct CUst
     flags |= is_last && here->out.is_mapped ? NEP_CUDA_PUSH_WAITS : 0;
     here->is_placed = true;
     here->is_pushed = true;
-    return nep_cuda_push(&dispatch, flags, stream);
+    return here->is_few ? nep_cuda_push_few(&dispatch, flags, stream)
+                        : nep_cuda_push(&dispatch, flags, stream);
 }
 
 enum nep_status nep_device_dispatch_send(struct nep_handle *handle, const struct nep_rows *out,
@@ -155,7 +157,10 @@ enum nep_status nep_device_dispatch_send(struct nep_handle *handle, const struct
         here->is_known = is_bound || out != NULL;
         here->is_placed = here->is_pushed = here->is_counted = false;
         struct nep_cuda_dispatch dispatch = dispatch_of(handle, here->is_known);
-        status = nep_cuda_layout(&dispatch, stream);
+        here->is_few = here->is_known && nep_cuda_is_few(&dispatch);
+        if (!here->is_few) {
+            status = nep_cuda_layout(&dispatch, stream);
+        }
     }
     if (status == NEP_OK && is_bound && out == NULL) {
         status = push(handle, false, stream);

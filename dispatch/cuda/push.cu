@@ -13,7 +13,7 @@
  * at most 4 % faster in measurements, and not on sm_80; pulling by the receiver always, which reads
  * a row once per destination and was 5 to 44 % slower.
  */
-#include "dispatch/cuda/device/launch.cuh"
+#include "dispatch/cuda/device/layout.cuh"
 #include "dispatch/cuda/device/number.cuh"
 #include "dispatch/cuda/device/place.cuh"
 #include "dispatch/cuda/device/rows.cuh"
@@ -22,6 +22,10 @@ namespace
 {
 
 enum { PUSH_THREADS = 1024 };
+
+/* A push of so few pairs does layout's work itself, every block for itself: its own launch would
+ * take longer. */
+enum { ALONE_PAIRS = 256 };
 
 struct push_args {
     struct nep_cuda_group group;
@@ -32,6 +36,7 @@ struct push_args {
     struct nep_wire wire;
     const char *x;
     const char *scales;
+    const float *weights; /* [T][K]; NULL: 1 */
     uint32_t num_tokens;
     uint32_t parts;
     uint32_t units; /* 16-byte pieces of a payload row */
@@ -64,7 +69,14 @@ struct block {
     uint64_t pairs; /* offset of this operation's [M][K] tables, in entries */
 };
 
-__device__ __forceinline__ warp_item item_at(const push_args &a, uint64_t item)
+/* The same with what layout needs. */
+struct alone_args {
+    push_args push;
+    layout_args layout;
+};
+
+__device__ __forceinline__ warp_item item_at(const push_args &a, const layout_tables &tables,
+                                             uint64_t item)
 {
     warp_item w;
     w.token = (uint32_t)(item / a.parts);
@@ -74,8 +86,8 @@ __device__ __forceinline__ warp_item item_at(const push_args &a, uint64_t item)
     uint32_t lane = threadIdx.x % 32;
     if (w.token < a.num_tokens && lane < a.top_k) {
         uint64_t at = (uint64_t)w.token * a.top_k + lane;
-        w.slot = a.routing.slots[at];
-        w.index = a.routing.index[at];
+        w.slot = tables.slots[at];
+        w.index = tables.index[at];
     }
     return w;
 }
@@ -232,9 +244,9 @@ push_beside(const push_args &a, const warp_item &w, const nep_target &t, uint32_
     if (w.part != 0 && !is_second) {
         return;
     }
-    float weight = 0;
-    if (lane < a.top_k) {
-        weight = a.routing.weights[(uint64_t)w.token * a.top_k + lane];
+    float weight = 1.0f;
+    if (lane < a.top_k && a.weights != nullptr) {
+        weight = a.weights[(uint64_t)w.token * a.top_k + lane];
     }
     if (w.part == 0) {
         store_terms(a, w, t, all, weight);
@@ -366,19 +378,17 @@ __device__ __forceinline__ bool prepare(const push_args &a, bool is_begun, uint6
     return !b.is_short;
 }
 
+/* From where positions can be worked out to the end. */
 template <bool kCast>
-__global__ void __launch_bounds__(PUSH_THREADS, 1) push_kernel(const __grid_constant__ push_args a)
+__device__ __forceinline__ void push_rows(const push_args &a, const layout_tables &tables,
+                                          bool is_begun, bool is_beginner, uint64_t op,
+                                          uint32_t *first_rows, block &b)
 {
-    extern __shared__ uint32_t first_rows[];
-    __shared__ block b;
-    uint64_t op = 0;
     /* Rows go round the blocks first: a few tokens then keep every SM busy. */
     uint64_t stride = (uint64_t)gridDim.x * (blockDim.x / 32);
     uint64_t num_items = (uint64_t)a.num_tokens * a.parts;
     uint64_t item = (uint64_t)(threadIdx.x / 32) * gridDim.x + blockIdx.x;
-    nep_wait_for_previous();
-    warp_item next = item_at(a, item); /* layout's work, loaded while others are waited for */
-    bool is_begun = nep_begin(a.group, a.routing.cell, &op);
+    warp_item next = item_at(a, tables, item); /* while others are waited for */
     if (!prepare(a, is_begun, op, first_rows, b)) {
         return;
     }
@@ -387,7 +397,7 @@ __global__ void __launch_bounds__(PUSH_THREADS, 1) push_kernel(const __grid_cons
                                      a.is_rank_layout};
     for (; item < num_items; item += stride) {
         warp_item now = next;
-        next = item_at(a, item + stride);
+        next = item_at(a, tables, item + stride);
         push_item<kCast>(a, now, first_rows, rows_args, b);
     }
     uint32_t ticket = nep_arrive(a.routing.cell);
@@ -399,9 +409,54 @@ __global__ void __launch_bounds__(PUSH_THREADS, 1) push_kernel(const __grid_cons
         return;
     }
     nep_tell_all(a.group, a.group.words.pushed, op);
+    if (is_beginner && threadIdx.x == 0) {
+        nep_begun(a.group, a.routing.cell, op);
+    }
     if ((a.flags & NEP_CUDA_PUSH_WAITS) != 0) {
         nep_wait_all(a.group, a.group.words.pushed, op, NEP_CUDA_PHASE_PUSHED);
     }
+}
+
+template <bool kCast>
+__global__ void __launch_bounds__(PUSH_THREADS, 1) push_kernel(const __grid_constant__ push_args a)
+{
+    extern __shared__ uint32_t first_rows[];
+    __shared__ block b;
+    uint64_t op = 0;
+    nep_wait_for_previous();
+    bool is_begun = nep_begin(a.group, a.routing.cell, &op);
+    push_rows<kCast>(a, {a.routing.slots, a.routing.index}, is_begun, false, op, first_rows, b);
+}
+
+/* Layout and push in one launch. Every block finds all slots and indexes in its own shared memory;
+ * the first one sends COUNTS and keeps what outlives the launch. */
+template <bool kCast>
+__global__ void __launch_bounds__(PUSH_THREADS, 1)
+    alone_kernel(const __grid_constant__ alone_args args)
+{
+    extern __shared__ uint32_t first_rows[];
+    __shared__ block b;
+    const push_args &a = args.push;
+    uint32_t pairs = a.num_tokens * a.top_k;
+    const layout_tables tables = {first_rows + a.num_buckets,
+                                  first_rows + a.num_buckets + ALONE_PAIRS};
+    uint64_t op = 0;
+    bool is_begun = nep_begin_next(a.group, &op);
+    for (uint32_t i = threadIdx.x; args.layout.in.ids == nullptr && i < pairs; i += blockDim.x) {
+        tables.slots[i] = a.routing.slots[i];
+    }
+    if (!__syncthreads_and(is_begun)) {
+        return;
+    }
+    layout_block(args.layout, tables, op, 0, tables.index + ALONE_PAIRS, 0, 1, blockIdx.x == 0);
+    if (!__syncthreads_and(!nep_is_stuck(a.group))) {
+        return;
+    }
+    for (uint32_t i = threadIdx.x; blockIdx.x == 0 && i < pairs; i += blockDim.x) {
+        a.routing.slots[i] = tables.slots[i];
+        a.routing.index[i] = tables.index[i];
+    }
+    push_rows<kCast>(a, tables, true, true, op, first_rows, b);
 }
 
 /* What ends a dispatch whose push did not wait. */
@@ -422,12 +477,19 @@ enum nep_status nep_cuda_load_push(void)
     if (status == NEP_OK) {
         status = nep_cuda_load_kernel((const void *)push_kernel<true>, "push with a cast");
     }
-    return status == NEP_OK ? nep_cuda_load_kernel((const void *)push_kernel<false>, "push")
+    if (status == NEP_OK) {
+        status = nep_cuda_load_kernel((const void *)push_kernel<false>, "push");
+    }
+    if (status == NEP_OK) {
+        status = nep_cuda_load_kernel((const void *)alone_kernel<true>, "push of few with a cast");
+    }
+    return status == NEP_OK ? nep_cuda_load_kernel((const void *)alone_kernel<false>, "push of few")
                             : status;
 }
 
-extern "C" enum nep_status nep_cuda_push(const struct nep_cuda_dispatch *dispatch, unsigned flags,
-                                         struct CUstream_st *stream)
+/* Fills args; refuses rows that are not aligned. */
+static enum nep_status fill(const struct nep_cuda_dispatch *dispatch, unsigned flags,
+                            push_args *args_p)
 {
     const struct nep_cuda_shape *shape = dispatch->shape;
     const struct nep_cuda_input *in = dispatch->in;
@@ -439,6 +501,7 @@ extern "C" enum nep_status nep_cuda_push(const struct nep_cuda_dispatch *dispatc
                         wire->payload_bytes, in->x, (void *)dispatch->out->x);
     }
     push_args args = {};
+    args.weights = dispatch->routing->weights;
     args.group = *dispatch->group;
     args.routing = *dispatch->routing;
     args.place = nep_place_args_of(dispatch);
@@ -459,11 +522,62 @@ extern "C" enum nep_status nep_cuda_push(const struct nep_cuda_dispatch *dispatc
     args.num_buckets =
         dispatch->group->num_ranks * (args.is_rank_layout ? 1 : shape->slots_per_rank);
     args.flags = flags;
-    const struct nep_cuda_geometry *geometry = dispatch->geometry;
+    *args_p = args;
+    return NEP_OK;
+}
+
+/* Few rows: few warps, which are there sooner; enough to wait for all ranks at once. */
+static uint32_t threads_for(const push_args &args, const struct nep_cuda_geometry *geometry)
+{
+    uint64_t warps =
+        ((uint64_t)args.num_tokens * args.parts + geometry->blocks - 1) / geometry->blocks;
+    return warps <= 8 ? 256 : PUSH_THREADS;
+}
+
+extern "C" enum nep_status nep_cuda_push(const struct nep_cuda_dispatch *dispatch, unsigned flags,
+                                         struct CUstream_st *stream)
+{
+    push_args args;
+    enum nep_status status = fill(dispatch, flags, &args);
+    if (status != NEP_OK) {
+        return status;
+    }
     auto kernel = args.is_cast ? push_kernel<true> : push_kernel<false>;
-    return nep_cuda_check(
-        nep_cuda_launch_early<push_args>(kernel, args, *geometry, PUSH_THREADS, stream),
-        "launch of push");
+    return nep_cuda_check(nep_cuda_launch_early<push_args>(kernel, args, *dispatch->geometry,
+                                                           threads_for(args, dispatch->geometry),
+                                                           stream),
+                          "launch of push");
+}
+
+extern "C" int nep_cuda_is_few(const struct nep_cuda_dispatch *dispatch)
+{
+    const struct nep_cuda_shape *shape = dispatch->shape;
+    uint64_t ranks = dispatch->group->num_ranks;
+    uint64_t slots = ranks * shape->slots_per_rank;
+    uint64_t buckets = shape->layout == NEP_LAYOUT_RANK ? ranks : slots;
+    uint64_t words =
+        buckets + 2 * ALONE_PAIRS + ranks + shape->num_nodes + slots + PUSH_THREADS / 32 * buckets;
+    return (uint64_t)dispatch->in->num_tokens * shape->top_k <= ALONE_PAIRS &&
+           words * 4 <= dispatch->geometry->shared_bytes;
+}
+
+extern "C" enum nep_status nep_cuda_push_few(const struct nep_cuda_dispatch *dispatch,
+                                             unsigned flags, struct CUstream_st *stream)
+{
+    alone_args args = {};
+    enum nep_status status = fill(dispatch, flags | NEP_CUDA_PUSH_PLACES, &args.push);
+    if (status != NEP_OK) {
+        return status;
+    }
+    const struct nep_cuda_geometry *geometry = dispatch->geometry;
+    args.layout = layout_args_of(dispatch);
+    if (dispatch->in->ids != nullptr || dispatch->in->weight != nullptr) {
+        args.push.weights = dispatch->in->weight; /* those held are still being written */
+    }
+    auto kernel = args.push.is_cast ? alone_kernel<true> : alone_kernel<false>;
+    kernel<<<geometry->blocks, threads_for(args.push, geometry), geometry->shared_bytes, stream>>>(
+        args);
+    return nep_cuda_check(cudaGetLastError(), "launch of a push of few");
 }
 
 extern "C" enum nep_status nep_cuda_await(const struct nep_cuda_dispatch *dispatch,

@@ -350,7 +350,10 @@ extern "C" enum nep_status nep_cuda_sum(const struct nep_cuda_combine *combine, 
         nep_cuda_row_parts(combine->geometry, combine->num_tokens, args.units, 32 * in_flight);
     kernel_fn kernel = find_kernel(combine->dtype, weighs, has_bias, most_terms);
     const struct nep_cuda_geometry *geometry = combine->geometry;
-    kernel<<<geometry->blocks, is_wide ? num_threads<true> : num_threads<false>,
-             geometry->shared_bytes, stream>>>(args);
+    uint32_t threads = is_wide ? num_threads<true> : num_threads<false>;
+    uint64_t warps =
+        ((uint64_t)args.num_tokens * args.parts + geometry->blocks - 1) / geometry->blocks;
+    threads = warps <= 8 ? 256 : threads; /* few rows: few warps, which are there sooner */
+    kernel<<<geometry->blocks, threads, geometry->shared_bytes, stream>>>(args);
     return nep_cuda_check(cudaGetLastError(), "launch of sum");
 }

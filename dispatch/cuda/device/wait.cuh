@@ -236,9 +236,9 @@ static __device__ inline void nep_tell_all(const struct nep_cuda_group &group, u
     }
 }
 
-/* By all threads of one block: where this rank's outputs are, to every rank. */
-static __device__ inline void nep_bind_all(const struct nep_cuda_group &group,
-                                           const struct nep_cuda_output &out, uint64_t op)
+/* By all threads of one block: where this rank's outputs are, to every rank; no word yet. */
+static __device__ inline void nep_bind_store(const struct nep_cuda_group &group,
+                                             const struct nep_cuda_output &out, uint64_t op)
 {
     const void *const arrays[] = {
         out.x, out.scales, out.topk_slots, out.topk_weights, out.source_rank, out.source_token};
@@ -250,8 +250,15 @@ static __device__ inline void nep_bind_all(const struct nep_cuda_group &group,
             to[i] = is_there ? (uint64_t)((const char *)arrays[i] - own) : NEP_CUDA_NONE;
         }
         to[6] = out.capacity;
-        nep_st_release_sys(nep_word_at(group, r, group.words.bound, op, group.rank), op);
     }
+}
+
+/* The same, and the word: each thread releases what it stored itself. */
+static __device__ inline void nep_bind_all(const struct nep_cuda_group &group,
+                                           const struct nep_cuda_output &out, uint64_t op)
+{
+    nep_bind_store(group, out, op);
+    nep_tell_all(group, group.words.bound, op);
 }
 
 /* Where expert outputs are: as given or, where they are staged, in the area of the operation. */
