@@ -9,12 +9,13 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "base/clock.h"
 #include "tests/multi/harness.h"
 #include "tests/unit/cmocka_all.h"
 #include "transport/rendezvous.h"
 
 enum {
-    MAX_RANKS = 8,
+    MAX_RANKS = 64,
     SLOTS = 2,
     TOP_K = 3,
     HIDDEN = 64,
@@ -64,6 +65,7 @@ struct seat {
     uint64_t capacity;
     uint32_t base_step;
     uint64_t base_op;
+    uint64_t failed_ns; /* when a step failed; 0: none since the last good one */
 };
 
 static uint32_t mix(uint32_t a, uint32_t b, uint32_t c)
@@ -374,11 +376,18 @@ static bool run_steps(struct seat *seat, uint32_t step)
             return true;
         }
         if (status != NEP_OK) {
+            seat->failed_ns = nep_now_ns();
             if (!fault_is_a_victim(seat, step) || !recover(seat, &step, 0)) {
                 return false;
             }
             continue;
         }
+        if (seat->failed_ns != 0 && my_number(seat) == plan->deaths[0].rank + 1) {
+            print_message("%u ranks, %s between nodes: first good step %.1f ms after the failure\n",
+                          plan->num_ranks, plan->inter,
+                          (double)(nep_now_ns() - seat->failed_ns) / 1e6);
+        }
+        seat->failed_ns = 0;
         if (!check_step(seat, step)) {
             return false;
         }
@@ -531,6 +540,27 @@ static void test_recover_threads_that_stop(void **state)
                       .newcomer = UINT32_MAX});
 }
 
+/* The time that it prints should not grow much with the number of ranks. */
+static void test_recover_many_threads(void **state)
+{
+    (void)state;
+    for (uint32_t nodes = 1; nodes <= 8; nodes *= 8) {
+        struct plan plan = {.intra = "loop",
+                            .inter = "loop",
+                            .num_nodes = nodes,
+                            .layout = NEP_LAYOUT_EXPERT_PACKED,
+                            .is_threads = true,
+                            .timeout_ns = 2000000000ull,
+                            .deaths = {{3, 3, 0}},
+                            .num_deaths = 1,
+                            .newcomer = UINT32_MAX};
+        for (uint32_t n = 0; n < nodes; n++) {
+            plan.ranks_per_node[n] = 8;
+        }
+        run(plan);
+    }
+}
+
 /* The generation's 3 bits in an immediate go round, and nothing is taken for something else. */
 static void test_recover_more_generations_than_bits(void **state)
 {
@@ -557,6 +587,7 @@ int main(void)
     };
     const struct CMUnitTest threads[] = {
         cmocka_unit_test(test_recover_threads_that_stop),
+        cmocka_unit_test(test_recover_many_threads),
     };
 #ifdef __SANITIZE_THREAD__
     (void)processes;
