@@ -19,8 +19,8 @@ struct nep_sets {
     uint32_t *tokens_of;
 };
 
-/* Every stride-th token of every request, of one layer: of the scored part, or is_whole of the whole
- * request (as where no request has a scored part). Homes are left unset. */
+/* Every stride-th token of every request, of one layer: of the scored part, or is_whole of the
+ * whole request (as where no request has a scored part). Homes are left unset. */
 enum nep_status nep_sets_sample(const struct nep_requests *requests, uint32_t layer,
                                 uint32_t stride, int is_whole, struct nep_sets *sets);
 /* Room for num_tokens tokens; the caller fills items, len and home, then calls nep_sets_index. */

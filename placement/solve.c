@@ -161,7 +161,8 @@ static enum nep_status load_layer(void *ctx, uint32_t idx)
 {
     struct nep_solver *s = ctx;
     struct nep_solver_layer *layer = &s->layers[idx];
-    enum nep_status status = nep_sets_sample(&s->requests, idx, s->stride, s->is_whole, &layer->sets);
+    enum nep_status status =
+        nep_sets_sample(&s->requests, idx, s->stride, s->is_whole, &layer->sets);
     if (status != NEP_OK) {
         return status;
     }

@@ -31,8 +31,8 @@ struct nep_solver {
     uint64_t seed;
     uint32_t num_threads;
     uint32_t stride;
-    int is_whole;         /* the sample is of whole requests: their scored parts are few tokens */
-    uint32_t drawn_homes; /* percent of the sample's tokens that have a home drawn at random */
+    int is_whole;           /* the sample is of whole requests: their scored parts are few tokens */
+    uint32_t drawn_homes;   /* percent of the sample's tokens that have a home drawn at random */
     uint64_t max_proposals; /* a layer and round */
     uint64_t deadline_ns;   /* UINT64_MAX: none */
     uint64_t start_ns;
