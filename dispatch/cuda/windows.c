@@ -378,7 +378,7 @@ static enum nep_status share(struct setup *s, enum nep_status status,
     struct nep_cuda_mapping **all = calloc(num_ranks, sizeof(struct nep_cuda_mapping *));
     enum nep_status gathered =
         all == NULL ? nep_fail(NEP_ERR_NO_MEMORY, "no memory for %u ranks", num_ranks)
-                    : nep_bootstrap_allgather(&s->comm->bootstrap, &mapping, all, sizeof mapping,
+                    : nep_bootstrap_allgather(&s->comm->bootstrap, &mapping, all, sizeof(void *),
                                               s->comm->timeout_ns, "device mappings");
     if (gathered == NEP_OK) {
         windows->mapping = all[lead_of(s, s->comm->topology.rank)];
