@@ -10,7 +10,14 @@ if [ $# = 0 ]; then
     # SIMD files are one text of intrinsics; status.c and bootstrap.c define what analyzer.h models.
     mapfile -t files < <(git ls-files 'base/*.c' 'transport/*.c' 'placement/*.c' 'dispatch/*.c' \
         'perftest/*.c' 'tools/*.c' |
-        grep -vE '_avx(2|512)\.c$|^base/status\.c$|^transport/bootstrap\.c$')
+        grep -vE '_avx(2|512)\.c$|^base/status\.c$|^transport/bootstrap\.c$' |
+        while IFS= read -r file; do # what the tree does not build has no flags to be read with
+            if grep -q "/$file\"" "$tree/compile_commands.json"; then
+                echo "$file"
+            else
+                echo "tidy: $file is not part of $tree" >&2
+            fi
+        done)
     set -- "${files[@]}"
 fi
 tool=$(command -v clang-tidy-14 || command -v clang-tidy)
