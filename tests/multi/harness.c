@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "base/clock.h"
+#include "transport/rendezvous.h"
 
 struct nep_multi_shared {
     _Atomic uint32_t arrived;
@@ -229,4 +230,33 @@ uint64_t nep_multi_scaled(uint64_t amount)
     uint64_t percent = text != NULL ? strtoull(text, NULL, 10) : 100;
     uint64_t scaled = amount * percent / 100;
     return scaled > 0 ? scaled : 1;
+}
+
+pid_t nep_multi_serve(const struct nep_rendezvous_params *params, uint16_t *port_p)
+{
+    int fds[2];
+    if (pipe(fds) != 0) {
+        return -1;
+    }
+    pid_t pid = fork();
+    if (pid == 0) {
+        struct nep_rendezvous_server *server = NULL;
+        uint16_t port = 0;
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        if (nep_rendezvous_server_start(params, &server, &port) != NEP_OK ||
+            write(fds[1], &port, sizeof port) != (ssize_t)sizeof port) {
+            _exit(1);
+        }
+        close(fds[1]);
+        for (;;) {
+            pause(); /* until it is killed */
+        }
+    }
+    close(fds[1]);
+    if (pid > 0 && read(fds[0], port_p, sizeof *port_p) != (ssize_t)sizeof *port_p) {
+        waitpid(pid, NULL, 0);
+        pid = -1;
+    }
+    close(fds[0]);
+    return pid;
 }

@@ -55,6 +55,14 @@ bool nep_multi_barrier(struct nep_multi_rank *rank);
 /* Words that all ranks share, for tests that have to tell each other something. */
 _Atomic uint64_t *nep_multi_words(struct nep_multi_rank *rank); /* [64] */
 
+/*
+ * A rendezvous in a process of its own, for tests that fork ranks: with a server's thread beside
+ * the fork they may inherit a lock of the allocator that nobody will release. -1: it did not start.
+ * End it with SIGKILL and waitpid.
+ */
+struct nep_rendezvous_params;
+pid_t nep_multi_serve(const struct nep_rendezvous_params *params, uint16_t *port_p);
+
 /* NEP_TEST_SEED or one from the clock; printed. */
 uint64_t nep_multi_seed(const char *test);
 /* NEP_TEST_SCALE in percent of the default amount of random work; 100. */

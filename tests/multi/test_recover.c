@@ -7,7 +7,6 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -437,35 +436,6 @@ static bool run_rank(struct nep_multi_rank *rank)
     return is_fine;
 }
 
-/*
- * The rendezvous in a process of its own: ranks are forked from here, and with a thread beside the
- * fork they may inherit a lock of the allocator that nobody will release.
- */
-static pid_t serve(const struct nep_rendezvous_params *params, uint16_t *port_p)
-{
-    int fds[2];
-    assert_int_equal(pipe(fds), 0);
-    pid_t pid = fork();
-    assert_true(pid >= 0);
-    if (pid == 0) {
-        struct nep_rendezvous_server *server = NULL;
-        uint16_t port = 0;
-        prctl(PR_SET_PDEATHSIG, SIGKILL);
-        if (nep_rendezvous_server_start(params, &server, &port) != NEP_OK ||
-            write(fds[1], &port, sizeof port) != (ssize_t)sizeof port) {
-            _exit(1);
-        }
-        close(fds[1]);
-        for (;;) {
-            pause(); /* until it is killed */
-        }
-    }
-    close(fds[1]);
-    assert_int_equal(read(fds[0], port_p, sizeof *port_p), sizeof *port_p);
-    close(fds[0]);
-    return pid;
-}
-
 static void run(struct plan plan)
 {
     struct nep_multi_result result;
@@ -474,7 +444,8 @@ static void run(struct plan plan)
         plan.num_ranks += plan.ranks_per_node[n];
     }
     struct nep_rendezvous_params params = {.host = "127.0.0.1", .num_ranks = plan.num_ranks};
-    pid_t server = serve(&params, &port);
+    pid_t server = nep_multi_serve(&params, &port);
+    assert_true(server > 0);
     snprintf(plan.address, sizeof plan.address, "127.0.0.1:%u", port);
     uint32_t num = plan.num_ranks + (plan.newcomer != UINT32_MAX);
     if (plan.is_threads) {
