@@ -260,3 +260,9 @@ pid_t nep_multi_serve(const struct nep_rendezvous_params *params, uint16_t *port
     close(fds[0]);
     return pid;
 }
+
+void nep_multi_serve_end(pid_t pid)
+{
+    kill(pid, SIGKILL);
+    waitpid(pid, NULL, 0);
+}

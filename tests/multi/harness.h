@@ -58,10 +58,10 @@ _Atomic uint64_t *nep_multi_words(struct nep_multi_rank *rank); /* [64] */
 /*
  * A rendezvous in a process of its own, for tests that fork ranks: with a server's thread beside
  * the fork they may inherit a lock of the allocator that nobody will release. -1: it did not start.
- * End it with SIGKILL and waitpid.
  */
 struct nep_rendezvous_params;
 pid_t nep_multi_serve(const struct nep_rendezvous_params *params, uint16_t *port_p);
+void nep_multi_serve_end(pid_t pid);
 
 /* NEP_TEST_SEED or one from the clock; printed. */
 uint64_t nep_multi_seed(const char *test);

@@ -7,7 +7,6 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "base/clock.h"
@@ -453,8 +452,7 @@ static void run(struct plan plan)
     } else {
         nep_multi_run_processes(num, run_rank, &plan, 90, &result);
     }
-    assert_int_equal(kill(server, SIGKILL), 0);
-    assert_int_equal(waitpid(server, NULL, 0), server);
+    nep_multi_serve_end(server);
     uint32_t num_dead = plan.is_threads ? 0 : plan.num_deaths;
     if (result.num_failed != num_dead || result.error[0] != '\0') {
         fail_msg("%u ranks failed: %s", result.num_failed, result.error);
