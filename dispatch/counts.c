@@ -101,7 +101,7 @@ static enum nep_status wait_put(struct nep_ep *ep, uint32_t dst, uint64_t number
 {
     struct nep_transport *inter = ep->comm->inter;
     struct nep_backoff backoff;
-    nep_backoff_init(&backoff, ep->comm->timeout_ns, ep->comm->spin_limit);
+    nep_backoff_init(&backoff, ep->timeout_ns, ep->comm->spin_limit);
     while (inter->ops->completed(inter, dst) < number) {
         inter->ops->progress(inter);
         bool in_time = nep_backoff_pause(&backoff);
@@ -218,6 +218,34 @@ static enum nep_status disagree(struct nep_ep *ep, const struct nep_handle *hand
     return nep_comm_fail(ep->comm, &fault);
 }
 
+/* What a dispatch's COUNTS claim must fit in what they describe: rows are placed by these numbers.
+ */
+static enum nep_status check_tables(struct nep_ep *ep, const struct nep_handle *handle,
+                                    uint32_t source, const struct nep_counts_msg *msg)
+{
+    uint32_t offset = nep_counts_ride_offset(&ep->shape, ep->node_size);
+    if (msg->ride_offset != offset) {
+        return disagree(ep, handle, source, msg, "offset of its rows", msg->ride_offset, offset);
+    }
+    const uint32_t *per_rank = nep_counts_rows_per_rank(msg);
+    for (uint32_t g = 0; g < ep->node_size; g++) {
+        if (per_rank[g] > msg->num_rows) {
+            return disagree(ep, handle, source, msg, "rows of one rank, beyond all", per_rank[g],
+                            msg->num_rows);
+        }
+    }
+    const uint32_t *per_slot = nep_counts_rows_per_slot(ep, msg);
+    uint64_t pairs = 0, most = (uint64_t)msg->num_rows * ep->shape.top_k;
+    for (uint32_t i = 0; i < ep->node_size * ep->shape.slots_per_rank; i++) {
+        pairs += per_slot[i];
+    }
+    if (pairs > most) {
+        return disagree(ep, handle, source, msg, "rows of all slots, at most top_k each", pairs,
+                        most);
+    }
+    return NEP_OK;
+}
+
 /* All ranks must mean the same; sizes must be possible, since positions follow from them. */
 static enum nep_status check(struct nep_ep *ep, const struct nep_handle *handle, uint32_t source,
                              const struct nep_counts_msg *msg)
@@ -253,7 +281,7 @@ static enum nep_status check(struct nep_ep *ep, const struct nep_handle *handle,
         (msg->ride_rows != 0 && msg->ride_rows != msg->num_rows)) {
         return disagree(ep, handle, source, msg, "tiles", msg->num_tiles, tiles);
     }
-    return NEP_OK;
+    return is_dispatch ? check_tables(ep, handle, source, msg) : NEP_OK;
 }
 
 static enum nep_status begin_inflows(struct nep_ep *ep, struct nep_handle *handle)

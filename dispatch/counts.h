@@ -27,4 +27,16 @@ const struct nep_counts_msg *nep_counts_find_sums(const struct nep_ep *ep, uint3
  */
 enum nep_status nep_counts_take(struct nep_ep *ep, struct nep_handle *handle, bool *done_p);
 
+/* The tables behind a dispatch's COUNTS for this node: [G] and [G * L]. */
+static inline const uint32_t *nep_counts_rows_per_rank(const struct nep_counts_msg *msg)
+{
+    return (const uint32_t *)((const uint8_t *)msg + sizeof *msg);
+}
+static inline const uint32_t *nep_counts_rows_per_slot(const struct nep_ep *ep,
+                                                       const struct nep_counts_msg *msg)
+{
+    return (const uint32_t *)((const uint8_t *)msg +
+                              nep_counts_rows_per_slot_offset(ep->node_size));
+}
+
 #endif

@@ -16,17 +16,6 @@ static uint32_t node_slots(const struct nep_ep *ep)
     return ep->node_size * ep->shape.slots_per_rank;
 }
 
-static const uint32_t *rows_per_slot(const struct nep_ep *ep, const struct nep_counts_msg *msg)
-{
-    return (const uint32_t *)((const uint8_t *)msg +
-                              nep_counts_rows_per_slot_offset(ep->node_size));
-}
-
-static const uint32_t *rows_per_rank(const struct nep_counts_msg *msg)
-{
-    return (const uint32_t *)((const uint8_t *)msg + sizeof *msg);
-}
-
 /* Rank layout: a rank's rows by source. */
 static void place_by_rank(struct nep_ep *ep, struct nep_handle *handle)
 {
@@ -35,7 +24,7 @@ static void place_by_rank(struct nep_ep *ep, struct nep_handle *handle)
         uint32_t end = 0;
         for (uint32_t s = 0; s < ep->plan.topology->num_ranks; s++) {
             handle->cursor[(uint64_t)s * stride + g] = end;
-            end += rows_per_rank(nep_counts_find(ep, s, handle->op.number))[g];
+            end += nep_counts_rows_per_rank(nep_counts_find(ep, s, handle->op.number))[g];
         }
         if (g == ep->local) {
             handle->num_rows = handle->num_real_rows = end;
@@ -56,7 +45,8 @@ static void place_packed(struct nep_ep *ep, struct nep_handle *handle)
     /* Totals per slot into the row of source 0, which is overwritten last. */
     uint32_t *first = handle->cursor;
     for (uint32_t s = 0; s < num_ranks; s++) {
-        const uint32_t *rows = rows_per_slot(ep, nep_counts_find(ep, s, handle->op.number));
+        const uint32_t *rows =
+            nep_counts_rows_per_slot(ep, nep_counts_find(ep, s, handle->op.number));
         for (uint32_t i = 0; i < stride; i++) {
             first[i] = (s == 0 ? 0 : first[i]) + rows[i];
         }
@@ -75,7 +65,8 @@ static void place_packed(struct nep_ep *ep, struct nep_handle *handle)
         }
     }
     for (uint32_t s = 1; s < num_ranks; s++) {
-        const uint32_t *rows = rows_per_slot(ep, nep_counts_find(ep, s - 1, handle->op.number));
+        const uint32_t *rows =
+            nep_counts_rows_per_slot(ep, nep_counts_find(ep, s - 1, handle->op.number));
         uint32_t *cursor = handle->cursor + (uint64_t)s * stride;
         for (uint32_t i = 0; i < stride; i++) {
             cursor[i] = cursor[i - (int64_t)stride] + rows[i];
@@ -106,7 +97,7 @@ static void count_own(struct nep_ep *ep, struct nep_handle *handle)
     uint64_t pairs = 0;
     for (uint32_t s = 0; s < ep->plan.topology->num_ranks; s++) {
         const struct nep_counts_msg *msg = nep_counts_find(ep, s, handle->op.number);
-        const uint32_t *rows = rows_per_slot(ep, msg) + ep->local * slots;
+        const uint32_t *rows = nep_counts_rows_per_slot(ep, msg) + ep->local * slots;
         uint32_t here = 0;
         for (uint32_t l = 0; l < slots; l++) {
             handle->rows_per_slot[l] += rows[l];
@@ -114,7 +105,7 @@ static void count_own(struct nep_ep *ep, struct nep_handle *handle)
         }
         pairs += here;
         handle->rows_per_source[nep_ep_name(ep, s)] =
-            is_rank_layout ? rows_per_rank(msg)[ep->local] : here;
+            is_rank_layout ? nep_counts_rows_per_rank(msg)[ep->local] : here;
         handle->rows_expected[s] = msg->num_rows;
         handle->rows_read[s] = 0;
         handle->producers[s].num_rows = 0;

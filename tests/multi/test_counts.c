@@ -1,0 +1,203 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A rank whose COUNTS cannot be true is refused by name before a row moves, and the deadline of one
+ * ep is kept. Two nodes of one rank: rank 1 sends, its COUNTS are changed where they arrived in
+ * rank 0's region, then rank 0 goes on.
+ */
+#include <string.h>
+#include <time.h>
+
+#include "base/clock.h"
+#include "dispatch/counts.h"
+#include "tests/multi/world.h"
+#include "tests/unit/cmocka_all.h"
+
+enum { TOKENS = 6, HIDDEN = 32, TOP_K = 2, EXPERTS = 4, ROWS = 2 * TOKENS * TOP_K };
+
+static const struct nep_multi_shape shape = {.name = "forged",
+                                             .num_nodes = 2,
+                                             .ranks_per_node = {1, 1},
+                                             .experts = EXPERTS,
+                                             .top_k = TOP_K,
+                                             .hidden = HIDDEN,
+                                             .max_tokens = TOKENS,
+                                             .layout = NEP_LAYOUT_EXPERT_PACKED,
+                                             .intra = "loop",
+                                             .inter = "loop",
+                                             .timeout_ns = 20000000000ull,
+                                             .seed = 8};
+
+enum lie { NOTHING, OFFSET, ROWS_OF_A_RANK, ROWS_OF_A_SLOT, SLOTS_PAST_32_BITS, TOKENS_TOO_MANY };
+
+struct plan {
+    enum lie lie;
+    const char *word; /* of the sentence; NULL: the operation succeeds */
+};
+
+static void tell(const struct nep_ep *ep, struct nep_counts_msg *msg, enum lie lie)
+{
+    uint32_t *per_rank = (uint32_t *)nep_counts_rows_per_rank(msg);
+    uint32_t *per_slot = (uint32_t *)nep_counts_rows_per_slot(ep, msg);
+    switch (lie) {
+    case NOTHING:
+        break;
+    case OFFSET:
+        msg->ride_offset = 1u << 30;
+        break;
+    case ROWS_OF_A_RANK:
+        per_rank[0] = msg->num_rows + 1;
+        break;
+    case ROWS_OF_A_SLOT:
+        per_slot[1] += msg->num_rows * TOP_K + 1;
+        break;
+    case SLOTS_PAST_32_BITS: /* which add up to a small number modulo 2^32 */
+        per_slot[0] = 1u << 31;
+        per_slot[1] = 1u << 31;
+        break;
+    case TOKENS_TOO_MANY:
+        msg->num_tokens = TOKENS + 1;
+        break;
+    }
+}
+
+/* Until rank 1's COUNTS of operation 0 are here. */
+static struct nep_counts_msg *arrived(struct nep_ep *ep)
+{
+    uint64_t deadline_ns = nep_now_ns() + 10000 * NEP_MS;
+    const struct nep_counts_msg *msg = NULL;
+    while (msg == NULL && nep_now_ns() < deadline_ns) {
+        ep->comm->inter->ops->progress(ep->comm->inter);
+        msg = nep_counts_find(ep, 1, 0);
+        nanosleep(&(struct timespec){.tv_nsec = 100000}, NULL);
+    }
+    return (struct nep_counts_msg *)msg;
+}
+
+struct call {
+    struct nep_handle *handle;
+    struct nep_tokens in;
+    struct nep_rows out;
+    float x[TOKENS * HIDDEN], weights[TOKENS * TOP_K], rows[ROWS * HIDDEN];
+    int32_t ids[TOKENS * TOP_K];
+};
+
+static bool prepare(struct nep_multi_rank *rank, struct nep_ep *ep, struct call *call)
+{
+    memset(call, 0, sizeof *call);
+    for (uint32_t i = 0; i < TOKENS * TOP_K; i++) {
+        call->ids[i] = (int32_t)(i % EXPERTS);
+        call->weights[i] = 0.5f;
+    }
+    call->in = (struct nep_tokens){.size = sizeof call->in,
+                                   .num_tokens = TOKENS,
+                                   .x = call->x,
+                                   .topk_ids = call->ids,
+                                   .topk_weights = call->weights};
+    call->out = (struct nep_rows){.size = sizeof call->out, .x = call->rows, .capacity = ROWS};
+    return nep_handle_create(ep, &call->handle) == NEP_OK ||
+           nep_multi_fail(rank, "nep_handle_create: %s", nep_last_message());
+}
+
+static bool says(struct nep_multi_rank *rank, enum nep_status got, enum nep_status want,
+                 const char *word, const char *who)
+{
+    const char *message = got == NEP_OK ? "" : nep_last_message();
+    if (got == want && strstr(message, word) != NULL && strstr(message, who) != NULL) {
+        return true;
+    }
+    return nep_multi_fail(rank, "%s (%s); must be %s and name '%s' and '%s'", nep_status_name(got),
+                          message, nep_status_name(want), word, who);
+}
+
+static bool forge(struct nep_multi_rank *rank)
+{
+    const struct plan *plan = rank->arg;
+    struct nep_multi_world world;
+    struct call call;
+    if (!nep_multi_world_create(rank, &shape, 0, &world) || !prepare(rank, world.ep, &call)) {
+        return false;
+    }
+    nep_ep_set_timeout(world.ep, 10000 * NEP_MS);
+    bool is_fine = true;
+    if (rank->rank == 1) {
+        is_fine = nep_dispatch_send(world.ep, call.handle, &call.in, NULL) == NEP_OK ||
+                  nep_multi_fail(rank, "send: %s", nep_last_message());
+    }
+    is_fine = is_fine && nep_multi_barrier(rank);
+    if (is_fine && rank->rank == 0) {
+        struct nep_counts_msg *msg = arrived(world.ep);
+        if (msg == NULL) {
+            return nep_multi_fail(rank, "COUNTS of rank 1 did not come");
+        }
+        tell(world.ep, msg, plan->lie);
+        enum nep_status status = nep_dispatch(world.ep, call.handle, &call.in, &call.out, NULL);
+        is_fine = plan->word == NULL ? says(rank, status, NEP_OK, "", "")
+                                     : says(rank, status, NEP_ERR_MISMATCH, plan->word, "rank 1");
+    } else if (is_fine) { /* all that it waits for may have come before rank 0 gave up */
+        enum nep_status status = nep_dispatch_recv(world.ep, call.handle, &call.out, NULL);
+        is_fine = status == NEP_OK || plan->word != NULL ||
+                  nep_multi_fail(rank, "rank 1 got %s", nep_status_name(status));
+    }
+    is_fine = is_fine && nep_multi_barrier(rank);
+    nep_handle_destroy(call.handle);
+    nep_multi_world_destroy(&world);
+    return is_fine;
+}
+
+static void run(nep_multi_fn fn, void *arg)
+{
+    struct nep_multi_result result;
+    nep_multi_run_threads(2, fn, arg, &result);
+    if (result.num_failed != 0) {
+        fail_msg("%s", result.error);
+    }
+}
+
+static void test_counts_that_cannot_be_true_refused(void **state)
+{
+    (void)state;
+    static struct plan plans[] = {{NOTHING, NULL},
+                                  {OFFSET, "offset of its rows"},
+                                  {ROWS_OF_A_RANK, "rows of one rank"},
+                                  {ROWS_OF_A_SLOT, "rows of all slots"},
+                                  {SLOTS_PAST_32_BITS, "rows of all slots"},
+                                  {TOKENS_TOO_MANY, "tokens"}};
+    for (size_t i = 0; i < sizeof plans / sizeof plans[0]; i++) {
+        run(forge, &plans[i]);
+    }
+}
+
+/* Rank 1 does not come: rank 0 says so by the deadline of its ep, not the communicator's 20 s. */
+static bool waits(struct nep_multi_rank *rank)
+{
+    struct nep_multi_world world;
+    struct call call;
+    if (!nep_multi_world_create(rank, &shape, 0, &world) || !prepare(rank, world.ep, &call)) {
+        return false;
+    }
+    bool is_fine = true;
+    if (rank->rank == 0) {
+        nep_ep_set_timeout(world.ep, 60 * NEP_MS);
+        enum nep_status status = nep_dispatch(world.ep, call.handle, &call.in, &call.out, NULL);
+        is_fine = says(rank, status, NEP_ERR_TIMEOUT, "timeout of 0.060 s", "rank 1");
+    }
+    is_fine = is_fine && nep_multi_barrier(rank);
+    nep_handle_destroy(call.handle);
+    nep_multi_world_destroy(&world);
+    return is_fine;
+}
+
+static void test_timeout_of_one_ep(void **state)
+{
+    (void)state;
+    run(waits, NULL);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_counts_that_cannot_be_true_refused),
+        cmocka_unit_test(test_timeout_of_one_ep),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
