@@ -126,12 +126,15 @@ static enum nep_status set_members(struct nep_comm *comm, const struct nep_group
     enum nep_status status = comm->is_joining ? learn_world(comm, decision) : NEP_OK;
     struct nep_group group;
     uint32_t *nodes = calloc(decision->num_live + 1, sizeof *nodes);
+    if (status == NEP_OK && nodes == NULL) {
+        status = nep_fail(NEP_ERR_NO_MEMORY, "no memory for members");
+    }
     if (status == NEP_OK) {
         status = nep_group_init(&group, &comm->seats_bootstrap, decision, comm->world.rank);
     }
-    if (status != NEP_OK || nodes == NULL) {
+    if (status != NEP_OK) {
         free(nodes);
-        return status != NEP_OK ? status : nep_fail(NEP_ERR_NO_MEMORY, "no memory for members");
+        return status;
     }
     for (uint32_t m = 0; m < group.num; m++) {
         comm->members[m] = group.members[m];
