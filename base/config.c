@@ -118,9 +118,11 @@ static const struct row rows[] = {
     {"NEP_CUDA_VISIBILITY", WORD, "auto|ordered|flush|staged", FIELD(cuda_visibility), "auto",
      false,
      "what makes a NIC's writes visible to running kernels: the device's order, a flush by the "
-     "host, or landing in pinned host memory; auto: from the device's attributes"},
+     "host, or landing in pinned host memory; auto: from the device's attributes. Not in use yet: "
+     "the CUDA executor works inside one node"},
     {"NEP_PROXY_SPIN", TIME, NULL, FIELD(proxy_spin_ns), "1ms", false,
-     "how long the proxy thread of a GPU spins without work before it naps"},
+     "how long the proxy thread of a GPU spins without work before it naps. Not in use yet, as "
+     "above"},
 };
 
 enum { NUM_ROWS = sizeof rows / sizeof rows[0] };
