@@ -124,6 +124,8 @@ static enum nep_status peer_status(struct nep_ep *ep, uint32_t rank)
 /* Who is gone, and how this rank knows. */
 struct loss {
     uint32_t culprit; /* UINT32_MAX: nobody */
+    uint64_t seen_ns; /* idle time when this rank last looked */
+    bool was_away;    /* it did not look for a quarter of the deadline */
     char cause[256];
 };
 
@@ -164,6 +166,25 @@ static bool lose(const struct nep_ep *ep, struct loss *loss, uint32_t culprit)
 }
 
 /*
+ * Another rank blames this one, which only waits itself: for half a deadline at least, and looking
+ * all the time (a rank that was stopped, or came late, is rightly blamed). Its own deadline would
+ * have passed next, so the blame goes on to whom it waits for.
+ */
+static bool pass_on(const struct nep_ep *ep, struct loss *loss, uint64_t idle_ns)
+{
+    uint32_t rank = ep->missing.rank;
+    if (ep->missing.phase == NULL || rank == ep->rank || idle_ns < ep->timeout_ns / 2 ||
+        loss->was_away) {
+        return false;
+    }
+    loss->culprit = rank;
+    snprintf(loss->cause, sizeof loss->cause,
+             "rank %u is slow or stuck: rank %u, which waits for it, was taken for the cause",
+             nep_ep_name(ep, rank), nep_ep_name(ep, ep->rank));
+    return true;
+}
+
+/*
  * Looks for ranks that are gone. One that this rank does not wait for is no reason to fail yet: it
  * may have done all its part, or whoever waits for it will say so; after GRACE_NS without either it
  * is one.
@@ -172,7 +193,7 @@ static bool find_loss(struct nep_ep *ep, uint64_t idle_ns, bool is_over, struct 
 {
     uint32_t named = named_culprit(ep);
     if (named != UINT32_MAX) {
-        return follow(ep, loss, named);
+        return (named == ep->rank && pass_on(ep, loss, idle_ns)) || follow(ep, loss, named);
     }
     for (uint32_t r = 0; r < ep->plan.topology->num_ranks; r++) {
         bool is_awaited = (ep->awaited[r / 64] >> r % 64 & 1) != 0;
@@ -256,11 +277,14 @@ enum nep_status nep_wait(struct nep_ep *ep, struct nep_handle *handle, nep_step_
         progress_transports(ep->comm);
         if (progress) {
             nep_backoff_reset(&backoff);
-            is_lost = false;
+            is_lost = loss.was_away = false;
+            loss.seen_ns = 0;
             continue;
         }
         missed = ep->missing;
         uint64_t idle_ns = nep_backoff_idle_ns(&backoff);
+        loss.was_away |= idle_ns > loss.seen_ns + ep->timeout_ns / 4;
+        loss.seen_ns = idle_ns;
         if (is_lost) {
             /* The step above found nothing more of what it may have left behind. */
             return give_up(ep, handle, NEP_ERR_PEER_LOST, loss.culprit, idle_ns, loss.cause);

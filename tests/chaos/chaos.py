@@ -360,7 +360,7 @@ def main():
                 broken += 1
                 print(f"BROKEN in round {number} ({harm}, {inter}): {reason}", flush=True)
     for (harm, inter), times in sorted(took.items()):
-        print(f"{harm:<9} {inter:<14} {len(times):>4} done, slowest {max(times):.2f} s")
+        print(f"{harm:<9} {inter:<14} {len(times):>4} done, slowest {max(times, default=0):.2f} s")
     print(", ".join(f"{num} {what}" for what, num in counts.items() if num))
     print(f"chaos: {sum(len(times) for times in took.values())} right, {broken} broken")
     return 1 if broken else 0

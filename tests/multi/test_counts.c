@@ -193,11 +193,55 @@ static void test_timeout_of_one_ep(void **state)
     run(waits, NULL);
 }
 
+static _Atomic(struct nep_region_head *) head_of_0;
+
+/*
+ * Another rank blames rank 0, which waits for rank 1 itself: after half a deadline the blame goes
+ * on to rank 1; before that rank 0 may be the one that came late, and takes it.
+ */
+static bool blamed(struct nep_multi_rank *rank)
+{
+    bool is_late = *(const bool *)rank->arg;
+    struct nep_multi_world world;
+    struct call call;
+    if (!nep_multi_world_create(rank, &shape, 0, &world) || !prepare(rank, world.ep, &call)) {
+        return false;
+    }
+    if (rank->rank == 0) {
+        atomic_store(&head_of_0, world.ep->head);
+    }
+    bool is_fine = nep_multi_barrier(rank);
+    if (is_fine && rank->rank == 0) {
+        nep_ep_set_timeout(world.ep, 4000 * NEP_MS);
+        enum nep_status status = nep_dispatch(world.ep, call.handle, &call.in, &call.out, NULL);
+        is_fine = says(rank, status, NEP_ERR_PEER_LOST,
+                       is_late ? "rank 0 is lost or stuck: another rank found it"
+                               : "rank 0, which waits for it, was taken for the cause",
+                       is_late ? "rank 0" : "rank 1 is slow or stuck");
+    } else if (is_fine) {
+        nanosleep(&(struct timespec){.tv_sec = is_late ? 0 : 2, .tv_nsec = 500000000}, NULL);
+        atomic_store(&atomic_load(&head_of_0)->fault, 1);
+    }
+    is_fine = is_fine && nep_multi_barrier(rank);
+    nep_handle_destroy(call.handle);
+    nep_multi_world_destroy(&world);
+    return is_fine;
+}
+
+static void test_blame_goes_on_to_whom_the_blamed_waits_for(void **state)
+{
+    (void)state;
+    static bool is_late[] = {false, true};
+    run(blamed, &is_late[0]);
+    run(blamed, &is_late[1]);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_counts_that_cannot_be_true_refused),
         cmocka_unit_test(test_timeout_of_one_ep),
+        cmocka_unit_test(test_blame_goes_on_to_whom_the_blamed_waits_for),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
