@@ -274,7 +274,9 @@ static int run_threads(struct nep_perf_options *options, uint64_t timeout_ns)
 static int run_launched(const struct nep_perf_options *options, const struct nep_config *config,
                         const char *launcher)
 {
-    struct nep_perf_seat seat = {.timeout_ns = config->timeout_ns,
+    /* Longer than the library's: a rank that waits here for ranks that wait for a stuck one must
+     * not end before they have said who it is, or they take its end for the cause. */
+    struct nep_perf_seat seat = {.timeout_ns = config->timeout_ns + config->timeout_ns / 4,
                                  .barrier = nep_perf_seat_gather_barrier};
     struct nep_comm_params params = {.size = sizeof(params)};
     struct nep_rendezvous_client *client = NULL;

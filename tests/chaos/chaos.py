@@ -176,7 +176,9 @@ def lose(args, inter, folder, sig):
             if rank == victim:
                 continue
             require(statuses[rank] == 1, "rank", rank, "ended with", statuses[rank], text)
-            named = {int(n) for n in re.findall(r"rank (\d+) (?:is|was|has|did|seems)", text)}
+            named = {int(n) for n in re.findall(r"connect to rank (\d+)", text)}
+            named |= {int(n) for n in re.findall(
+                r"rank (\d+) (?:\([^)]*\) )?(?:is|was|has|did|seems)", text)}
             late = re.findall(r"did not come .*: ranks? ([0-9, -]+)", text)
             named |= numbers(late[-1]) if late else set()
             right += victim in named
@@ -185,7 +187,8 @@ def lose(args, inter, folder, sig):
                         "names", named, "instead of", victim, text)
             else:
                 require(named, "rank", rank, "names nobody:", text)
-        require(right > 0 or sig == signal.SIGKILL, "nobody names", victim)
+        require(right > 0 or sig == signal.SIGKILL, "nobody names", victim,
+                *(job.text(rank) for rank in range(RANKS)))
         counts["survivors of a stop"] += (RANKS - 1) * (sig == signal.SIGSTOP)
         counts["that named the stopped rank"] += right * (sig == signal.SIGSTOP)
         require(took < 2 * args.timeout, f"took {took:.2f} s")
