@@ -59,7 +59,7 @@ static void strand(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_
     uint64_t completed = atomic_load_explicit(&peer->completed, memory_order_relaxed);
     /* Also a put whose last piece was not posted yet, hence the ring and not put_of. */
     for (uint64_t n = completed + 1; n <= peer->next; n++) {
-        struct nep_verbs_record *record = &peer->ring[n & peer->mask];
+        struct nep_verbs_record *record = nep_verbs_record_of(peer, n);
         if ((record->on_qps & bit) != 0) {
             record->on_qps &= (uint16_t)~bit;
             peer->num_resend += !record->must_resend;

@@ -260,14 +260,30 @@ enum nep_status nep_verbs_register_failed(const char *device, const char *what, 
 enum nep_status nep_verbs_put(struct nep_transport *transport, const struct nep_put *put,
                               uint64_t *number_p);
 uint64_t nep_verbs_completed(struct nep_transport *transport, uint32_t dst);
-/* The four below are called with the peer's lock held. */
-void nep_verbs_peer_pump(struct nep_verbs *verbs, struct nep_verbs_peer *peer);
+/* Those below, and all of post.c, are called with the peer's lock held. */
+static inline struct nep_verbs_record *nep_verbs_record_of(const struct nep_verbs_peer *peer,
+                                                           uint64_t number)
+{
+    return &peer->ring[number & peer->mask];
+}
+/* Nearly always: no border of registrations or messages is in reach. Divisions cost more. */
+static inline bool nep_verbs_is_one_piece(const struct nep_verbs *verbs, const struct nep_put *put,
+                                          uint64_t len)
+{
+    return len == 0 ||
+           (verbs->windows[put->window].num_chunks == 1 && len <= verbs->max_message_bytes);
+}
 void nep_verbs_qp_completed(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_t qp_idx,
                             uint64_t number);
 void nep_verbs_peer_advance(struct nep_verbs_peer *peer);
 /* Puts from this window that are not complete; those that wait for room or for another QP become
  * empty ones, so that nobody reads their source again. */
 uint64_t nep_verbs_peer_forget(struct nep_verbs_peer *peer, uint32_t window, bool forget);
+
+/* ---- post.c --------------------------------------------------------------------------------- */
+
+/* Posts what has been put, as far as there is room. */
+void nep_verbs_peer_pump(struct nep_verbs *verbs, struct nep_verbs_peer *peer);
 /* Tells the peer that this rank leaves, over one live QP. */
 void nep_verbs_peer_leave(struct nep_verbs *verbs, struct nep_verbs_peer *peer);
 /* A write of zero bytes on every live QP that is idle: fails when the other side is gone. */

@@ -1,0 +1,387 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * What goes on the QPs: records are posted in order as far as the send queues have room, in lists,
+ * each list with one signalled request at its end. The rest waits in the ring of send.c.
+ *
+ * A long put is split over the live QPs of the peer (parts), and a part over the pieces of memory
+ * that it crosses: plain writes before the one that announces, on the same QP.
+ *
+ * When a QP dies, every put that had a part on it goes again, WHOLE, over a live QP. Before that,
+ * the live QP carries "QP q is dead", on which the receiver puts its end in error: so no late write
+ * of the dead QP can land after the put was announced and its slot given to somebody else. Whole,
+ * and not the missing part: the receiver could not tell a late part from one sent again. The number
+ * of parts only ever falls, so parts that stay behind at the receiver meet no others.
+ */
+#include <endian.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "transport/verbs/verbs.h"
+
+enum { LIST = 8 };
+
+/* Requests collected for one QP and posted as a list. */
+struct list {
+    struct ibv_send_wr wr[LIST];
+    struct ibv_sge sge[LIST];
+    uint32_t num;
+};
+
+/* The lists of one pump. */
+struct lists {
+    struct nep_verbs *verbs;
+    struct nep_verbs_peer *peer;
+    struct list of[NEP_VERBS_MAX_QPS];
+};
+
+/* A contiguous range of a put that travels by one QP. */
+struct part {
+    uint64_t offset; /* in the put */
+    uint64_t len;
+    uint32_t imm;
+};
+
+/* ---- lists ---------------------------------------------------------------------------------- */
+
+static void flush(struct lists *lists, uint32_t qp_idx)
+{
+    struct nep_verbs *verbs = lists->verbs;
+    struct nep_verbs_qp *qp = &lists->peer->qps[qp_idx];
+    struct list *list = &lists->of[qp_idx];
+    if (list->num == 0 || qp->is_dead) {
+        list->num = 0;
+        return;
+    }
+    list->wr[list->num - 1].send_flags |= IBV_SEND_SIGNALED;
+    list->wr[list->num - 1].next = NULL;
+    struct ibv_send_wr *bad = NULL;
+    int error = verbs->api.post_send(qp->qp, list->wr, &bad);
+    lists->peer->num_requests += list->num;
+    list->num = 0;
+    if (error != 0) {
+        char why[96];
+        snprintf(why, sizeof why, "posting failed: %s", strerror(error));
+        nep_verbs_qp_failed(verbs, lists->peer, qp_idx, NULL, why);
+    }
+}
+
+static void flush_all(struct lists *lists)
+{
+    for (uint32_t q = 0; q < lists->verbs->num_qps; q++) {
+        flush(lists, q);
+    }
+}
+
+/* The next request of a QP's list; `put`: the put that ends with it, or 0. */
+static struct ibv_send_wr *append(struct lists *lists, uint32_t qp_idx, uint64_t put)
+{
+    struct nep_verbs_qp *qp = &lists->peer->qps[qp_idx];
+    struct list *list = &lists->of[qp_idx];
+    if (list->num == LIST) {
+        flush(lists, qp_idx);
+    }
+    struct ibv_send_wr *wr = &list->wr[list->num];
+    memset(wr, 0, sizeof *wr);
+    if (list->num > 0) {
+        list->wr[list->num - 1].next = wr;
+    }
+    wr->sg_list = &list->sge[list->num++];
+    qp->posted++;
+    qp->put_of[qp->posted & lists->verbs->put_mask] = put;
+    wr->wr_id = NEP_VERBS_WR_SEND | qp->posted;
+    return wr;
+}
+
+static uint32_t room(const struct nep_verbs *verbs, const struct nep_verbs_qp *qp)
+{
+    return qp->is_dead ? 0 : verbs->depth - (uint32_t)(qp->posted - qp->done);
+}
+
+static void append_control(struct lists *lists, uint32_t qp_idx, enum nep_verbs_control code,
+                           uint32_t argument)
+{
+    struct ibv_send_wr *wr = append(lists, qp_idx, 0);
+    wr->opcode = IBV_WR_RDMA_WRITE_WITH_IMM;
+    wr->send_flags = IBV_SEND_SOLICITED;
+    wr->imm_data = htobe32(argument << 8 | (uint32_t)code << 4 | 15);
+}
+
+/* ---- one put -------------------------------------------------------------------------------- */
+
+/* The longest piece at `done` of a part: to the next border of registrations or messages. */
+static uint64_t piece_bytes(const struct nep_verbs *verbs, const struct nep_put *put,
+                            const struct part *part, uint64_t done)
+{
+    if (nep_verbs_is_one_piece(verbs, put, part->len)) {
+        return part->len;
+    }
+    uint64_t chunk = verbs->params.config->verbs_chunk_bytes;
+    uint64_t from = (uint64_t)((const uint8_t *)put->src - verbs->windows[put->window].start) +
+                    part->offset + done;
+    uint64_t to = put->offset + part->offset + done;
+    uint64_t bytes = part->len - done;
+    uint64_t limit = verbs->max_message_bytes;
+    uint64_t left_from = chunk - from % chunk, left_to = chunk - to % chunk;
+    bytes = left_from < bytes ? left_from : bytes;
+    bytes = left_to < bytes ? left_to : bytes;
+    return limit < bytes ? limit : bytes;
+}
+
+static uint32_t num_pieces(const struct nep_verbs *verbs, const struct nep_put *put,
+                           const struct part *part)
+{
+    if (nep_verbs_is_one_piece(verbs, put, part->len)) {
+        return 1;
+    }
+    uint32_t num = 0;
+    uint64_t done = 0;
+    do {
+        done += part->len == 0 ? 0 : piece_bytes(verbs, put, part, done);
+        num++;
+    } while (done < part->len);
+    return num;
+}
+
+static void append_piece(struct lists *lists, uint32_t qp_idx, const struct nep_put *put,
+                         uint64_t at, uint64_t bytes, struct ibv_send_wr *wr)
+{
+    struct nep_verbs *verbs = lists->verbs;
+    const struct nep_verbs_qp *qp = &lists->peer->qps[qp_idx];
+    const struct nep_verbs_window *window = &verbs->windows[put->window];
+    const struct nep_verbs_remote *remote = &window->remotes[put->dst];
+    const uint8_t *src = (const uint8_t *)put->src + at;
+    size_t from = qp->path * window->num_chunks, to = from;
+    if (bytes == 0) {
+        return;
+    }
+    if (window->num_chunks > 1) {
+        uint64_t chunk = verbs->params.config->verbs_chunk_bytes;
+        from += (size_t)(src - window->start) / chunk;
+        to += (put->offset + at) / chunk;
+    }
+    wr->num_sge = 1;
+    wr->sg_list->addr = (uintptr_t)src;
+    wr->sg_list->length = (uint32_t)bytes;
+    wr->sg_list->lkey = window->mrs[from]->lkey;
+    wr->wr.rdma.remote_addr = remote->base + put->offset + at;
+    wr->wr.rdma.rkey = remote->rkeys[to];
+    if (bytes <= qp->max_inline && !window->is_device) { /* inline is read by the host */
+        wr->send_flags |= IBV_SEND_INLINE;
+    }
+}
+
+/* Puts a part on a QP that has room for it. */
+static void append_part(struct lists *lists, uint32_t qp_idx, uint64_t number,
+                        const struct part *part)
+{
+    struct nep_verbs_record *record = nep_verbs_record_of(lists->peer, number);
+    struct nep_verbs_qp *qp = &lists->peer->qps[qp_idx];
+    uint64_t done = 0;
+    if (qp->is_dead) { /* died while the parts before this one were posted */
+        lists->peer->num_resend += !record->must_resend;
+        record->must_resend = true;
+        return;
+    }
+    record->on_qps |= (uint16_t)(1u << qp_idx);
+    do {
+        uint64_t bytes = part->len == 0 ? 0 : piece_bytes(lists->verbs, &record->put, part, done);
+        bool is_last = done + bytes == part->len;
+        struct ibv_send_wr *wr = append(lists, qp_idx, is_last ? number : 0);
+        if (qp->is_dead) { /* by the flush in append: qp_failed took care of the record */
+            return;
+        }
+        wr->opcode =
+            is_last && !record->put.is_silent ? IBV_WR_RDMA_WRITE_WITH_IMM : IBV_WR_RDMA_WRITE;
+        wr->imm_data = htobe32(part->imm);
+        wr->send_flags = is_last ? IBV_SEND_SOLICITED : 0; /* wakes the other side */
+        append_piece(lists, qp_idx, &record->put, part->offset + done, bytes, wr);
+        done += bytes;
+    } while (done < part->len);
+}
+
+/* Whole, over the next live QP with room; false when none has. */
+static bool post_whole(struct lists *lists, uint64_t number)
+{
+    struct nep_verbs *verbs = lists->verbs;
+    struct nep_verbs_peer *peer = lists->peer;
+    const struct nep_put *put = &nep_verbs_record_of(peer, number)->put;
+    struct part part = {0, put->len, put->imm};
+    for (uint32_t pass = 0; pass < 2; pass++) {
+        for (uint32_t i = 0; i < verbs->num_qps; i++) {
+            uint32_t q = peer->next_qp + i;
+            q -= q >= verbs->num_qps ? verbs->num_qps : 0;
+            struct nep_verbs_qp *qp = &peer->qps[q];
+            /* first the paths whose port is up */
+            if (qp->is_dead || qp->told != peer->dead ||
+                (pass == 0 &&
+                 atomic_load_explicit(&verbs->paths[qp->path].is_down, memory_order_relaxed)) ||
+                room(verbs, qp) < num_pieces(verbs, put, &part)) {
+                continue;
+            }
+            append_part(lists, q, number, &part);
+            /* a list is filled before the next QP's turn comes */
+            peer->next_qp = lists->of[q].num == LIST ? (q + 1) % verbs->num_qps : q;
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool any_port_down(const struct nep_verbs *verbs)
+{
+    for (uint32_t p = 0; p < verbs->num_paths; p++) {
+        if (atomic_load_explicit(&verbs->paths[p].is_down, memory_order_relaxed)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Split over all live QPs; false when one of them has no room yet. */
+static bool post_split(struct lists *lists, uint64_t number)
+{
+    struct nep_verbs *verbs = lists->verbs;
+    struct nep_verbs_peer *peer = lists->peer;
+    const struct nep_put *put = &nep_verbs_record_of(peer, number)->put;
+    uint32_t num_parts = peer->num_alive;
+    uint64_t share = (put->len / num_parts + 63) / 64 * 64;
+    struct part parts[NEP_VERBS_MAX_QPS];
+    uint32_t qps[NEP_VERBS_MAX_QPS], num = 0;
+    for (uint32_t q = 0; q < verbs->num_qps; q++) {
+        if (peer->qps[q].is_dead) {
+            continue;
+        }
+        uint64_t at = num * share;
+        uint64_t left = put->len - at;
+        parts[num] = (struct part){at, num + 1 < num_parts ? share : left, put->imm | num_parts};
+        if (room(verbs, &peer->qps[q]) < num_pieces(verbs, put, &parts[num])) {
+            return false;
+        }
+        qps[num++] = q;
+    }
+    for (uint32_t i = 0; i < num; i++) {
+        append_part(lists, qps[i], number, &parts[i]);
+    }
+    return true;
+}
+
+static bool post_record(struct lists *lists, uint64_t number)
+{
+    const struct nep_put *put = &nep_verbs_record_of(lists->peer, number)->put;
+    uint64_t split = lists->verbs->params.config->verbs_split_bytes;
+    uint64_t num_alive = lists->peer->num_alive;
+    /* Shares are rounded to 64 bytes, and the last one must not come out negative. */
+    if (num_alive > 1 && put->len >= split && put->len >= 64 * num_alive * num_alive &&
+        !any_port_down(lists->verbs)) {
+        return post_split(lists, number);
+    }
+    return post_whole(lists, number);
+}
+
+/* ---- the pump ------------------------------------------------------------------------------- */
+
+/* Announces dead QPs by every live one, so that what follows on it is safe. */
+static void tell_dead(struct lists *lists)
+{
+    struct nep_verbs_peer *peer = lists->peer;
+    for (uint32_t j = 0; j < lists->verbs->num_qps; j++) {
+        struct nep_verbs_qp *qp = &peer->qps[j];
+        for (uint32_t q = 0; q < lists->verbs->num_qps && !qp->is_dead; q++) {
+            uint16_t bit = (uint16_t)(1u << q);
+            if ((peer->dead & bit & ~qp->told) != 0 && room(lists->verbs, qp) > 0) {
+                append_control(lists, j, NEP_VERBS_QP_DEAD, q);
+                qp->told |= bit;
+            }
+        }
+    }
+}
+
+static void resend(struct lists *lists)
+{
+    struct nep_verbs_peer *peer = lists->peer;
+    uint64_t first = atomic_load_explicit(&peer->completed, memory_order_relaxed) + 1;
+    for (uint64_t n = first; n <= peer->posted && peer->num_resend > 0; n++) {
+        struct nep_verbs_record *record = nep_verbs_record_of(peer, n);
+        /* Parts that still travel would end this record too early. */
+        if (!record->must_resend || record->on_qps != 0) {
+            continue;
+        }
+        record->must_resend = false;
+        peer->num_resend--;
+        if (!post_whole(lists, n)) {
+            record->must_resend = true;
+            peer->num_resend++;
+            return;
+        }
+        atomic_fetch_add_explicit(&lists->verbs->retries, 1, memory_order_relaxed);
+    }
+}
+
+void nep_verbs_peer_pump(struct nep_verbs *verbs, struct nep_verbs_peer *peer)
+{
+    if (atomic_load_explicit(&peer->status, memory_order_relaxed) != NEP_OK ||
+        (peer->posted == peer->next && peer->num_resend == 0 && peer->dead == 0)) {
+        return;
+    }
+    struct lists lists;
+    lists.verbs = verbs;
+    lists.peer = peer;
+    for (uint32_t q = 0; q < verbs->num_qps; q++) {
+        lists.of[q].num = 0;
+    }
+    uint16_t dead;
+    do { /* again when a QP died by what was posted */
+        dead = peer->dead;
+        if (peer->dead != 0) {
+            tell_dead(&lists);
+        }
+        if (peer->num_resend > 0) {
+            resend(&lists);
+        }
+        while (peer->posted < peer->next && peer->num_alive > 0 &&
+               post_record(&lists, peer->posted + 1)) {
+            peer->posted++;
+        }
+        flush_all(&lists);
+    } while (dead != peer->dead && peer->num_alive > 0);
+}
+
+/* ---- messages of the transport itself ------------------------------------------------------- */
+
+static void post_single(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_t qp_idx,
+                        enum ibv_wr_opcode opcode, uint32_t imm)
+{
+    struct nep_verbs_qp *qp = &peer->qps[qp_idx];
+    qp->posted++;
+    qp->put_of[qp->posted & verbs->put_mask] = 0;
+    struct ibv_send_wr wr = {.wr_id = NEP_VERBS_WR_SEND | qp->posted,
+                             .opcode = opcode,
+                             .send_flags = IBV_SEND_SIGNALED | IBV_SEND_SOLICITED,
+                             .imm_data = htobe32(imm)};
+    struct ibv_send_wr *bad = NULL;
+    int error = verbs->api.post_send(qp->qp, &wr, &bad);
+    if (error != 0) {
+        nep_verbs_qp_failed(verbs, peer, qp_idx, NULL, strerror(error));
+    }
+}
+
+void nep_verbs_peer_leave(struct nep_verbs *verbs, struct nep_verbs_peer *peer)
+{
+    for (uint32_t q = 0; q < verbs->num_qps; q++) {
+        if (room(verbs, &peer->qps[q]) > 0) {
+            post_single(verbs, peer, q, IBV_WR_RDMA_WRITE_WITH_IMM,
+                        (uint32_t)NEP_VERBS_LEAVE << 4 | 15);
+            return;
+        }
+    }
+}
+
+void nep_verbs_peer_ping(struct nep_verbs *verbs, struct nep_verbs_peer *peer)
+{
+    for (uint32_t q = 0; q < verbs->num_qps; q++) {
+        struct nep_verbs_qp *qp = &peer->qps[q];
+        if (!qp->is_dead && qp->posted == qp->done) {
+            post_single(verbs, peer, q, IBV_WR_RDMA_WRITE, 0);
+        }
+    }
+}
