@@ -28,7 +28,7 @@ static bool read_event(struct nep_event_ring *ring, uint64_t number, struct nep_
 {
     struct nep_event *event = &ring->events[number & (ring->num - 1)];
     uint64_t what = atomic_load_explicit(&event->what, memory_order_acquire);
-    if ((uint32_t)what != (uint32_t)(number + 1)) {
+    if ((uint32_t)what != (uint32_t)(number + 1) || what == NEP_EVENT_BUSY) {
         return false;
     }
     copy->ticks = atomic_load_explicit(&event->ticks, memory_order_acquire);

@@ -6,10 +6,13 @@
  * there alone, and for ranks of one node in the sender's process.
  *
  * A ring has many writers and no lock: a number is drawn, the event of that number is written into
- * its place. An event is four words, the last of which holds the low bits of its number; it is 0
- * while the others change. A reader that finds the same last word before and after has read one
- * event; what was overwritten meanwhile is skipped. Rejected: a ring per thread, which needs
- * registration of threads that the library does not own.
+ * its place. An event is four words, the last of which holds the low bits of its number; it says
+ * "busy" while the others change. A reader that finds the same last word before and after has read
+ * one event; what was overwritten meanwhile is skipped. A writer that was overtaken by a whole
+ * round of the ring while it wrote has its place to itself: the event that comes upon a busy place
+ * is lost, since nobody waits here and two writers in one place would mix their words. A process
+ * that is killed while it writes leaves that one place busy. Rejected: a ring per thread, which
+ * needs registration of threads that the library does not own.
  */
 #ifndef NEP_DISPATCH_EVENTS_H
 #define NEP_DISPATCH_EVENTS_H
@@ -42,8 +45,9 @@ struct nep_event {
     _Atomic uint64_t ticks;
     _Atomic uint64_t op;
     _Atomic uint64_t value;
-    _Atomic uint64_t what; /* kind 8, ep 8, peer 16, number + 1: low 32; 0: being written */
+    _Atomic uint64_t what; /* kind 8, ep 8, peer 16, number + 1: low 32; 0: never written */
 };
+#define NEP_EVENT_BUSY (1ull << 63) /* `what` of an event that is being written; no kind has it */
 
 /* Events follow. num is a power of two, or 0: nothing is kept. */
 struct nep_event_ring {
@@ -68,7 +72,11 @@ static inline void nep_event_put_at(struct nep_event_ring *ring, uint64_t ticks,
     struct nep_event *event = &ring->events[number & (ring->num - 1)];
     uint64_t what = (uint64_t)kind << 56 | (uint64_t)(ep & 255) << 48 |
                     (uint64_t)(peer & 65535) << 32 | (uint32_t)(number + 1);
-    atomic_store_explicit(&event->what, 0, memory_order_relaxed);
+    /* Acquire: pairs with the release below in whoever wrote here before; its words come first. */
+    if (atomic_exchange_explicit(&event->what, NEP_EVENT_BUSY, memory_order_acquire) ==
+        NEP_EVENT_BUSY) {
+        return;
+    }
     /* Release: each pairs with the acquire in read_event, which then finds `what` changed. */
     atomic_store_explicit(&event->ticks, ticks, memory_order_release);
     atomic_store_explicit(&event->op, op, memory_order_release);
