@@ -84,7 +84,7 @@ static uint32_t fill(const struct nep_ep *ep, const struct nep_handle *handle, u
         .kind = (uint32_t)handle->op.kind,
         .routed = handle->routed,
         .num_tokens = handle->num_tokens,
-        .has_weights = handle->op.rows.topk_weights != NULL,
+        .has_weights = nep_op_weights(&handle->op),
     };
     msg.bytes = sizeof msg;
     if (handle->op.kind == NEP_OP_DISPATCH) {
@@ -265,7 +265,8 @@ static enum nep_status check(struct nep_ep *ep, const struct nep_handle *handle,
         {"the dispatch that the handle holds", routed_there, routed_here},
         {"map digest", msg->map_digest, handle->map_digest},
         {"layer", msg->layer, is_dispatch ? handle->layer : 0},
-        {"whether topk_weights come back", msg->has_weights, handle->op.rows.topk_weights != NULL},
+        {"weights of the combine (0: held, 1: topk_weights come back, 2: token_weights are given)",
+         msg->has_weights, nep_op_weights(&handle->op)},
     };
     for (size_t i = 0; i < sizeof equal / sizeof equal[0]; i++) {
         if (equal[i].theirs != equal[i].ours) {

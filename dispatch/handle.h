@@ -14,7 +14,8 @@
 struct nep_addend {
     uint32_t pos;
     uint16_t local;
-    uint16_t is_last; /* the last of its rank */
+    uint8_t is_last; /* the last of its rank */
+    uint8_t k;
     float weight;
 };
 
@@ -65,6 +66,13 @@ struct nep_op {
 };
 
 struct nep_device_handle;
+
+static inline enum nep_combine_weights nep_op_weights(const struct nep_op *op)
+{
+    return op->rows.topk_weights != NULL    ? NEP_WEIGHTS_BACK
+           : op->rows.token_weights != NULL ? NEP_WEIGHTS_GIVEN
+                                            : NEP_WEIGHTS_HELD;
+}
 
 struct nep_handle {
     struct nep_ep *ep;

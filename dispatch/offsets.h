@@ -60,6 +60,14 @@ enum nep_kind {
     NEP_KIND_LEAVE = 5 /* op, number: the rank that the sender blames, 16 bits; it gave up */
 };
 
+/* Where the weights of a combine are: COUNTS say it, all ranks must mean the same. */
+enum nep_combine_weights {
+    NEP_WEIGHTS_HELD = 0, /* in the handle, or there are none */
+    NEP_WEIGHTS_BACK = 1, /* rows come with K weights, which are summed like them */
+    NEP_WEIGHTS_GIVEN =
+        2, /* with each source, for its own tokens: rows are not weighed on the way */
+};
+
 /*
  * COUNTS: what one rank announces to one node (or, in combine, to one source) for one operation.
  * Behind it: uint32_t rows_per_rank[G], uint32_t rows_per_slot[G * L] (dispatch), then, where
@@ -79,7 +87,7 @@ struct nep_counts_msg {
     uint32_t ride_rows;
     uint32_t ride_offset; /* of the rows in this message */
     uint32_t bytes;       /* of the message */
-    uint32_t has_weights; /* combine: rows come with K weights */
+    uint32_t has_weights; /* combine: enum nep_combine_weights */
     uint32_t reserved;
 };
 

@@ -8,6 +8,23 @@
 #include "dispatch/op.h"
 #include "dispatch/wait.h"
 
+/* Other nodes, and the rank layout's callers, weigh rows before they come here. */
+static enum nep_status check_token_weights(const struct nep_ep *ep)
+{
+    if (ep->shape.layout == NEP_LAYOUT_RANK) {
+        return nep_fail(NEP_ERR_INVALID, "token_weights are for the expert layouts: in the rank "
+                                         "layout the caller weighs the rows");
+    }
+    if (ep->plan.topology->num_nodes != 1) {
+        return nep_fail(
+            NEP_ERR_UNSUPPORTED,
+            "token_weights with %u nodes: rows are summed on the node of their experts, "
+            "which has the weights of the dispatch alone; give them to nep_dispatch",
+            ep->plan.topology->num_nodes);
+    }
+    return NEP_OK;
+}
+
 static enum nep_status check_combine(struct nep_ep *ep, struct nep_handle *handle,
                                      const struct nep_expert_rows *in, void *stream,
                                      struct nep_expert_rows *rows)
@@ -30,6 +47,9 @@ static enum nep_status check_combine(struct nep_ep *ep, struct nep_handle *handl
         status = nep_fail(NEP_ERR_INVALID,
                           "topk_weights come back in the rank layout alone: in the expert layouts "
                           "combine weighs the rows itself");
+    }
+    if (status == NEP_OK && rows->token_weights != NULL) {
+        status = check_token_weights(ep);
     }
     return status;
 }
@@ -95,6 +115,8 @@ static enum nep_status check_sum(const struct nep_handle *handle,
 static void fill_present(const struct nep_ep *ep, const struct nep_handle *handle, float *present)
 {
     uint32_t top_k = ep->shape.top_k;
+    const float *given = handle->op.rows.token_weights;
+    const float *weights = given != NULL ? given : handle->weights;
     for (uint32_t t = 0; t < handle->num_tokens; t++) {
         const uint32_t *slots = handle->slots + (uint64_t)t * top_k;
         float sum = 0.0f;
@@ -104,9 +126,8 @@ static void fill_present(const struct nep_ep *ep, const struct nep_handle *handl
                 counts = slots[i] == NEP_SLOT_NONE ||
                          ep->slot_at[slots[i]].rank != ep->slot_at[slots[k]].rank;
             }
-            float weight = ep->shape.layout == NEP_LAYOUT_RANK
-                               ? 1.0f
-                               : handle->weights[(uint64_t)t * top_k + k];
+            float weight =
+                ep->shape.layout == NEP_LAYOUT_RANK ? 1.0f : weights[(uint64_t)t * top_k + k];
             sum += counts ? weight : 0.0f;
         }
         present[t] = sum;

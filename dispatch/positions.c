@@ -181,7 +181,8 @@ static bool find_by_slot(const struct nep_ep *ep, uint32_t *cursor, const uint16
         }
         uint16_t local = ep->slot_local[slot];
         if (is_consumer || local == ep->local) {
-            found->rows[found->num++] = (struct nep_addend){cursor[slot]++, local, 0, weights[k]};
+            found->rows[found->num++] =
+                (struct nep_addend){cursor[slot]++, local, 0, (uint8_t)k, weights[k]};
         }
     }
     return true;
@@ -213,7 +214,7 @@ static bool find_by_rank(const struct nep_ep *ep, uint32_t *cursor, const uint16
             i++;
         }
         if (i == found->num) {
-            found->rows[found->num++] = (struct nep_addend){cursor[local]++, local, 0, 1.0f};
+            found->rows[found->num++] = (struct nep_addend){cursor[local]++, local, 0, 0, 1.0f};
         }
     }
     return true;

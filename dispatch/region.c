@@ -159,7 +159,10 @@ static void fill_region(struct nep_plan *plan, uint32_t rank)
     uint64_t rows = STAGING_BYTES / ((uint64_t)topology->num_ranks * shape->row_bytes);
     uint64_t most = shape->max_tokens < STAGING_ROWS ? shape->max_tokens : STAGING_ROWS;
     rows = rows > most ? most : rows;
-    region->staging_rows = rows < 2 ? 2 : (uint32_t)rows;
+    /* On one node a token's rows may be staged unweighed, all before the first is taken. */
+    bool may_be_raw = topology->num_nodes == 1 && shape->layout != NEP_LAYOUT_RANK;
+    uint64_t least = may_be_raw && shape->top_k > 2 ? shape->top_k : 2;
+    region->staging_rows = (uint32_t)(rows < least ? least : rows);
     fill_words(region, plan, rank);
     fill_data(region, plan);
 }

@@ -2,8 +2,9 @@
 /*
  * How the rows of a node reach the rank that sums them: read in place where the outputs lie in
  * mapped memory, else through a ring of staged rows per (holder, source). A holder stages one row
- * per token, its experts' rows summed; a consumer takes them in the same order, so two counters are
- * the whole protocol.
+ * per token, its experts' rows summed, or, where the consumer alone has the weights
+ * (NEP_WEIGHTS_GIVEN), the rows themselves; a consumer takes them in the same order, so two
+ * counters are the whole protocol.
  */
 #include "dispatch/combine.h"
 
@@ -77,6 +78,19 @@ static float *staged_weights(const struct nep_ep *ep, uint32_t rank, uint32_t so
     return (float *)(ep->window[rank] + region->staging_weights) + row * ep->shape.top_k;
 }
 
+/* Whether rows are staged as they are, to be weighed by who sums. */
+static bool is_raw(const struct nep_handle *handle)
+{
+    return nep_op_weights(&handle->op) == NEP_WEIGHTS_GIVEN;
+}
+
+/* Rows that this rank stages for a source. */
+static uint32_t num_staged(const struct nep_handle *handle, uint32_t source)
+{
+    const struct nep_producer *producer = &handle->producers[source];
+    return is_raw(handle) ? producer->begin[producer->num_rows] : producer->num_rows;
+}
+
 /*
  * Row i of what this rank holds of a source, summed over its experts. Stored past the caches: the
  * row's lines were last read by another core, and taking them back one by one costs more than
@@ -89,6 +103,11 @@ static void stage_row(const struct nep_ep *ep, const struct nep_handle *handle, 
     const struct nep_producer *producer = &handle->producers[source];
     const uint8_t *y = handle->op.rows.y;
     uint64_t row_bytes = ep->shape.row_bytes;
+    if (is_raw(handle)) {
+        ep->kernels->copy(to, y + producer->pos[i] * row_bytes, row_bytes);
+        ep->kernels->fence();
+        return;
+    }
     if (producer->begin == NULL) {
         uint64_t row = (uint64_t)producer->first + i;
         ep->kernels->copy(to, y + row * row_bytes, row_bytes);
@@ -115,7 +134,7 @@ static void stage_source(struct nep_ep *ep, struct nep_handle *handle, uint32_t 
 {
     uint32_t taker = ep->counts_at[source].rank; /* on this node, who sums for source */
     uint32_t idx = nep_consumer_idx(ep, taker, source);
-    uint32_t total = handle->producers[source].num_rows;
+    uint32_t total = num_staged(handle, source);
     uint32_t cap = ep->region->staging_rows;
     while (handle->rows_staged[source] < total) {
         /* Acquire: pairs with the release in nep_stage_release. */
@@ -155,15 +174,22 @@ static bool is_staged(struct nep_ep *ep, const struct nep_handle *handle, uint32
                       uint32_t source, uint32_t row)
 {
     const struct nep_consumer *consumer = &handle->consumers[idx];
+    uint32_t needed = 0; /* of the rank at hand */
     for (uint32_t a = consumer->begin[row]; a < consumer->begin[row + 1]; a++) {
         const struct nep_addend *addend = &consumer->addends[a];
-        if (ep->lent[addend->local].base != NULL || !addend->is_last) {
+        needed = is_raw(handle) ? needed + 1 : 1;
+        if (!addend->is_last) {
+            continue;
+        }
+        uint32_t rows = needed;
+        needed = 0;
+        if (ep->lent[addend->local].base != NULL) {
             continue;
         }
         uint32_t rank = nep_ep_rank_at(ep, addend->local);
         /* Acquire: pairs with the release in stage_source. */
         uint64_t there = nep_word_get(ep->window[rank], ep->plan.regions[rank].staged, source);
-        if (there <= ep->taken[(uint64_t)idx * ep->node_size + addend->local]) {
+        if (there < ep->taken[(uint64_t)idx * ep->node_size + addend->local] + rows) {
             nep_ep_miss(ep, "staged rows", rank, consumer->num_rows, row);
             return false;
         }
@@ -176,21 +202,29 @@ bool nep_stage_terms(struct nep_ep *ep, const struct nep_handle *handle, uint32_
 {
     const struct nep_consumer *consumer = &handle->consumers[idx];
     bool has_weights = handle->op.rows.topk_weights != NULL;
+    const float *given = handle->op.rows.token_weights;
+    if (given != NULL) { /* one node: the stream of the own tokens */
+        uint32_t token = handle->node_tokens[handle->node_begin[ep->node] + row];
+        given += (uint64_t)token * ep->shape.top_k;
+    }
     if (!is_staged(ep, handle, idx, source, row)) {
         return false;
     }
     for (uint32_t a = consumer->begin[row]; a < consumer->begin[row + 1]; a++) {
         const struct nep_addend *addend = &consumer->addends[a];
         const struct nep_lent *lent = &ep->lent[addend->local];
+        float weight = given != NULL ? given[addend->k] : addend->weight;
+        uint32_t ends = addend->is_last ? NEP_ENDS_RANK : 0;
         if (lent->base != NULL) {
             const uint8_t *at = lent->base + (uint64_t)addend->pos * ep->shape.row_bytes;
-            nep_terms_add(terms, at, addend->weight, addend->is_last ? NEP_ENDS_RANK : 0,
+            nep_terms_add(terms, at, weight, ends,
                           has_weights ? lent->weights + (uint64_t)addend->pos * ep->shape.top_k
                                       : NULL);
-        } else if (addend->is_last) {
+        } else if (addend->is_last || given != NULL) {
             uint32_t rank = nep_ep_rank_at(ep, addend->local);
             uint64_t taken = ep->taken[(uint64_t)idx * ep->node_size + addend->local]++;
-            nep_terms_add(terms, staged_row(ep, rank, source, taken), 1.0f, NEP_ENDS_RANK,
+            nep_terms_add(terms, staged_row(ep, rank, source, taken), given != NULL ? weight : 1.0f,
+                          given != NULL ? ends : NEP_ENDS_RANK,
                           has_weights ? staged_weights(ep, rank, source, taken) : NULL);
         }
     }

@@ -399,6 +399,13 @@ struct nep_expert_rows {
     const void *y;
     /* rank layout: [num_rows][K] to be summed over ranks; all ranks pass it, or none */
     const float *topk_weights;
+    /*
+     * Expert layouts, one node: [T][K] weights of this rank's own tokens for this sum, in place of
+     * those of the dispatch, which stay in the handle; nothing is sent for it. All ranks pass it
+     * (also with T = 0), or none. As it is until nep_combine_recv returns (executor cuda: until
+     * that half has run).
+     */
+    const float *token_weights;
 };
 
 /* The result, in token order. */

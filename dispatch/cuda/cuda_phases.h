@@ -168,7 +168,7 @@ struct nep_cuda_term {
     uint16_t rank;
     uint16_t ends;
     float weight;
-    uint32_t reserved;
+    uint32_t k;
 };
 
 /* What a handle holds in device memory. */
@@ -272,7 +272,8 @@ struct nep_cuda_combine {
     uint64_t weights; /* of their top-k weights; NONE: there are none, or staged */
     const void *in;   /* to be staged from here */
     const float *in_weights;
-    int has_weights; /* on all ranks */
+    int has_weights;            /* on all ranks */
+    const float *token_weights; /* [T][K] in place of the terms'; or NULL */
     /* results */
     void *y; /* [T] rows of dtype */
     const void *bias[2];

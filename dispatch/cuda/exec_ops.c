@@ -328,6 +328,7 @@ enum nep_status nep_device_combine_send(struct nep_handle *handle, bool is_whole
         .in = rows->y,
         .in_weights = rows->topk_weights,
         .has_weights = has_weights,
+        .token_weights = rows->token_weights,
         .num_tokens = handle->num_tokens,
         .dtype = ep->shape.dtype,
         .hidden = ep->shape.hidden,

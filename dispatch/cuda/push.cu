@@ -210,7 +210,7 @@ __device__ void store_terms(const push_args &a, const warp_item &w, const nep_ta
                                : is_last ? NEP_ENDS_RANK
                                          : 0);
         term.weight = a.is_rank_layout ? 1.0f : weight;
-        term.reserved = 0;
+        term.k = lane;
         a.routing.terms[(uint64_t)w.token * a.top_k + order] = term;
     }
     if (lane == 0) {

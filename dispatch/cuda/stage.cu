@@ -20,13 +20,20 @@ struct stage_args {
     const char *weights;
     uint32_t row_bytes;
     uint32_t weights_bytes; /* of a row; 0: there are none */
+    uint32_t gaps;          /* slots with places of their own, packed inside; 0: rows are packed */
+};
+
+/* Which threads share a copy: this one's number, and how many there are. */
+struct copiers {
+    uint64_t at;
+    uint64_t num;
 };
 
 /* bytes is a multiple of 4, and of 16 where both are aligned so. */
-__device__ void copy_all(const char *from, char *to, uint64_t bytes)
+__device__ void copy_all(const char *from, char *to, uint64_t bytes, const copiers &threads)
 {
-    uint64_t at = (uint64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    uint64_t step = (uint64_t)gridDim.x * blockDim.x;
+    uint64_t at = threads.at;
+    uint64_t step = threads.num;
     if ((bytes | (uint64_t)from | (uint64_t)to) % 16 != 0) {
         for (uint64_t i = at; i < bytes / 4; i += step) {
             ((uint32_t *)to)[i] = ((const uint32_t *)from)[i];
@@ -51,6 +58,20 @@ __device__ void copy_all(const char *from, char *to, uint64_t bytes)
     }
 }
 
+/* The rows of each slot alone: most places of this layout are empty. Blocks share the slots. */
+__device__ void copy_slots(const stage_args &a, char *to)
+{
+    uint32_t parts = max(gridDim.x / a.gaps, 1u);
+    for (uint32_t item = blockIdx.x; item < a.gaps * parts; item += gridDim.x) {
+        uint32_t slot = item / parts;
+        uint64_t first = a.routing.received[2 + slot] * a.row_bytes;
+        uint64_t bytes = (uint64_t)a.routing.received_rows[slot] * a.row_bytes;
+        copiers threads = {(uint64_t)(item % parts) * blockDim.x + threadIdx.x,
+                           (uint64_t)parts * blockDim.x};
+        copy_all(a.rows + first, to + first, bytes, threads);
+    }
+}
+
 __global__ void __launch_bounds__(STAGE_THREADS, 1)
     stage_kernel(const __grid_constant__ stage_args a)
 {
@@ -68,12 +89,18 @@ __global__ void __launch_bounds__(STAGE_THREADS, 1)
         }
         return;
     }
-    copy_all(a.rows, window + a.staging.y + slot * a.staging.y_rows * a.row_bytes,
-             rows * a.row_bytes);
+    copiers threads = {(uint64_t)blockIdx.x * blockDim.x + threadIdx.x,
+                       (uint64_t)gridDim.x * blockDim.x};
+    char *to = window + a.staging.y + slot * a.staging.y_rows * a.row_bytes;
+    if (a.gaps != 0) {
+        copy_slots(a, to);
+    } else {
+        copy_all(a.rows, to, rows * a.row_bytes, threads);
+    }
     if (a.weights_bytes != 0) {
         copy_all(a.weights,
                  window + a.staging.y_weights + slot * a.staging.y_rows * a.weights_bytes,
-                 rows * a.weights_bytes);
+                 rows * a.weights_bytes, threads);
     }
     if (nep_is_last_block(a.routing.cell) && threadIdx.x == 0) {
         nep_begun(a.group, a.routing.cell, op);
@@ -117,6 +144,7 @@ extern "C" enum nep_status nep_cuda_stage(const struct nep_cuda_combine *combine
     args.weights = (const char *)combine->in_weights;
     args.row_bytes = combine->hidden * (combine->dtype == NEP_DTYPE_FP32 ? 4 : 2);
     args.weights_bytes = combine->has_weights ? shape->top_k * 4 : 0;
+    args.gaps = shape->layout == NEP_LAYOUT_EXPERT_FRONT ? shape->slots_per_rank : 0;
     const struct nep_cuda_geometry *geometry = combine->geometry;
     stage_kernel<<<geometry->blocks, STAGE_THREADS, geometry->shared_bytes, stream>>>(args);
     return nep_cuda_check(cudaGetLastError(), "launch of stage");

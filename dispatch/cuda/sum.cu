@@ -32,7 +32,8 @@ struct sum_args {
     struct nep_cuda_lend lend;
     char *y;
     const char *bias[2];
-    float *weights; /* [T][K]; NULL: they do not come back */
+    float *weights;     /* [T][K]; NULL: they do not come back */
+    const float *given; /* [T][K] in place of the terms' weights; or NULL */
     uint32_t row_bytes;
     uint32_t weights_bytes;
     unsigned flags;
@@ -144,7 +145,8 @@ __device__ __forceinline__ uint32_t take_addends(const sum_args &a, const uint64
     if (lane < num) {
         struct nep_cuda_term term = a.routing.terms[(uint64_t)token * a.top_k + lane];
         addends[lane].row = (const char *)row_base[term.rank] + (uint64_t)term.pos * a.units * 16;
-        addends[lane].weight = term.weight;
+        addends[lane].weight =
+            a.given != nullptr ? a.given[(uint64_t)token * a.top_k + term.k] : term.weight;
         addends[lane].ends = term.ends;
     }
     __syncwarp();
@@ -338,6 +340,7 @@ extern "C" enum nep_status nep_cuda_sum(const struct nep_cuda_combine *combine, 
     args.bias[0] = (const char *)combine->bias[0];
     args.bias[1] = (const char *)combine->bias[1];
     args.weights = combine->topk_weights;
+    args.given = combine->token_weights;
     args.row_bytes = bytes;
     args.weights_bytes = combine->has_weights ? shape->top_k * 4 : 0;
     args.flags = flags;

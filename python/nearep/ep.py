@@ -162,10 +162,10 @@ class Ep(Owner):
         rows.topk_weights, rows.source_rank, rows.source_token = weights, source_rank, source_token
         check(lib.nep_dispatch_recv(self.pointer, handle.pointer, self._at["rows"], stream))
 
-    def combine_send_raw(self, handle, y, weights, stream):
+    def combine_send_raw(self, handle, y, weights, stream, token_weights=None):
         """nep_combine_send with addresses."""
         rows = self.expert_rows
-        rows.y, rows.topk_weights = y, weights
+        rows.y, rows.topk_weights, rows.token_weights = y, weights, token_weights
         check(lib.nep_combine_send(self.pointer, handle.pointer, self._at["expert_rows"], stream))
 
     def combine_recv_raw(self, handle, y, weights, bias, stream):
@@ -188,7 +188,7 @@ class Ep(Owner):
     def combine_raw(self, handle, y, weights, out, out_weights, bias, stream):
         """nep_combine with addresses: both halves in one call."""
         rows, sums = self.expert_rows, self.sums
-        rows.y, rows.topk_weights = y, weights
+        rows.y, rows.topk_weights, rows.token_weights = y, weights, None
         sums.num_tokens, sums.y, sums.topk_weights = handle.num_tokens, out, out_weights
         sums.bias[0], sums.bias[1] = bias
         check(lib.nep_combine(self.pointer, handle.pointer, self._at["expert_rows"], self._at["sums"], stream))
@@ -273,10 +273,12 @@ class Ep(Owner):
                       pointer_of(source_token, "source_token", ("int32", "uint32"), (room,), keep), stream)
         handle.keep = []
 
-    def combine_send(self, handle: Handle, y: Any, *, topk_weights: Any = None,
+    def combine_send(self, handle: Handle, y: Any, *, topk_weights: Any = None, token_weights: Any = None,
                      stream: Optional[int] = None) -> None:
         """Starts sending the experts' outputs back. y: [rows, H] of dtype, same rows as the dispatch
-        output; it must stay as it is until combine_recv. topk_weights: [rows, K] fp32 (rank layout)."""
+        output; it must stay as it is until combine_recv. topk_weights: [rows, K] fp32 (rank layout).
+        token_weights: [T, K] fp32 in place of the dispatch's weights (expert layouts, one node; on all
+        ranks or on none)."""
         keep: list = []
         found = array_of(y)
         if found.dtype != self.dtype and not (self.dtype == "bf16" and found.dtype in ("uint16", "int16")):
@@ -284,8 +286,11 @@ class Ep(Owner):
         if found.shape[-1] != self.hidden:
             raise ValueError(f"nearep: y has shape {found.shape}; its last extent must be {self.hidden}")
         weights = pointer_of(topk_weights, "topk_weights", ("fp32",), (None, self.top_k), keep)
+        late = pointer_of(token_weights, "token_weights", ("fp32",), (handle.num_tokens, self.top_k), keep)
+        if late is not None:
+            late = late or 8  # an array of no tokens: not read, but there
         handle.keep = keep + [found.keep]
-        self.combine_send_raw(handle, found.pointer or None, weights, stream)
+        self.combine_send_raw(handle, found.pointer or None, weights, stream, late)
 
     def combine_recv(self, handle: Handle, y: Any, *, bias: Sequence[Any] = (), topk_weights: Any = None,
                      stream: Optional[int] = None) -> None:

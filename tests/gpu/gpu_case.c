@@ -93,13 +93,15 @@ struct gpu_shape gpu_shape_random(uint64_t key, uint32_t num_ranks)
     s.is_overlapped = !s.is_graph && nep_ref_rng_below(&rng, 3) == 0;
     s.calls =
         (enum gpu_calls)nep_ref_rng_below(&rng, s.is_graph ? GPU_CALLS_COUNTS : GPU_NUM_CALLS);
+    s.has_weights_late = s.layout != NEP_LAYOUT_RANK && nep_ref_rng_below(&rng, 3) == 0;
+    s.has_weights = s.has_weights && !s.has_weights_late;
     return s;
 }
 
 void gpu_shape_print(const struct gpu_shape *s)
 {
     printf("key %llx: %u ranks, %u SMs, L %u, E %u, K %u, H %u, M %u, align %u, layout %d, type %d "
-           "wire %d scale %d calls %d%s%s%s%s%s%s%s%s%s%s\n",
+           "wire %d scale %d calls %d%s%s%s%s%s%s%s%s%s%s%s\n",
            (unsigned long long)s->key, s->num_ranks, s->num_sms, s->slots_per_rank, s->num_experts,
            s->top_k, s->hidden, s->max_tokens, s->alignment, (int)s->layout, (int)s->dtype,
            (int)s->wire, (int)s->scale, (int)s->calls + (s->is_overlapped ? 10 : 0),
@@ -107,7 +109,8 @@ void gpu_shape_print(const struct gpu_shape *s)
            s->has_weights ? " weights" : "", s->is_int64 ? " int64" : "",
            s->is_graph ? " graph" : "", s->is_x_private ? " x-private" : "",
            s->is_out_private ? " out-private" : "", s->is_y_private ? " y-private" : "",
-           s->has_bias ? " bias" : "", s->has_weights_back ? " weights-back" : "");
+           s->has_bias ? " bias" : "", s->has_weights_back ? " weights-back" : "",
+           s->has_weights_late ? " weights-late" : "");
 }
 
 static uint64_t capacity_of(const struct gpu_shape *s)
@@ -320,8 +323,10 @@ static void make_buffers(struct gpu_case *c)
         c->in.scales = shared(c, s->max_tokens * c->wire.scale_bytes, s->is_x_private);
     }
     c->out = make_outputs(c);
-    c->expert = (struct nep_expert_rows){.size = sizeof c->expert,
-                                         .y = shared(c, rows * y_row_bytes(s), s->is_y_private)};
+    c->expert =
+        (struct nep_expert_rows){.size = sizeof c->expert,
+                                 .y = shared(c, rows * y_row_bytes(s), s->is_y_private),
+                                 .token_weights = s->has_weights_late ? c->weights_device : NULL};
     c->result = (struct nep_tokens_out){.size = sizeof c->result,
                                         .y = device(c, s->max_tokens * y_row_bytes(s))};
     if (s->has_weights_back) {

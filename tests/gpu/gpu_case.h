@@ -48,6 +48,7 @@ struct gpu_shape {
     bool is_y_private;
     bool has_bias;
     bool has_weights_back; /* rank layout: top-k weights come back with combine */
+    bool has_weights_late; /* expert layouts: given to combine, not to dispatch */
     enum gpu_calls calls;
     bool is_overlapped; /* two operations outstanding, with a handle and outputs each */
 };

@@ -306,7 +306,7 @@ static uint32_t take_terms(struct gpu_case *c, uint64_t round, uint32_t token, c
                   at[is_rank_layout ? (uint64_t)token * s->num_ranks + r
                                     : (uint64_t)token * s->top_k + k],
                   row);
-            bool has_weight = !is_rank_layout && s->has_weights;
+            bool has_weight = !is_rank_layout && (s->has_weights || s->has_weights_late);
             terms[num++] = (struct nep_term){row, has_weight ? weights[k] : 1.0f, 0};
         }
         if (has_any) {

@@ -249,6 +249,8 @@ bool nep_multi_dispatch_send(struct nep_multi_world *world, struct nep_multi_fli
         flight->number = number;
         draw_group(world, flight);
     }
+    flight->group.weights = /* a late combine has set others */
+        world->shape.is_unweighted ? NULL : (const float *const *)flight->group_weights;
     for (uint32_t t = 0; t < flight->num_tokens; t++) {
         size_t payload = sizes.x / world->shape.max_tokens;
         group_row(flight, world->rank->rank, t, (char *)flight->x + t * payload);
@@ -301,6 +303,23 @@ bool nep_multi_dispatch_recv(struct nep_multi_world *world, struct nep_multi_fli
                           (unsigned long long)report.wrong, report.first);
 }
 
+/* New weights for all ranks' tokens, which the combine alone brings. */
+static void draw_late_weights(const struct nep_multi_world *world, struct nep_multi_flight *flight)
+{
+    for (uint32_t r = 0; r < world->rank->num_ranks; r++) {
+        size_t pairs = (size_t)flight->group_tokens[r] * world->shape.top_k;
+        struct nep_ref_rng rng = {
+            nep_ref_mix(nep_ref_mix(world->shape.seed + 1, flight->content), r)};
+        for (size_t i = 0; i < pairs; i++) {
+            flight->group_weights[r][i] = (float)nep_ref_rng_unit(&rng) - 0.25f;
+        }
+        if (r == world->rank->rank) {
+            memcpy(flight->weights, flight->group_weights[r], pairs * sizeof(float));
+        }
+    }
+    flight->group.weights = (const float *const *)flight->group_weights;
+}
+
 bool nep_multi_combine_send(struct nep_multi_world *world, struct nep_multi_flight *flight)
 {
     memset(flight->expert, 0xff, sizes_of(world).expert);
@@ -310,6 +329,10 @@ bool nep_multi_combine_send(struct nep_multi_world *world, struct nep_multi_flig
         return nep_multi_fail(world->rank, "out of memory for the expert");
     }
     struct nep_expert_rows in = {.size = sizeof(in), .y = flight->expert};
+    if (world->shape.is_late) {
+        draw_late_weights(world, flight);
+        in.token_weights = flight->weights;
+    }
     if (nep_combine_send(world->ep, flight->handle, &in, NULL) != NEP_OK) {
         return nep_multi_fail(world->rank, "nep_combine_send: %s", nep_last_message());
     }

@@ -70,6 +70,9 @@ static bool refused_calls(struct nep_multi_rank *rank)
     y.topk_weights = seat->weights;
     REFUSED(nep_combine_send(seat->ep, seat->handle, &y, NULL), NEP_ERR_INVALID);
     y.topk_weights = NULL;
+    y.token_weights = seat->weights; /* several nodes */
+    REFUSED(nep_combine_send(seat->ep, seat->handle, &y, NULL), NEP_ERR_UNSUPPORTED);
+    y.token_weights = NULL;
     REFUSED(nep_combine_send(seat->ep, seat->handle, &y, NULL), NEP_OK);
     sum.num_tokens = SEAT_TOKENS - 1;
     REFUSED(nep_combine_recv(seat->ep, seat->handle, &sum, NULL), NEP_ERR_INVALID);

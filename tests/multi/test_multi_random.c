@@ -56,6 +56,8 @@ static void draw_shape(uint64_t seed, struct nep_multi_shape *shape)
     shape->wire = is_fp8 ? NEP_DTYPE_FP8_E4M3 : shape->dtype;
     shape->is_unweighted = nep_ref_rng_below(&rng, 8) == 0;
     shape->is_int64 = nep_ref_rng_below(&rng, 4) == 0;
+    shape->is_late = shape->num_nodes == 1 && shape->layout != NEP_LAYOUT_RANK &&
+                     nep_ref_rng_below(&rng, 2) == 0;
 }
 
 static bool run_rank(struct nep_multi_rank *rank)

@@ -30,6 +30,7 @@ struct nep_multi_shape {
     bool is_wild;         /* values of all magnitudes, subnormals too */
     bool has_replicas;    /* a map with random copies */
     bool is_unweighted;   /* topk_weights NULL */
+    bool is_late;         /* one node, expert layouts: combines get other weights than dispatches */
     bool is_int64;        /* ids of 64 bits */
     const char *intra;    /* NULL: loop in threads, shm in processes */
     const char *inter;
