@@ -170,12 +170,14 @@ class Comm(Owner):
     @classmethod
     def from_torch(cls, group: Any = None, **options) -> "Comm":
         """From a torch.distributed process group of any backend (None: the default group)."""
+        import torch
         import torch.distributed as dist
         rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
 
         def allgather(value):
             parts = [None] * num_ranks
-            dist.all_gather_object(parts, value, group=group)
+            with torch.inference_mode(False):  # gloo cannot write to tensors made in it
+                dist.all_gather_object(parts, value, group=group)
             return parts
         return cls(rank, num_ranks, allgather=allgather, store=_torch_store(allgather), **options)
 

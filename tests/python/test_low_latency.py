@@ -199,6 +199,36 @@ def masks(buffer, rank, ranks, experts, sizes):
     buffer.low_latency_clean_mask_buffer()
 
 
+def weights(rank, ranks, nodes):
+    """Weights given to dispatch, ids that combine leaves out, masks set in between, no tokens at all."""
+    experts, per_rank = 2 * ranks, 2
+    buffer = on_device(deep_ep.Buffer(dist.group.WORLD, 0, 1 << 20, ranks_per_node=nodes, enable_shrink=True))
+    for step in range(3):
+        mine = world(ranks, [0 if r == step else 5 + r for r in range(ranks)], H, experts, K, salt=step)[rank]
+        x, _, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.ids, M, experts, use_fp8=False,
+                                                         topk_weights=mine.weights)
+        if DEVICE == "cpu":
+            try:
+                buffer.low_latency_combine(x, mine.ids, mine.weights + 1, handle)
+                must(mine.x.shape[0] == 0, "other weights than dispatch was given")
+            except ValueError as error:
+                must("same tensor" in str(error), str(error))
+        if mine.x.shape[0] or DEVICE != "cpu":
+            y = buffer.low_latency_combine(x, mine.ids, mine.weights, handle)[0]
+            total = ((mine.ids >= 0) * mine.weights).sum(1, keepdim=True).double()
+            close(y, mine.x.double() * total, mine.x.double().abs() * total, "weights with dispatch", roundings=4)
+        x, _, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.ids, M, experts, use_fp8=False)
+        fewer = mine.ids.clone()
+        fewer[:, 0] = -1
+        buffer.low_latency_update_mask_buffer(ranks - 1, step == 2)
+        y = buffer.low_latency_combine(x, fewer, mine.weights, handle)[0]
+        buffer.low_latency_update_mask_buffer(ranks - 1, False)
+        used = (fewer >= 0) & ((fewer < per_rank * (ranks - 1)) if step == 2 else True)
+        total = (used * mine.weights).sum(1, keepdim=True).double()
+        close(y, mine.x.double() * total, mine.x.double().abs() * total, f"ids left out, step {step}", roundings=4)
+    dist.barrier()
+
+
 def shrink(rank, ranks):
     """A rank ends; the others are told, mask it and go on."""
     os.environ["NEP_TIMEOUT"] = "3s"
@@ -243,6 +273,13 @@ class LowLatencyTest(unittest.TestCase):
     @unittest.skipIf(DEVICE != "cpu", "ranks that end are tested on host memory")
     def test_a_lost_rank_is_masked(self):
         self.assertEqual(run(3, shrink, is_together=False), ["alive", "ended", "alive"])
+
+    def test_weights(self):
+        run(3, weights, [3])
+
+    @unittest.skipIf(DEVICE != "cpu", "the CUDA executor is for one node")
+    def test_weights_two_nodes(self):
+        run(4, weights, [2, 2])
 
     def test_overlap(self):
         run(3, overlap)

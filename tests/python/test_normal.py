@@ -198,6 +198,90 @@ def oddities(rank, ranks):
     dist.barrier()
 
 
+def through(buffer, tokens, rank, ranks, experts, kind="random"):
+    """A fresh dispatch with every row checked; (rows, handle, arrivals)."""
+    mine = tokens[rank]
+    found = buffer.get_dispatch_layout(mine.ids, experts)
+    x, _, weights, _, handle, _ = buffer.dispatch(
+        payload_of(kind, mine, rank), num_tokens_per_rank=found[0], num_tokens_per_rdma_rank=found[1],
+        is_token_in_rank=found[3], num_tokens_per_expert=found[2], topk_idx=mine.ids, topk_weights=mine.weights)
+    rows = arrivals(tokens, rank, experts // ranks)
+    check_x(x, expected(kind, tokens, rows), f"{mine.x.shape[0]} tokens")
+    return x, handle, rows
+
+
+def back(buffer, x, handle, tokens, rank, ranks, experts, what):
+    """Its combine, every element."""
+    owner = torch.where(tokens[rank].ids >= 0, torch.div(tokens[rank].ids, experts // ranks, rounding_mode="floor"),
+                        torch.full_like(tokens[rank].ids, -1))
+    num = torch.stack([(owner == r).any(1) for r in range(ranks)], 1).sum(1, keepdim=True).double()
+    y = buffer.combine(x, handle)[0]
+    close(y, tokens[rank].x.double() * num, tokens[rank].x.double().abs() * num, what, roundings=3)
+
+
+def growth(rank, ranks, nodes):
+    """Batches grow, on one rank first, and nobody says so: room is made on all; older handles live on."""
+    deep_ep.seats.LEAST_TOKENS = 16
+    buffer = on_device(deep_ep.Buffer(dist.group.WORLD, ranks_per_node=nodes, explicitly_destroy=True))
+    experts, kept = 2 * ranks, []
+    for step, size in enumerate((3, 16, 17, 40, 5, 100, 129, 0, 300, 64)):
+        sizes = [size if r == step % ranks else min(size, 2 + r) for r in range(ranks)]
+        tokens = world(ranks, sizes, H, experts, K, salt=step)
+        x, handle, rows = through(buffer, tokens, rank, ranks, experts)
+        if step % 3 == 1:
+            kept.append((tokens, x, handle, rows))
+        else:
+            back(buffer, x, handle, tokens, rank, ranks, experts, f"step {step}")
+    for number, (tokens, x, handle, rows) in enumerate(kept):
+        again = buffer.dispatch(tokens[rank].x, handle=handle)[0]
+        check_x(again, expected("random", tokens, rows), f"older handle {number}")
+        other = buffer.dispatch(payload_of("fp8", tokens[rank], rank), handle=handle)[0]
+        check_x(other, expected("fp8", tokens, rows), f"older handle {number}, another type")
+        back(buffer, x, handle, tokens, rank, ranks, experts, f"older handle {number}")
+    seats = buffer._seats
+    must(max(seat.ep.max_tokens for seat in seats._seats.values()) == 512, "the next power of two")
+    if DEVICE == "cpu":
+        must(len(seats._outgrown) <= len(kept), f"{len(seats._outgrown)} outgrown eps for {len(kept)} handles")
+    del kept, handle
+    tokens = world(ranks, [600] * ranks, H, experts, K)
+    through(buffer, tokens, rank, ranks, experts)
+    must(DEVICE != "cpu" or len(seats._outgrown) <= 1, f"{len(seats._outgrown)} outgrown eps and no handle")
+    dist.barrier()
+    buffer.destroy()
+
+
+def promised(rank, ranks):
+    """max_tokens is a promise: nothing is exchanged, and more is refused with a sentence, before it is sent."""
+    buffer = on_device(deep_ep.Buffer(dist.group.WORLD, max_tokens=20))
+    tokens = world(ranks, [20] * ranks, H, 2 * ranks, K)
+    through(buffer, tokens, rank, ranks, 2 * ranks)
+    must(buffer._seats._agreement is None, "no exchange")
+    try:
+        through(buffer, world(ranks, [21] * ranks, H, 2 * ranks, K), rank, ranks, 2 * ranks)
+        must(False, "more than promised")
+    except ValueError as error:
+        must("21 tokens" in str(error) and "NEP_DEEP_EP_MAX_TOKENS" in str(error), str(error))
+    through(buffer, tokens, rank, ranks, 2 * ranks)
+    dist.barrier()
+
+
+def inference(rank, ranks):
+    """Engines run in inference mode, whose tensors count no writes; normal and low-latency calls alike."""
+    with torch.inference_mode():
+        buffer = on_device(deep_ep.Buffer(dist.group.WORLD))
+        experts = 2 * ranks
+        tokens = world(ranks, [7 + r for r in range(ranks)], H, experts, K)
+        x, handle, _ = through(buffer, tokens, rank, ranks, experts)
+        buffer.dispatch(payload_of("fp8", tokens[rank], rank), handle=handle)
+        back(buffer, x, handle, tokens, rank, ranks, experts, "in inference mode")
+        mine = tokens[rank]
+        x, _, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.ids, 16, experts, use_fp8=False)
+        y = buffer.low_latency_combine(x, mine.ids, mine.weights, handle)[0]
+        total = ((mine.ids >= 0) * mine.weights).sum(1, keepdim=True).double()
+        close(y, mine.x.double() * total, mine.x.double().abs() * total, "low latency in inference mode", roundings=4)
+    dist.barrier()
+
+
 class NormalTest(unittest.TestCase):
     def test_matrix_one_node(self):
         run(RANKS, matrix, [RANKS], 4 * RANKS, [33 + 7 * (r % 2) for r in range(RANKS)])
@@ -205,6 +289,19 @@ class NormalTest(unittest.TestCase):
     @unittest.skipIf(DEVICE != "cpu", "the CUDA executor is for one node")
     def test_matrix_two_nodes(self):
         run(4, matrix, [2, 2], 8, [20, 0, 33, 7])
+
+    def test_growth(self):
+        run(RANKS, growth, None)
+
+    @unittest.skipIf(DEVICE != "cpu", "the CUDA executor is for one node")
+    def test_growth_two_nodes(self):
+        run(3, growth, [2, 1])
+
+    def test_a_promise(self):
+        run(2, promised)
+
+    def test_inference_mode(self):
+        run(2, inference)
 
     def test_three_ranks_oddities(self):
         run(3, oddities)

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """ElasticBuffer: dispatch and combine of DeepEP's V2 interface, on the same machinery."""
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any, List, Optional
+from typing import Any, List, Optional, Sequence, Tuple, Union
 
 import torch
 
 from .buffer import Buffer
-from .events import EventHandle
+from .events import EventHandle, EventOverlap
 from .handles import NormalHandle, Owned
-from .normal import Payload, _pointer
-from .seats import executor_of
+from .layout import version_of
+from .normal import Event, Payload, Rows, _pointer
+from .seats import Seat, executor_of
 
 
 @dataclass
@@ -41,11 +44,13 @@ class ElasticBuffer:
     num_topk: shape of the largest call. Arguments about kernels, queue pairs and timeouts of upstream
     are accepted; nearep's own deadline is NEP_TIMEOUT. Placement as in Buffer."""
 
-    def __init__(self, group, num_bytes=None, num_cpu_bytes=0, num_max_tokens_per_rank=0, hidden=0, num_topk=0,
-                 use_fp8_dispatch=False, deterministic=False, allow_hybrid_mode=True,
-                 allow_multiple_reduction=True, prefer_overlap_with_compute=True, sl_idx=3,
-                 num_allocated_qps=0, num_cpu_timeout_secs=300, num_gpu_timeout_secs=100,
-                 explicitly_destroy=False, *, placement=None, ranks_per_node=None):
+    def __init__(self, group: Any, num_bytes: Optional[int] = None, num_cpu_bytes: int = 0,
+                 num_max_tokens_per_rank: int = 0, hidden: int = 0, num_topk: int = 0,
+                 use_fp8_dispatch: bool = False, deterministic: bool = False, allow_hybrid_mode: bool = True,
+                 allow_multiple_reduction: bool = True, prefer_overlap_with_compute: bool = True, sl_idx: int = 3,
+                 num_allocated_qps: int = 0, num_cpu_timeout_secs: int = 300, num_gpu_timeout_secs: int = 100,
+                 explicitly_destroy: bool = False, *, placement: Any = None,
+                 ranks_per_node: Optional[Sequence[int]] = None):
         self._buffer = Buffer(group, explicitly_destroy=True, placement=placement,
                               max_tokens=num_max_tokens_per_rank or None, ranks_per_node=ranks_per_node)
         self.explicitly_destroy = explicitly_destroy
@@ -53,39 +58,44 @@ class ElasticBuffer:
         self.group, self.rank_idx, self.num_ranks = group, self._buffer.rank, self._buffer.group_size
 
     @staticmethod
-    def get_buffer_size_hint(group, num_max_tokens_per_rank, hidden, num_topk=0, use_fp8_dispatch=False,
-                             **_):
+    def get_buffer_size_hint(group: Any, num_max_tokens_per_rank: int, hidden: int, num_topk: int = 0,
+                             use_fp8_dispatch: bool = False, **_: Any) -> int:
         """Bytes of what arrives in the worst case; nearep does not need it."""
         return group.size() * num_max_tokens_per_rank * (2 * hidden + 16 * num_topk)
 
-    def get_theoretical_num_sms(self, num_experts, num_topk, **_):
+    def get_theoretical_num_sms(self, num_experts: int, num_topk: int, **_: Any) -> int:
+        """What Buffer.set_num_sms said."""
         return Buffer.num_sms
 
-    def get_theoretical_num_qps(self, num_sms):
+    def get_theoretical_num_qps(self, num_sms: int) -> int:
+        """1: nearep counts its own (NEP_VERBS_QPS)."""
         return 1
 
-    def get_physical_domain_size(self):
+    def get_physical_domain_size(self) -> Tuple[int, int]:
         """(ranks of this node, nodes)."""
         topology = self._buffer._comm.topology
         return topology.node_ranks[topology.node], topology.num_nodes
 
     get_logical_domain_size = get_physical_domain_size
 
-    def get_comm_stream(self):
+    def get_comm_stream(self) -> torch.cuda.Stream:
+        """As Buffer's."""
         return self._buffer.get_comm_stream()
 
     @staticmethod
-    def capture():
+    def capture() -> EventHandle:
         """An EventHandle (not an EventOverlap) on the current stream."""
         return EventHandle()
 
-    def barrier(self, use_comm_stream=True, with_cpu_sync=False, sequential=False):
+    def barrier(self, use_comm_stream: bool = True, with_cpu_sync: bool = False, sequential: bool = False) -> None:
+        """Of the hosts of all ranks."""
         self._buffer._allgather("barrier")
 
-    def destroy(self):
+    def destroy(self) -> None:
+        """Frees everything. Handles become useless."""
         self._buffer.destroy()
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         if name.startswith(("engram_", "pp_", "agrs_", "all_gather", "lb_")):
             raise NotImplementedError(f"deep_ep: ElasticBuffer.{name} belongs to another family of calls "
                                       "than dispatch and combine; nearep does not have it")
@@ -93,11 +103,17 @@ class ElasticBuffer:
 
     # ---- dispatch -----------------------------------------------------------------------------
 
-    def dispatch(self, x, topk_idx=None, topk_weights=None, cumulative_local_expert_recv_stats=None,
-                 num_experts=None, num_max_tokens_per_rank=None, expert_alignment=None, num_sms=0, num_qps=0,
-                 previous_event=None, previous_event_before_epilogue=None, async_with_compute_stream=False,
-                 allocate_on_comm_stream=False, handle=None, do_handle_copy=True, do_cpu_sync=None,
-                 do_expand=False, do_zero_padding=False, use_tma_aligned_col_major_sf=False):
+    def dispatch(self, x: Rows, topk_idx: Optional[torch.Tensor] = None,
+                 topk_weights: Optional[torch.Tensor] = None,
+                 cumulative_local_expert_recv_stats: Optional[torch.Tensor] = None,
+                 num_experts: Optional[int] = None, num_max_tokens_per_rank: Optional[int] = None,
+                 expert_alignment: Optional[int] = None, num_sms: int = 0, num_qps: int = 0,
+                 previous_event: Event = None, previous_event_before_epilogue: Event = None,
+                 async_with_compute_stream: bool = False, allocate_on_comm_stream: bool = False,
+                 handle: Optional[EPHandle] = None, do_handle_copy: bool = True,
+                 do_cpu_sync: Optional[bool] = None, do_expand: bool = False, do_zero_padding: bool = False,
+                 use_tma_aligned_col_major_sf: bool = False
+                 ) -> Tuple[Rows, Optional[torch.Tensor], Optional[torch.Tensor], EPHandle, EventOverlap]:
         """x: [T, H] bf16, or (fp8, scales); topk_idx [T, K]; topk_weights [T, K] f32.
 
         do_expand: rows grouped by expert, each expert's first row a multiple of expert_alignment, then
@@ -112,6 +128,8 @@ class ElasticBuffer:
                                               allocate_on_comm_stream and async_with_compute_stream) as scope:
             if handle is not None:
                 return self._again(payload, handle, do_zero_padding, scope)
+            if topk_idx is None or num_experts is None:
+                raise ValueError("deep_ep: a dispatch without a handle needs topk_idx and num_experts")
             ids = topk_idx.clone() if do_handle_copy else topk_idx
             found = self._expanded if do_expand else self._by_rank
             sync = True if do_cpu_sync is None else do_cpu_sync
@@ -123,7 +141,8 @@ class ElasticBuffer:
                     counts.rows_per_slot, dtype=torch.int32, device=payload.x.device)
             return (*result, scope.finish())
 
-    def _handle(self, inner, ids, num_experts, alignment, sync, rows, is_expanded, num_sms, counts):
+    def _handle(self, inner: NormalHandle, ids: torch.Tensor, num_experts: int, alignment: int, sync: bool, rows: int,
+                is_expanded: bool, num_sms: int, counts: Any) -> EPHandle:
         listed = [-(-num // alignment) * alignment for num in counts.rows_per_slot] if sync else []
         device = ids.device
         by_rank = by_expert = plain = None
@@ -135,27 +154,29 @@ class ElasticBuffer:
                         0 if is_expanded else rows, rows if is_expanded else 0, by_rank, by_expert, plain,
                         inner=inner)
 
-    def _seat(self, payload, ids, num_experts, layout, alignment):
-        return self._buffer._seats.normal(payload.kind, num_experts, ids.shape[1], payload.x.shape[0],
-                                          executor_of(payload.x), layout, alignment)
-
-    def _by_rank(self, payload, ids, weights, num_experts, alignment, sync, _padding, num_sms, scope):
-        buffer = self._buffer
-        seat = self._seat(payload, ids, num_experts, "rank", 0)
+    def _new(self, payload: Payload, ids: torch.Tensor, weights: Optional[torch.Tensor], num_experts: int, layout: str,
+             alignment: int) -> Tuple[Seat, NormalHandle]:
+        seats, tokens = self._buffer._seats, payload.x.shape[0]
+        most = seats.most(tokens)
+        seat = seats.normal(payload.kind, num_experts, ids.shape[1], most, executor_of(payload.x), layout, alignment)
         handle = NormalHandle(Owned(seat), payload.kind, 1)
-        handle.routing, handle.num_tokens = (ids, ids._version, weights), payload.x.shape[0]
-        handle.set_nodes(buffer._comm.topology)
+        handle.routing, handle.num_tokens, handle.most = (ids, version_of(ids), weights), tokens, most
+        handle.set_nodes(self._buffer._comm.topology)
+        return seat, handle
+
+    def _by_rank(self, payload: Payload, ids: torch.Tensor, weights: Optional[torch.Tensor], num_experts: int,
+                 alignment: int, sync: bool, _padding: bool, num_sms: int, scope: Any) -> Tuple[Any, ...]:
+        buffer = self._buffer
+        seat, handle = self._new(payload, ids, weights, num_experts, "rank", 0)
         buffer._send(seat, handle.owned, payload, ids, weights, scope)
         worst = 0 if sync else seat.ep.max_rows()
         recv_x, slots, weights, counts = buffer._receive(seat, handle, payload, True, worst, scope)
         return recv_x, slots, weights, self._handle(handle, ids, num_experts, alignment, sync, handle.num_rows,
                                                     False, num_sms, counts)
 
-    def _expanded(self, payload, ids, weights, num_experts, alignment, sync, zero, num_sms, scope):
-        seat = self._seat(payload, ids, num_experts, "packed", alignment)
-        handle = NormalHandle(Owned(seat), payload.kind, 1)
-        handle.routing, handle.num_tokens = (ids, ids._version, weights), payload.x.shape[0]
-        handle.set_nodes(self._buffer._comm.topology)
+    def _expanded(self, payload: Payload, ids: torch.Tensor, weights: Optional[torch.Tensor], num_experts: int,
+                  alignment: int, sync: bool, zero: bool, num_sms: int, scope: Any) -> Tuple[Any, ...]:
+        seat, handle = self._new(payload, ids, weights, num_experts, "packed", alignment)
         self._buffer._send(seat, handle.owned, payload, ids, weights, scope)
         counts = seat.ep.dispatch_counts(handle.owned.handle) if sync else None
         handle.num_rows = counts.num_rows if sync else seat.ep.max_rows()
@@ -164,7 +185,9 @@ class ElasticBuffer:
         return payload.give(x, scales), None, row_weights, self._handle(
             handle, ids, num_experts, alignment, sync, handle.num_rows, True, num_sms, counts)
 
-    def _land(self, seat, owned, rows, payload, zero, scope):
+    @staticmethod
+    def _land(seat: Seat, owned: Owned, rows: int, payload: Payload, zero: bool, scope: Any
+              ) -> Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor]:
         x, scales = payload.empty(rows)
         weights = torch.zeros(rows, dtype=torch.float32, device=payload.x.device)
         if zero:
@@ -176,7 +199,7 @@ class ElasticBuffer:
         scope.keep(x, scales, weights)
         return x, scales, weights
 
-    def _again(self, payload, handle, zero, scope):
+    def _again(self, payload: Payload, handle: EPHandle, zero: bool, scope: Any) -> Tuple[Any, ...]:
         inner = handle.inner
         if not handle.do_expand:
             x = self._buffer._dispatch_cached(payload, inner, scope)
@@ -189,9 +212,11 @@ class ElasticBuffer:
 
     # ---- combine ------------------------------------------------------------------------------
 
-    def combine(self, x, handle, topk_weights=None, bias=None, num_sms=0, num_qps=0, previous_event=None,
-                previous_event_before_epilogue=None, async_with_compute_stream=False,
-                allocate_on_comm_stream=False):
+    def combine(self, x: torch.Tensor, handle: EPHandle, topk_weights: Optional[torch.Tensor] = None,
+                bias: Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor], None] = None, num_sms: int = 0,
+                num_qps: int = 0, previous_event: Event = None, previous_event_before_epilogue: Event = None,
+                async_with_compute_stream: bool = False, allocate_on_comm_stream: bool = False
+                ) -> Tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
         """Sums the rows of each token, unweighted (the experts have weighed them). Returns (combined_x
         [T, H], combined_topk_weights or None, EventOverlap)."""
         if not handle.do_expand:
@@ -204,13 +229,18 @@ class ElasticBuffer:
                                                           async_with_compute_stream) as scope:
             return self._combine_expanded(x, handle, bias, scope)
 
-    def _ones(self, handle, x):
-        """The routing again with weights of one: nearep weighs the rows of expert layouts itself."""
+    def _ones(self, handle: EPHandle, x: torch.Tensor) -> Tuple[Owned, Optional[int]]:
+        """nearep weighs the rows of expert layouts itself: what to combine with so that all weights are one,
+        and their address. One node: the handle itself; several: the routing again without weights."""
         inner = handle.inner
+        ep = inner.owned.seat.ep
+        if self._buffer._seats.weighs_late:
+            if inner.ones is None:
+                inner.ones = torch.ones(inner.num_tokens, ep.top_k, device=x.device)
+            return inner.owned, inner.ones.data_ptr() or 8
         if "ones" not in inner.twins:
-            ep = inner.owned.seat.ep
             seat = self._buffer._seats.normal((ep.dtype, ep.hidden, (16, 0)), handle.num_experts, ep.top_k,
-                                              inner.num_tokens, executor_of(x), "packed", inner.alignment)
+                                              inner.most, executor_of(x), "packed", inner.alignment)
             inner.twins["ones"] = Owned(seat)
             nothing = torch.zeros(inner.num_tokens, 16, dtype=torch.uint8, device=x.device)
             payload = Payload((nothing, torch.zeros(inner.num_tokens, 0, device=x.device)))
@@ -221,22 +251,22 @@ class ElasticBuffer:
                 seat.ep.recv_raw(inner.twins["ones"].handle, _pointer(rows), inner.num_rows, None, None, None,
                                  None, None, scope.pointer)
             inner.twins["ones"].is_idle = True
-        return inner.twins["ones"]
+        return inner.twins["ones"], None
 
-    def _combine_expanded(self, x, handle, bias, scope):
+    def _combine_expanded(self, x: torch.Tensor, handle: EPHandle, bias: Any, scope: Any) -> Tuple[Any, ...]:
         inner = handle.inner
         ep = inner.owned.seat.ep
         if tuple(x.shape) != (inner.num_rows, ep.hidden) or not x.is_contiguous():
             raise ValueError(f"deep_ep: x has shape {tuple(x.shape)}; combine needs contiguous rows "
                              f"[{inner.num_rows}, {ep.hidden}]")
-        owned = self._ones(handle, x)
+        owned, weights = self._ones(handle, x)
         biases = list(bias) if isinstance(bias, (tuple, list)) else [bias]
         y = torch.empty(inner.num_tokens, ep.hidden, dtype=x.dtype, device=x.device)
         owned.is_idle = False
         scope.allocated()
-        owned.seat.ep.combine_send_raw(owned.handle, _pointer(x), None, scope.pointer)
+        owned.seat.ep.combine_send_raw(owned.handle, _pointer(x), None, scope.pointer, weights)
         owned.seat.ep.combine_recv_raw(owned.handle, _pointer(y), None,
                                        [_pointer(b) for b in (biases + [None])[:2]], scope.pointer)
         owned.is_idle = True
-        scope.keep(x, y, *biases)
+        scope.keep(x, y, inner.ones, *biases)
         return y, None, scope.finish()

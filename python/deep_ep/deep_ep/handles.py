@@ -11,7 +11,7 @@ class Owned:
 
     def __init__(self, seat):
         self.seat = seat
-        self.handle = seat.free.pop() if seat.free else seat.ep.handle()
+        self.handle = seat.handle()
         self.is_idle = True
         if seat.ep.executor == "cuda" and torch.cuda.is_current_stream_capturing():
             seat.captured.append(self)  # a graph uses it for good
@@ -57,6 +57,9 @@ class NormalHandle(_Lazy):
         self.routing = None      # (topk_idx, its version, topk_weights)
         self.is_token_in_rank = None
         self.num_tokens = 0
+        self.most = 0            # tokens of the largest rank's call, the same number on all
+        self.alignment = 1
+        self.ones = None         # expanded: weights of 1 for its combine, [T, K]
         self.num_rows = 0
         self.rows_per_source = None
         self.source_token = None
@@ -165,6 +168,9 @@ class LowLatencyHandle(_Lazy):
         super().__init__()
         self.owned, self.shape = owned, shape
         self.source_token, self.source_rank, self.count = source_token, source_rank, count
+        self.topk_idx = None  # (the dispatch's, its version, ranks that were masked then)
+        self.ids = None       # as they were sent
+        self.weights = None   # (those given to the dispatch, their version), or None
         self.complete = None  # finishes the dispatch if its hook has not run
 
     def _ready(self):

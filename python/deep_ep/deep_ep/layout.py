@@ -1,24 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who gets which token: get_dispatch_layout and what dispatch needs of it."""
+from __future__ import annotations
+
+from typing import Any, Optional, Tuple
+
 import torch
+
+Layout = Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor]
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Counts writes; tensors made in inference mode do not count."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 class Routing:
     """What get_dispatch_layout knew, carried on the tensor is_token_in_rank that it returned."""
 
-    def __init__(self, topk_idx, num_experts):
+    def __init__(self, topk_idx: torch.Tensor, num_experts: int):
         self.topk_idx, self.num_experts = topk_idx, num_experts
-        self._version = topk_idx._version
+        self._version = version_of(topk_idx)
         is_used = (topk_idx >= 0) & (topk_idx < num_experts)
         self.cleaned = torch.where(is_used, topk_idx, torch.full_like(topk_idx, -1))
 
-    def is_of(self, topk_idx):
+    def is_of(self, topk_idx: torch.Tensor) -> bool:
         """Whether it was made of this tensor as it is now; then `cleaned` has -1 for all ids that count
         nowhere."""
-        return topk_idx is self.topk_idx and topk_idx._version == self._version
+        return topk_idx is self.topk_idx and version_of(topk_idx) == self._version
 
 
-def owners(topk_idx, num_experts, num_ranks):
+def owners(topk_idx: torch.Tensor, num_experts: int, num_ranks: int) -> torch.Tensor:
     """[T, K] rank of each id; num_ranks for those that count nowhere. Contiguous placement."""
     per_rank = -(-num_experts // num_ranks)
     is_used = (topk_idx >= 0) & (topk_idx < num_experts)
@@ -26,13 +37,13 @@ def owners(topk_idx, num_experts, num_ranks):
     return torch.where(is_used, rank, torch.full_like(rank, num_ranks))
 
 
-def _members(rank, num):
+def _members(rank: torch.Tensor, num: int) -> torch.Tensor:
     """[T, num] bool from [T, K] numbers, `num` = none."""
     found = torch.zeros(rank.shape[0], num + 1, dtype=torch.bool, device=rank.device)
     return found.scatter_(1, rank, True)[:, :num].contiguous()
 
 
-def contiguous_layout(topk_idx, num_experts, topology):
+def contiguous_layout(topk_idx: torch.Tensor, num_experts: int, topology: Any) -> Layout:
     """The five results without a map, by torch alone: nothing is exchanged."""
     ranks, nodes = topology.num_ranks, topology.num_nodes
     rank = owners(topk_idx, num_experts, ranks)
@@ -48,7 +59,7 @@ def contiguous_layout(topk_idx, num_experts, topology):
     return in_rank.sum(0, dtype=torch.int32), per_node, per_expert, in_rank
 
 
-def mapped_layout(ep, topk_idx, topology):
+def mapped_layout(ep: Any, topk_idx: torch.Tensor, topology: Any) -> Layout:
     """The same with a map: nearep chooses the copies. num_tokens_per_expert counts slots, [R * L]."""
     device, tokens = topk_idx.device, topk_idx.shape[0]
     per_rank = torch.empty(topology.num_ranks, dtype=torch.int32)
@@ -57,11 +68,11 @@ def mapped_layout(ep, topk_idx, topology):
     in_rank = torch.empty(tokens, topology.num_ranks, dtype=torch.bool)
     ep.layout_counts(topk_idx.cpu(), rows_per_rank=per_rank, rows_per_node=per_node, rows_per_slot=per_slot,
                      is_token_in_rank=in_rank)
-    per_node = per_node.to(device) if topology.num_nodes > 1 else None
-    return per_rank.to(device), per_node, per_slot.to(device), in_rank.to(device)
+    return (per_rank.to(device), per_node.to(device) if topology.num_nodes > 1 else None, per_slot.to(device),
+            in_rank.to(device))
 
 
-def ids_from_ranks(is_token_in_rank, num_experts):
+def ids_from_ranks(is_token_in_rank: torch.Tensor, num_experts: int) -> torch.Tensor:
     """[T, K] one expert of each rank that a token goes to, for callers that give no ids."""
     tokens, ranks = is_token_in_rank.shape
     width = min(ranks, 32)

@@ -4,44 +4,55 @@
 Outputs have places of known size, so nothing waits for counts on the host before it can be returned.
 Operations complete in the order in which they were sent: a hook that is called early, or another call,
 first completes what came before. A result of dispatch lives until the second dispatch after it.
+
+Upstream gives the weights to combine. On one node they stay at home, where the sum is made, and combine
+runs with the dispatch's own handle. With several nodes partial sums are made on the experts' nodes: there
+combine sends the weights first, unless the dispatch was given them (topk_weights).
 """
+from __future__ import annotations
+
 import functools
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import nearep
 import torch
 
 from .events import EventOverlap
 from .handles import LowLatencyHandle, Owned
-from .layout import owners
+from .layout import owners, version_of
 from .normal import _ID_TYPES, _pointer
-from .seats import FP8, executor_of
+from .seats import FP8, Seat, Shape, executor_of
+
+Hook = Optional[Callable[[], None]]
 
 
 class _Half:
     """The receiving half of an operation, run once: by its hook, or by whatever comes after it."""
 
-    def __init__(self, seat, receive):
-        self.seat, self._receive = seat, receive
+    def __init__(self, seat: Seat, is_dispatch: bool, receive: Callable[[], None]):
+        self.seat, self.is_dispatch = seat, is_dispatch
+        self._receive: Optional[Callable[[], None]] = receive
         seat.waiting.append(self)
 
-    def finish(self):
+    def finish(self) -> None:
         while self in self.seat.waiting:
             first = self.seat.waiting.pop(0)
-            first._receive()
-            first._receive = None
+            receive, first._receive = first._receive, None
+            if receive is not None:
+                receive()
 
 
-def settle(seat, most):
+def settle(seat: Seat, most: int) -> None:
     """At most `most` operations of this seat stay open."""
     while len(seat.waiting) > most:
         seat.waiting[0].finish()
 
 
 FORKS = {"use_nvfp4", "x_global_scale", "overlap", "packed_recv_count", "comp_signal", "block_m", "threshold",
-         "num_sms", "src_signals", "src_signal_expect_value", "topk_weights"}
+         "num_sms", "src_signals", "src_signal_expect_value"}
 
 
-def _refuse(name, fork):
+def _refuse(name: str, fork: Dict[str, Any]) -> None:
     """Keywords of upstream's forks: fine while they ask for nothing."""
     for key, value in fork.items():
         if key not in FORKS:
@@ -51,11 +62,11 @@ def _refuse(name, fork):
                                       "does not have it")
 
 
-def shrinking(method):
+def shrinking(method: Callable[..., Any]) -> Callable[..., Any]:
     """With enable_shrink, a rank that is lost in this call is masked and the others go on; the call itself
     has failed on all of them, at the same step or the next half of it, and says so."""
     @functools.wraps(method)
-    def call(self, *args, **kwargs):
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
         except (nearep.DeadlineError, nearep.PeerLostError) as error:
@@ -66,26 +77,69 @@ def shrinking(method):
     return call
 
 
+def _place_of(tensor: torch.Tensor) -> Tuple[int, int, Tuple[int, ...]]:
+    """Two tensors of the same place hold the same numbers, as long as both live."""
+    return tensor.data_ptr(), version_of(tensor), tuple(tensor.shape)
+
+
+def _check_dispatch(x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: Optional[torch.Tensor], most: int,
+                    use_fp8: bool, use_ue8m0: bool) -> None:
+    if x.dim() != 2 or x.dtype != torch.bfloat16 or x.shape[0] > most or x.shape[0] != topk_idx.shape[0]:
+        raise ValueError(f"deep_ep: x has shape {tuple(x.shape)} of {x.dtype} for {topk_idx.shape[0]} rows of "
+                         f"topk_idx; it must be bf16 of at most {most} tokens")
+    if use_fp8 and x.shape[1] % 128 or use_ue8m0 and x.shape[1] % 512:
+        raise ValueError(f"deep_ep: hidden is {x.shape[1]}; scales need a multiple of "
+                         f"{512 if use_ue8m0 else 128}")
+    if topk_weights is not None and (topk_weights.dtype != torch.float32 or topk_weights.shape != topk_idx.shape or
+                                     not topk_weights.is_contiguous()):
+        raise ValueError(f"deep_ep: topk_weights have shape {tuple(topk_weights.shape)} of {topk_weights.dtype}; they "
+                         f"must be contiguous {list(topk_idx.shape)} of float32")
+
+
+def _check_combine(x: torch.Tensor, wanted: Tuple[int, ...], topk_idx: torch.Tensor, topk_weights: torch.Tensor,
+                   zero_copy: bool, out: Optional[torch.Tensor]) -> None:
+    if tuple(x.shape) != wanted or x.dtype != torch.bfloat16 or (not zero_copy and not x.is_contiguous()):
+        raise ValueError(f"deep_ep: x has shape {tuple(x.shape)} of {x.dtype}; it must be contiguous bf16 of "
+                         f"shape {wanted}")
+    tokens, top_k = topk_idx.shape
+    if topk_weights.dtype != torch.float32 or topk_weights.shape != topk_idx.shape:
+        raise ValueError(f"deep_ep: topk_weights have shape {tuple(topk_weights.shape)} of "
+                         f"{topk_weights.dtype}; they must be [{tokens}, {top_k}] of float32")
+    if out is not None and (tuple(out.shape) != (tokens, wanted[2]) or out.dtype != torch.bfloat16 or
+                            not out.is_contiguous()):
+        raise ValueError(f"deep_ep: out has shape {tuple(out.shape)} of {out.dtype}; it must be contiguous "
+                         f"bf16 [{tokens}, {wanted[2]}]")
+
+
 class LowLatency:
     """The low-latency calls of Buffer."""
 
-    def _init_low_latency(self):
-        self._masked = set()
+    # of the Buffer
+    group_size: int
+    enable_shrink: bool
+    _comm: Any
+    _seats: Any
+    _streams: Any
+    _lock: Any
+    _check_alive: Any
 
-    def low_latency_dispatch_fp4(self, *_, **__):
+    def _init_low_latency(self) -> None:
+        self._masked: set = set()
+
+    def low_latency_dispatch_fp4(self, *_: Any, **__: Any) -> None:
         """Of TensorRT-LLM's fork; not there."""
         raise NotImplementedError("deep_ep: low_latency_dispatch_fp4 belongs to a fork of DeepEP; use "
                                   "low_latency_dispatch with fp8 or bf16")
 
-    def low_latency_combine_low_precision(self, *_, **__):
+    def low_latency_combine_low_precision(self, *_: Any, **__: Any) -> None:
         """Of TensorRT-LLM's fork; not there."""
         raise NotImplementedError("deep_ep: low_latency_combine_low_precision belongs to a fork of DeepEP; use "
                                   "low_latency_combine")
 
-    def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank, hidden, num_experts):
+    def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Nothing to do: the calls of both modes have memory of their own."""
 
-    def _ids(self, topk_idx, num_experts):
+    def _ids(self, topk_idx: torch.Tensor, num_experts: int) -> torch.Tensor:
         """Without the experts of masked ranks."""
         if topk_idx.dtype not in _ID_TYPES or topk_idx.dim() != 2:
             raise ValueError(f"deep_ep: topk_idx has shape {tuple(topk_idx.shape)} of {topk_idx.dtype}; it must "
@@ -97,17 +151,23 @@ class LowLatency:
         lost[list(self._masked)] = True
         return torch.where(lost[rank], torch.full_like(topk_idx, -1), topk_idx)
 
+    # ---- dispatch -----------------------------------------------------------------------------
+
     @shrinking
-    def low_latency_dispatch(self, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
-                             cumulative_local_expert_recv_stats=None, dispatch_wait_recv_cost_stats=None,
-                             use_fp8=True, round_scale=False, use_ue8m0=False, async_finish=False,
-                             return_recv_hook=False, **fork):
+    def low_latency_dispatch(self, x: torch.Tensor, topk_idx: torch.Tensor, num_max_dispatch_tokens_per_rank: int,
+                             num_experts: int, cumulative_local_expert_recv_stats: Optional[torch.Tensor] = None,
+                             dispatch_wait_recv_cost_stats: Optional[torch.Tensor] = None, use_fp8: bool = True,
+                             round_scale: bool = False, use_ue8m0: bool = False, async_finish: bool = False,
+                             return_recv_hook: bool = False, topk_weights: Optional[torch.Tensor] = None,
+                             **fork: Any) -> Tuple[Any, torch.Tensor, LowLatencyHandle, EventOverlap, Hook]:
         """Sends each (token, expert) pair's row to the expert's rank.
 
         x: [T <= M, H] bf16; topk_idx [T, K], -1 = none. use_fp8: rows in e4m3 with a scale for each 128
         channels, round_scale: a power of two, use_ue8m0: its exponent, four in an int32.
         cumulative_local_expert_recv_stats i32[L]: rows received are added; dispatch_wait_recv_cost_stats
         i64[R]: nanoseconds that this rank waited for each are added (host memory alone).
+        topk_weights f32[T, K] (more than upstream, on all ranks or on none): those that combine will be
+        given; with several nodes they need not travel again then.
 
         Returns (recv_x [L, R*M, H] bf16, or (fp8 [L, R*M, H], scales [L, R*M, H/128] f32, or i32
         [L, R*M, H/512], both with tokens contiguous), packed_recv_count i32[L], handle, EventOverlap, hook
@@ -118,60 +178,67 @@ class LowLatency:
         _refuse("low_latency_dispatch", fork)
         if use_ue8m0 and not round_scale:
             raise ValueError("deep_ep: use_ue8m0 needs round_scale=True")
-        most, hidden = num_max_dispatch_tokens_per_rank, x.shape[1]
-        if x.dtype != torch.bfloat16 or x.shape[0] > most or x.shape[0] != topk_idx.shape[0]:
-            raise ValueError(f"deep_ep: x has shape {tuple(x.shape)} of {x.dtype} for {topk_idx.shape[0]} rows of "
-                             f"topk_idx; it must be bf16 of at most {most} tokens")
-        if use_fp8 and hidden % 128 or use_ue8m0 and hidden % 512:
-            raise ValueError(f"deep_ep: hidden is {hidden}; scales need a multiple of "
-                             f"{512 if use_ue8m0 else 128}")
+        most = num_max_dispatch_tokens_per_rank
+        _check_dispatch(x, topk_idx, topk_weights, most, use_fp8, use_ue8m0)
         wire = ("bf16", None) if not use_fp8 else \
             ("fp8", "ue8m0" if use_ue8m0 else "pow2" if round_scale else "fp32")
         with self._lock:
             self._check_alive()
-            shape = (most, hidden, num_experts)
+            shape = (most, x.shape[1], num_experts)
             seat = self._seats.low_latency(shape, topk_idx.shape[1], wire, executor_of(x))
             settle(seat, 1)
             stats = (cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
-            return self._ll_dispatch(seat, shape, x.contiguous(), self._ids(topk_idx, num_experts), stats,
-                                     async_finish, return_recv_hook)
+            handle = self._ll_handle(seat, shape, topk_idx, topk_weights)
+            return self._ll_dispatch(seat, handle, x.contiguous(), stats, async_finish, return_recv_hook)
 
-    def _ll_dispatch(self, seat, shape, x, ids, stats, is_async, wants_hook):
-        ep = seat.ep
-        rows = ep.slots_per_rank * self.group_size * shape[0]
-        raw, raw_scales = seat.buffers[seat.rotate()]
-        sources = torch.empty(2, ep.slots_per_rank, rows // ep.slots_per_rank, dtype=torch.int32, device=x.device)
-        count = torch.empty(ep.slots_per_rank, dtype=torch.int32, device=x.device)
-        owned = Owned(seat)
-        handle = LowLatencyHandle(owned, shape, sources[0], sources[1], count)
-        scales = self._ll_scales(ep, raw_scales, rows, x.device)
+    def _ll_handle(self, seat: Seat, shape: Shape, topk_idx: torch.Tensor, weights: Optional[torch.Tensor]
+                   ) -> LowLatencyHandle:
+        ep, device = seat.ep, topk_idx.device
+        room = self.group_size * shape[0]
+        sources = torch.empty(2, ep.slots_per_rank, room, dtype=torch.int32, device=device)
+        count = torch.empty(ep.slots_per_rank, dtype=torch.int32, device=device)
+        handle = LowLatencyHandle(Owned(seat), shape, sources[0], sources[1], count)
+        handle.topk_idx = (topk_idx, _place_of(topk_idx), frozenset(self._masked))
+        handle.ids = self._ids(topk_idx, shape[2])
+        handle.weights = (weights, _place_of(weights)) if weights is not None else None
+        return handle
+
+    def _ll_dispatch(self, seat: Seat, handle: LowLatencyHandle, x: torch.Tensor,
+                     stats: Tuple[Optional[torch.Tensor], Optional[torch.Tensor]], is_async: bool, wants_hook: bool
+                     ) -> Tuple[Any, torch.Tensor, LowLatencyHandle, EventOverlap, Hook]:
+        ep, owned, ids = seat.ep, handle.owned, handle.ids
+        seat.turn ^= 1
+        raw, raw_scales = seat.landing[seat.turn]
+        scales = self._ll_scales(ep, raw_scales, seat.rows, x.device)
+        weights = handle.weights[0] if handle.weights is not None else None
         scope = self._streams.on(x, None, is_async, use_comm=not wants_hook)
         owned.is_idle = False
         with scope:
             if x.is_cuda:
-                ep.bind_raw(owned.handle, _pointer(raw), rows, _pointer(raw_scales), _pointer(sources[1]),
-                            _pointer(sources[0]))
+                ep.bind_raw(owned.handle, _pointer(raw), seat.rows, _pointer(raw_scales),
+                            _pointer(handle.source_rank), _pointer(handle.source_token))
             ep.send_raw(owned.handle, x.shape[0], _pointer(x), None, ids.data_ptr() or 8, _ID_TYPES[ids.dtype],
-                        None, 0, scope.pointer)
+                        _pointer(weights), 0, scope.pointer)
 
         @shrinking
-        def receive(self):
+        def receive(self: LowLatency) -> None:
             with self._lock:
                 here = scope if not wants_hook else self._streams.on(x, use_comm=False)
-                self._ll_receive(ep, owned, (raw, raw_scales, rows), scales, sources, count, stats, here)
-        half = _Half(seat, functools.partial(receive, self))
+                self._ll_receive(seat, handle, (raw, raw_scales), scales, stats, here)
+        half = _Half(seat, True, functools.partial(receive, self))
         handle.complete = half.finish
         kind = torch.bfloat16 if ep.wire == "bf16" else FP8
-        recv_x = raw.view(kind).view(ep.slots_per_rank, -1, shape[1])
+        recv_x = raw.view(kind).view(ep.slots_per_rank, -1, handle.shape[1])
         result = recv_x if scales is None else (recv_x, scales)
         if wants_hook:
-            return result, count, handle, EventOverlap(), half.finish
+            return result, handle.count, handle, EventOverlap(), half.finish
         half.finish()
-        scope.keep(x, ids, count, sources)
-        return result, count, handle, scope.finish(), None
+        scope.keep(x, ids, weights, handle.count, handle.source_token)
+        return result, handle.count, handle, scope.finish(), None
 
     @staticmethod
-    def _ll_scales(ep, raw_scales, rows, device):
+    def _ll_scales(ep: Any, raw_scales: Optional[torch.Tensor], rows: int, device: torch.device
+                   ) -> Optional[torch.Tensor]:
         """Tokens contiguous, as grouped matrix multiplies with TMA read them."""
         if raw_scales is None:
             return None
@@ -181,14 +248,17 @@ class LowLatency:
                              dtype=torch.int32 if is_packed else torch.float32)
         return stored.transpose(1, 2)
 
-    def _ll_receive(self, ep, owned, landing, scales, sources, count, stats, scope):
-        raw, raw_scales, rows = landing
-        ep.recv_raw(owned.handle, _pointer(raw), rows, _pointer(raw_scales), None, None, _pointer(sources[1]),
-                    _pointer(sources[0]), scope.pointer)
+    def _ll_receive(self, seat: Seat, handle: LowLatencyHandle, landing: Tuple[torch.Tensor, Optional[torch.Tensor]],
+                    scales: Optional[torch.Tensor],
+                    stats: Tuple[Optional[torch.Tensor], Optional[torch.Tensor]], scope: Any) -> None:
+        ep, owned, count = seat.ep, handle.owned, handle.count
+        raw, raw_scales = landing
+        ep.recv_raw(owned.handle, _pointer(raw), seat.rows, _pointer(raw_scales), None, None,
+                    _pointer(handle.source_rank), _pointer(handle.source_token), scope.pointer)
         owned.is_idle = True
         received, cost = stats
         if cost is not None:
-            self._add_waits(owned.seat, cost)
+            self._add_waits(seat, cost)
         with scope.torch():
             if count.is_cuda:
                 if not hasattr(owned.handle, "device_count"):
@@ -197,12 +267,12 @@ class LowLatency:
                 count.copy_(owned.handle.device_count)
             else:
                 count.copy_(torch.tensor(ep.dispatch_counts(owned.handle).rows_per_slot, dtype=torch.int32))
-            if scales is not None:
+            if scales is not None and raw_scales is not None:
                 scales.copy_(raw_scales.view(scales.dtype).view(scales.shape))
             if received is not None:
                 received += count
 
-    def _add_waits(self, seat, cost):
+    def _add_waits(self, seat: Seat, cost: torch.Tensor) -> None:
         """Time waited for each rank since this was last asked. Kernels do not tell the host."""
         if cost.is_cuda:
             return
@@ -210,18 +280,36 @@ class LowLatency:
         cost += torch.tensor([a - b for a, b in zip(now, seat.waited)], dtype=cost.dtype)
         seat.waited = now
 
-    def get_next_low_latency_combine_buffer(self, handle):
+    # ---- combine ------------------------------------------------------------------------------
+
+    def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
         """[L, R*M, H] bf16: write the experts' outputs here, then combine with zero_copy=True."""
         with self._lock:
-            return self._seats.combine_buffer(self._ll_combine_seat(handle, handle.owned.seat.ep.top_k))
+            return self._seats.combine_buffer(self._ll_combine_seat(handle))
 
-    def _ll_combine_seat(self, handle, top_k):
-        return self._seats.low_latency_combine(handle.shape, top_k, handle.owned.seat.ep.executor)
+    def _ll_combine_seat(self, handle: LowLatencyHandle) -> Seat:
+        """That of the dispatch, or of the ep that carries weights before it combines."""
+        seat = handle.owned.seat
+        if self._seats.weighs_late or handle.weights is not None:
+            return seat
+        return self._seats.low_latency_weights(handle.shape, seat.ep.top_k, seat.ep.executor)
+
+    def _late_weights(self, handle: LowLatencyHandle, topk_idx: torch.Tensor, weights: torch.Tensor
+                      ) -> torch.Tensor:
+        """For the routing that the handle holds: 0 for what this combine leaves out."""
+        _, place, masked = handle.topk_idx
+        if place != _place_of(topk_idx) or masked != self._masked:
+            is_used = self._ids(topk_idx, handle.shape[2]) >= 0
+            weights = torch.where(is_used, weights, torch.zeros_like(weights))
+        return weights.contiguous()
 
     @shrinking
-    def low_latency_combine(self, x, topk_idx, topk_weights, handle, use_logfmt=False, zero_copy=False,
-                            async_finish=False, return_recv_hook=False, out=None,
-                            combine_wait_recv_cost_stats=None, **fork):
+    def low_latency_combine(self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor,
+                            handle: LowLatencyHandle, use_logfmt: bool = False, zero_copy: bool = False,
+                            async_finish: bool = False, return_recv_hook: bool = False,
+                            out: Optional[torch.Tensor] = None,
+                            combine_wait_recv_cost_stats: Optional[torch.Tensor] = None, **fork: Any
+                            ) -> Tuple[torch.Tensor, EventOverlap, Hook]:
         """Sums each token's rows: over k, weight times row, in fp32, rounded once a level.
 
         x: [L, R*M, H] bf16, rows beyond an expert's count may hold anything; topk_idx [T, K] of the
@@ -234,57 +322,76 @@ class LowLatency:
         _refuse("low_latency_combine", fork)
         if use_logfmt and zero_copy:
             raise ValueError("deep_ep: use_logfmt and zero_copy exclude each other")
-        tokens, hidden, experts = handle.shape
-        tokens_here, top_k = topk_idx.shape
-        wanted = (handle.owned.seat.ep.slots_per_rank, self.group_size * tokens, hidden)
-        if tuple(x.shape) != wanted or x.dtype != torch.bfloat16 or (not zero_copy and not x.is_contiguous()):
-            raise ValueError(f"deep_ep: x has shape {tuple(x.shape)} of {x.dtype}; it must be contiguous bf16 of "
-                             f"shape {wanted}")
-        if topk_weights.dtype != torch.float32 or topk_weights.shape != topk_idx.shape:
-            raise ValueError(f"deep_ep: topk_weights have shape {tuple(topk_weights.shape)} of "
-                             f"{topk_weights.dtype}; they must be [{tokens_here}, {top_k}] of float32")
-        if out is not None and (tuple(out.shape) != (tokens_here, hidden) or out.dtype != torch.bfloat16 or
-                                not out.is_contiguous()):
-            raise ValueError(f"deep_ep: out has shape {tuple(out.shape)} of {out.dtype}; it must be contiguous "
-                             f"bf16 [{tokens_here}, {hidden}]")
+        tokens, hidden, _ = handle.shape
+        _check_combine(x, (handle.owned.seat.ep.slots_per_rank, self.group_size * tokens, hidden), topk_idx,
+                       topk_weights, zero_copy, out)
+        if handle.weights is not None and handle.weights[1] != _place_of(topk_weights):
+            raise ValueError("deep_ep: this handle's dispatch was given topk_weights; combine must be given the same "
+                             "tensor, unchanged")
         with self._lock:
             self._check_alive()
-            settle(handle.owned.seat, 0) if handle.complete is None else handle.complete()
-            seat = self._ll_combine_seat(handle, top_k)
-            settle(seat, 0)
-            y = out if out is not None else torch.empty(tokens_here, hidden, dtype=x.dtype, device=x.device)
+            if handle.complete is not None:
+                handle.complete()
+            seat = self._ll_combine_seat(handle)
+            settle(seat, 0 if seat is not handle.owned.seat else 1)
+            y = out if out is not None else torch.empty(topk_idx.shape[0], hidden, dtype=x.dtype, device=x.device)
             source = self._seats.combine_buffer(seat) if zero_copy else x
-            seat.rotate()
-            return self._ll_combine(seat, source, self._ids(topk_idx, experts), topk_weights.contiguous(), y,
-                                    combine_wait_recv_cost_stats, async_finish, return_recv_hook)
+            seat.out_turn ^= 1
+            return self._ll_combine(seat, handle, (source, topk_idx, topk_weights, y), combine_wait_recv_cost_stats,
+                                    async_finish, return_recv_hook)
 
-    def _ll_combine(self, seat, x, ids, weights, y, cost, is_async, wants_hook):
-        ep, owned = seat.ep, Owned(seat)
-        scope = self._streams.on(x, None, is_async, use_comm=not wants_hook)
+    def _ll_combine_send(self, seat: Seat, handle: LowLatencyHandle, x: torch.Tensor, topk_idx: torch.Tensor,
+                         weights: torch.Tensor, scope: Any) -> Tuple[Owned, List[torch.Tensor]]:
+        """Starts it; returns what it runs with, and what must stay as it is until it completes."""
+        ep = seat.ep
+        if seat is handle.owned.seat:
+            given = None
+            if handle.weights is None:
+                weights = self._late_weights(handle, topk_idx, weights)
+                given = weights.data_ptr() or 8
+            owned = handle.owned
+            owned.is_idle = False
+            with scope:
+                ep.combine_send_raw(owned.handle, _pointer(x), None, scope.pointer, given)
+            return owned, [x, weights]
+        sent, place, _ = handle.topk_idx
+        if place == _place_of(sent):  # the same routing, whatever combine leaves out: rows are where they were
+            ids, weights = handle.ids, self._late_weights(handle, topk_idx, weights)
+        else:
+            ids, weights = self._ids(topk_idx, handle.shape[2]), weights.contiguous()
+        owned = Owned(seat)
         owned.is_idle = False
         with scope:
-            ep.send_raw(owned.handle, ids.shape[0], seat.nothing.data_ptr(), None, ids.data_ptr() or 8,
+            ep.send_raw(owned.handle, ids.shape[0], _pointer(seat.nothing), None, ids.data_ptr() or 8,
                         _ID_TYPES[ids.dtype], _pointer(weights), 0, scope.pointer)
-            ep.recv_raw(owned.handle, seat.landing.data_ptr(), seat.rows, None, None, None, None, None,
+            ep.recv_raw(owned.handle, _pointer(seat.nowhere), seat.rows, None, None, None, None, None,
                         scope.pointer)
             ep.combine_send_raw(owned.handle, _pointer(x), None, scope.pointer)
+        return owned, [x, ids, weights]
+
+    def _ll_combine(self, seat: Seat, handle: LowLatencyHandle, tensors: Tuple[torch.Tensor, ...],
+                    cost: Optional[torch.Tensor], is_async: bool, wants_hook: bool
+                    ) -> Tuple[torch.Tensor, EventOverlap, Hook]:
+        x, topk_idx, weights, y = tensors
+        scope = self._streams.on(x, None, is_async, use_comm=not wants_hook)
+        owned, kept = self._ll_combine_send(seat, handle, x, topk_idx, weights, scope)
 
         @shrinking
-        def receive(self):
+        def receive(self: LowLatency) -> None:
             with self._lock:
                 here = scope if not wants_hook else self._streams.on(x, use_comm=False)
-                ep.combine_recv_raw(owned.handle, _pointer(y), None, (None, None), here.pointer)
+                seat.ep.combine_recv_raw(owned.handle, _pointer(y), None, (None, None), here.pointer)
                 owned.is_idle = True
                 if cost is not None:
                     self._add_waits(seat, cost)
-                scope.keep(x, ids, weights, y)
-        half = _Half(seat, functools.partial(receive, self))
+                scope.keep(*kept, y)
+        half = _Half(seat, False, functools.partial(receive, self))
         if wants_hook:
             return y, EventOverlap(), half.finish
         half.finish()
         return y, scope.finish(), None
 
-    def _shrink(self, error):
+    def _shrink(self, error: Any) -> Any:
         with self._lock:
             live = self._comm.recover()
             self._seats.forget()
@@ -297,18 +404,18 @@ class LowLatency:
 
     # ---- masks --------------------------------------------------------------------------------
 
-    def _check_shrink(self):
+    def _check_shrink(self) -> None:
         if not self.enable_shrink:
             raise RuntimeError("deep_ep: the mask calls need enable_shrink=True in the constructor")
 
-    def low_latency_update_mask_buffer(self, rank_to_mask, mask=False):
+    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Masks (True) or unmasks a rank: its experts get no rows and add nothing to sums."""
         self._check_shrink()
         if not 0 <= rank_to_mask < self.group_size:
             raise ValueError(f"deep_ep: there is no rank {rank_to_mask}; the group has {self.group_size}")
         (self._masked.add if mask else self._masked.discard)(rank_to_mask)
 
-    def low_latency_query_mask_buffer(self, mask_status):
+    def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
         """Writes 1 for each masked rank into mask_status i32[R]."""
         self._check_shrink()
         if tuple(mask_status.shape) != (self.group_size,) or mask_status.dtype != torch.int32:
@@ -317,7 +424,7 @@ class LowLatency:
         if self._masked:
             mask_status[sorted(self._masked)] = 1
 
-    def low_latency_clean_mask_buffer(self):
+    def low_latency_clean_mask_buffer(self) -> None:
         """Unmasks all ranks."""
         self._check_shrink()
         self._masked.clear()

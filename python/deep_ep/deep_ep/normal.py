@@ -1,29 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dispatch and combine in normal mode: one row per token and rank, ordered by source rank, then token."""
+from __future__ import annotations
+
+from typing import Any, List, Optional, Tuple, Union
+
 import torch
 from nearep import InvalidError
 
+from .config import Config
+from .events import EventHandle, EventOverlap
 from .handles import NormalHandle, Owned
-from .layout import ids_from_ranks
+from .layout import ids_from_ranks, version_of
 from .rows import element_size
-from .seats import DTYPES, executor_of
+from .seats import DTYPES, Kind, Seat, executor_of
 
 _ID_TYPES = {torch.int32: 0, torch.int64: 1}
+Rows = Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor]]
+Event = Union[EventOverlap, EventHandle, None]
 
 
-def _pointer(tensor):
+def _pointer(tensor: Optional[torch.Tensor]) -> Optional[int]:
     return None if tensor is None else tensor.data_ptr() or None
 
 
 class Payload:
     """x of a dispatch: a tensor [T, H], or (tensor [T, H], scales [T, S]) whose bytes pass through."""
 
-    def __init__(self, x):
-        self.x, self.scales = x if isinstance(x, tuple) else (x, None)
+    def __init__(self, x: Rows):
         self.is_pair = isinstance(x, tuple)
+        self.x, self.scales = x if isinstance(x, tuple) else (x, None)
         if self.x.dim() != 2 or not self.x.is_contiguous():
-            raise ValueError("deep_ep: x must be a contiguous [T, H] tensor")
-        if self.is_pair:
+            raise ValueError(f"deep_ep: x has shape {tuple(self.x.shape)} and strides {self.x.stride()}; it must be "
+                             "a contiguous [T, H] tensor")
+        if self.scales is not None:
             scales = self.scales if self.scales.dim() == 2 else self.scales[:, None]
             if scales.shape[0] != self.x.shape[0]:
                 raise ValueError(f"deep_ep: {scales.shape[0]} rows of scales for {self.x.shape[0]} tokens")
@@ -32,35 +41,52 @@ class Payload:
             raise ValueError(f"deep_ep: x is of type {self.x.dtype}; pass bf16, fp16, fp32, or (fp8, scales)")
 
     @property
-    def kind(self):
+    def kind(self) -> Kind:
         hidden = self.x.shape[1]
-        if not self.is_pair:
+        if self.scales is None:
             return DTYPES[self.x.dtype], hidden, None
         return "bf16", hidden, (hidden * element_size(self.x.dtype),
                                 self.scales.shape[1] * element_size(self.scales.dtype))
 
-    def empty(self, rows, seat=None, scope=None):
+    def empty(self, rows: int, seat: Optional[Seat] = None, scope: Any = None
+              ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """Outputs of the same kind; x in memory that the node maps where the seat has some."""
         x = None
         if seat is not None and seat.pool is not None:
             x = seat.pool.empty(rows, self.x.shape[1], self.x.dtype, scope.stream())
         if x is None:
             x = torch.empty(rows, self.x.shape[1], dtype=self.x.dtype, device=self.x.device)
-        if not self.is_pair:
+        if self.scales is None:
             return x, None
         return x, torch.empty(rows, self.scales.shape[1], dtype=self.scales.dtype, device=self.x.device)
 
-    def give(self, x, scales):
-        return (x, scales) if self.is_pair else x
+    def give(self, x: torch.Tensor, scales: Optional[torch.Tensor]) -> Rows:
+        return (x, scales) if scales is not None and self.is_pair else x
 
 
 class Normal:
     """The normal calls of Buffer."""
 
-    def dispatch(self, x, handle=None, num_tokens_per_rank=None, num_tokens_per_rdma_rank=None,
-                 is_token_in_rank=None, num_tokens_per_expert=None, topk_idx=None, topk_weights=None,
-                 expert_alignment=1, num_worst_tokens=0, config=None, previous_event=None,
-                 async_finish=False, allocate_on_comm_stream=False):
+    # of the Buffer
+    rank: int
+    group_size: int
+    num_sms: int
+    runtime: Any
+    _comm: Any
+    _seats: Any
+    _streams: Any
+    _lock: Any
+    _allgather: Any
+
+    def dispatch(self, x: Rows, handle: Optional[NormalHandle] = None,
+                 num_tokens_per_rank: Optional[torch.Tensor] = None,
+                 num_tokens_per_rdma_rank: Optional[torch.Tensor] = None,
+                 is_token_in_rank: Optional[torch.Tensor] = None,
+                 num_tokens_per_expert: Optional[torch.Tensor] = None,
+                 topk_idx: Optional[torch.Tensor] = None, topk_weights: Optional[torch.Tensor] = None,
+                 expert_alignment: int = 1, num_worst_tokens: int = 0, config: Optional[Config] = None,
+                 previous_event: Event = None, async_finish: bool = False,
+                 allocate_on_comm_stream: bool = False) -> Tuple[Any, ...]:
         """Sends each token once to every rank that holds one of its experts.
 
         x: [T, H] bf16 (fp16, fp32), or (fp8 [T, H], scales [T, S] of any 4-byte or 1-byte type).
@@ -89,19 +115,19 @@ class Normal:
 
     internode_dispatch = dispatch
 
-    def _check_alive(self):
+    def _check_alive(self) -> None:
         if self.runtime is None:
             raise RuntimeError("deep_ep: this Buffer is destroyed")
 
-    def _experts_of(self, num_tokens_per_expert, routing):
+    def _experts_of(self, num_tokens_per_expert: torch.Tensor, routing: Any) -> int:
         if routing is not None:
             return routing.num_experts
         if self._seats.placement is not None:
             return self._seats.placement.shape.num_experts
         return num_tokens_per_expert.numel()
 
-    def _dispatch_fresh(self, payload, in_rank, per_expert, topk_idx, topk_weights, alignment, worst, config,
-                        scope):
+    @staticmethod
+    def _check_fresh(tokens: int, in_rank: Any, per_expert: Any, topk_idx: Any, topk_weights: Any, worst: int) -> None:
         if (topk_idx is None) != (topk_weights is None):
             raise ValueError("deep_ep: give both topk_idx and topk_weights, or neither")
         if in_rank is None or per_expert is None:
@@ -109,30 +135,50 @@ class Normal:
                              "get_dispatch_layout")
         if worst and topk_idx is None:
             raise ValueError("deep_ep: num_worst_tokens needs topk_idx and topk_weights")
-        routing = getattr(in_rank, "nearep_routing", None)
-        num_experts = self._experts_of(per_expert, routing)
-        has_topk = topk_idx is not None
+        if in_rank.dim() != 2 or in_rank.shape[0] != tokens:
+            raise ValueError(f"deep_ep: is_token_in_rank has shape {tuple(in_rank.shape)}, x has {tokens} tokens")
+        if topk_idx is None:
+            return
+        if topk_idx.dim() != 2 or topk_idx.shape[0] != tokens or topk_idx.dtype not in _ID_TYPES:
+            raise ValueError(f"deep_ep: topk_idx has shape {tuple(topk_idx.shape)} of {topk_idx.dtype}; it must be "
+                             f"[{tokens}, K] of int64 or int32")
+        if topk_weights.shape != topk_idx.shape or topk_weights.dtype != torch.float32:
+            raise ValueError(f"deep_ep: topk_weights have shape {tuple(topk_weights.shape)} of {topk_weights.dtype}; "
+                             f"they must be {list(topk_idx.shape)} of float32")
+
+    def _clean_ids(self, in_rank: torch.Tensor, topk_idx: Optional[torch.Tensor], routing: Any, num_experts: int,
+                   scope: Any) -> torch.Tensor:
+        """[T, K] with -1 for what counts nowhere, or as given where the library says so itself."""
+        if topk_idx is None:
+            return scope.contiguous(routing.cleaned if routing is not None else ids_from_ranks(in_rank, num_experts))
         ids = topk_idx
-        if has_topk and routing is not None and routing.is_of(topk_idx):
+        if routing is not None and routing.is_of(topk_idx):
             ids = routing.cleaned
-        elif has_topk and topk_idx.is_cuda:  # kernels refuse ids beyond the experts; nobody has looked at these
+        elif topk_idx.is_cuda:  # kernels refuse ids beyond the experts; nobody has looked at these
             is_used = (topk_idx >= 0) & (topk_idx < num_experts)
             ids = torch.where(is_used, topk_idx, torch.full_like(topk_idx, -1))
             scope.allocated()
             scope.keep(ids)
-        if not has_topk:
-            ids = routing.cleaned if routing is not None else ids_from_ranks(in_rank, num_experts)
-        ids = scope.contiguous(ids)
-        seat = self._seats.normal(payload.kind, num_experts, ids.shape[1], payload.x.shape[0],
-                                  executor_of(payload.x))
+        return scope.contiguous(ids)
+
+    def _dispatch_fresh(self, payload: Payload, in_rank: Any, per_expert: Any, topk_idx: Optional[torch.Tensor],
+                        topk_weights: Optional[torch.Tensor], alignment: int, worst: int, config: Optional[Config],
+                        scope: Any) -> Tuple[Any, ...]:
+        tokens = payload.x.shape[0]
+        self._check_fresh(tokens, in_rank, per_expert, topk_idx, topk_weights, worst)
+        routing = getattr(in_rank, "nearep_routing", None)
+        num_experts = self._experts_of(per_expert, routing)
+        has_topk = topk_idx is not None
+        ids = self._clean_ids(in_rank, topk_idx, routing, num_experts, scope)
+        most = self._seats.most(tokens)
+        seat = self._seats.normal(payload.kind, num_experts, ids.shape[1], most, executor_of(payload.x))
         handle = NormalHandle(Owned(seat), payload.kind,
                               max((config.num_sms if config is not None else self.num_sms) // 2, 1))
-        handle.routing = (ids, ids._version, topk_weights)
-        handle.num_tokens, handle.is_token_in_rank = payload.x.shape[0], in_rank
+        handle.routing = (ids, version_of(ids), topk_weights)
+        handle.num_tokens, handle.most, handle.is_token_in_rank = tokens, most, in_rank
         handle.set_nodes(self._comm.topology)
         self._send(seat, handle.owned, payload, ids, topk_weights, scope)
-        found = self._receive(seat, handle, payload, has_topk, worst, scope)
-        recv_x, recv_ids, recv_weights, counts = found
+        recv_x, recv_ids, recv_weights, counts = self._receive(seat, handle, payload, has_topk, worst, scope)
         listed = []
         if not worst:
             listed = [-(-num // alignment) * alignment for num in counts.rows_per_slot]
@@ -140,13 +186,14 @@ class Normal:
                 listed = self._counts_of_all(per_expert, alignment)
         return recv_x, recv_ids, recv_weights, listed, handle, scope.finish()
 
-    def _counts_of_all(self, per_expert, alignment):
+    def _counts_of_all(self, per_expert: torch.Tensor, alignment: int) -> List[int]:
         mine = slice(self.rank * (per_expert.numel() // self.group_size),
                      (self.rank + 1) * (per_expert.numel() // self.group_size))
         rows = self._allgather(per_expert.tolist())
         return [-(-sum(column) // alignment) * alignment for column in list(zip(*rows))[mine]]
 
-    def _send(self, seat, owned, payload, ids, weights, scope):
+    def _send(self, seat: Seat, owned: Owned, payload: Payload, ids: Optional[torch.Tensor],
+              weights: Optional[torch.Tensor], scope: Any) -> None:
         """Starts it; ids that no expert has count nowhere, but nearep refuses them: then once more
         without them. Nothing was sent by the refused call."""
         owned.is_idle = False
@@ -164,7 +211,8 @@ class Normal:
             cleaned = torch.where(is_used, ids, torch.full_like(ids, -1))
             seat.ep.send_raw(*arguments, cleaned.data_ptr() or 8, kind, *tail)
 
-    def _receive(self, seat, handle, payload, has_topk, worst, scope):
+    def _receive(self, seat: Seat, handle: NormalHandle, payload: Payload, has_topk: bool, worst: int, scope: Any
+                 ) -> Tuple[Rows, Optional[torch.Tensor], Optional[torch.Tensor], Any]:
         """Completes a fresh dispatch; the sizes come first, outputs are allocated then."""
         counts = None if worst else seat.ep.dispatch_counts(handle.owned.handle)
         rows, device, top_k = worst or counts.num_rows, payload.x.device, seat.ep.top_k
@@ -184,13 +232,14 @@ class Normal:
         handle.rows_per_source = counts.rows_per_source if counts is not None else None
         handle.source_rank, handle.source_token = sources[0], sources[1]
         scope.keep(x, scales, slots, weights, sources)
-        if has_topk:
+        if slots is not None and handle.routing is not None:
             with scope.torch():
                 slots = slots.to(handle.routing[0].dtype)
             scope.keep(slots)
         return payload.give(x, scales), slots, weights, counts
 
-    def _twin(self, handle, kind, payload_x):
+    def _twin(self, handle: NormalHandle, kind: Kind, payload_x: torch.Tensor
+              ) -> Tuple[Seat, Owned, Optional[torch.Tensor]]:
         """(seat, nearep's handle, ids to route with or None when it is routed): the handle itself, or the
         same routing on an ep for another payload."""
         if kind == handle.key:
@@ -199,15 +248,15 @@ class Normal:
             owned = handle.twins[kind]
             return owned.seat, owned, None
         ids, version, _ = handle.routing
-        if ids._version != version:
+        if version_of(ids) != version:
             raise ValueError("deep_ep: topk_idx was changed after the dispatch whose handle is used for another "
                              "type of x; keep it as it was")
-        seat = self._seats.normal(kind, handle.owned.seat.num_experts, ids.shape[1], handle.num_tokens,
+        seat = self._seats.normal(kind, handle.owned.seat.num_experts, ids.shape[1], handle.most,
                                   executor_of(payload_x))
         owned = handle.twins[kind] = Owned(seat)
         return seat, owned, ids
 
-    def _dispatch_cached(self, payload, handle, scope):
+    def _dispatch_cached(self, payload: Payload, handle: NormalHandle, scope: Any) -> Tuple[Any, ...]:
         if payload.x.shape[0] != handle.num_tokens:
             raise ValueError(f"deep_ep: x has {payload.x.shape[0]} tokens; the dispatch of this handle had "
                              f"{handle.num_tokens}")
@@ -226,8 +275,11 @@ class Normal:
         scope.keep(x, scales)
         return payload.give(x, scales), None, None, None, None, scope.finish()
 
-    def combine(self, x, handle, topk_weights=None, bias=None, config=None, previous_event=None,
-                async_finish=False, allocate_on_comm_stream=False):
+    def combine(self, x: torch.Tensor, handle: NormalHandle, topk_weights: Optional[torch.Tensor] = None,
+                bias: Union[torch.Tensor, Tuple[torch.Tensor, torch.Tensor], None] = None,
+                config: Optional[Config] = None, previous_event: Event = None, async_finish: bool = False,
+                allocate_on_comm_stream: bool = False
+                ) -> Tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
         """Sums, for each token of the dispatch, the rows of all ranks: fp32, fixed order, rounded once a
         level.
 
@@ -250,7 +302,8 @@ class Normal:
 
     internode_combine = combine
 
-    def _combine(self, x, handle, weights, biases, scope):
+    def _combine(self, x: torch.Tensor, handle: NormalHandle, weights: Optional[torch.Tensor], biases: Any,
+                 scope: Any) -> Tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
         ep, owned, device = handle.owned.seat.ep, handle.owned, x.device
         biases = [scope.contiguous(value) for value in (*biases, None)[:2]]
         for value in biases:
@@ -267,8 +320,7 @@ class Normal:
             sums = torch.empty(handle.num_tokens, ep.top_k, dtype=torch.float32, device=device)
         owned.is_idle = False
         scope.allocated()
-        has = weights is not None
-        ep.combine_raw(owned.handle, _pointer(x), (weights.data_ptr() or 8) if has else None, _pointer(y),
+        ep.combine_raw(owned.handle, _pointer(x), None if weights is None else weights.data_ptr() or 8, _pointer(y),
                        _pointer(sums), [_pointer(b) for b in biases], scope.pointer)
         owned.is_idle = True
         scope.keep(x, y, weights, sums, *biases)

@@ -26,6 +26,7 @@ class _Lease:
 
     def __del__(self):
         try:
+            self._pool.num_lent -= 1
             self._pool.give_back(self._block)
         except (AttributeError, TypeError, RuntimeError):  # the buffer or the interpreter is ending
             pass
@@ -36,6 +37,7 @@ class RowPool:
 
     def __init__(self, ep, num_bytes):
         self._ep, self._left = ep, num_bytes
+        self.num_lent = 0
         self._free = []  # (block, event)
         self._events = {}
 
@@ -65,6 +67,7 @@ class RowPool:
         block = self._block(size, stream) if size >= LEAST else None
         if block is None:
             return None
+        self.num_lent += 1
         raw = torch.as_tensor(_Lease(self, block, size), device="cuda")
         return raw.view(dtype).view(rows, columns)
 
