@@ -10,6 +10,7 @@
  */
 #include "transport/group.h"
 
+#include <errno.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -35,6 +36,7 @@ struct card {
     uint32_t reserved;
     uint64_t machine;
     int64_t pid;
+    uint64_t ticket; /* another in each card */
     struct nep_group_ops ops;
 };
 
@@ -169,6 +171,7 @@ static void propose(const struct collection *from, struct nep_group_decision *de
         seat->is_live = from->is_here[r];
         seat->machine = from->is_here[r] ? from->cards[r].machine : 0;
         seat->pid = from->is_here[r] ? from->cards[r].pid : 0;
+        seat->ticket = from->is_here[r] ? from->cards[r].ticket : 0;
         decision->num_live += from->is_here[r];
         for (int i = 0; from->is_here[r] && vote->was_live[r] && i < NEP_GROUP_OPS; i++) {
             const struct nep_group_ops *ops = &from->cards[r].ops;
@@ -232,7 +235,8 @@ static uint32_t collector(const struct nep_group_vote *vote)
     return r;
 }
 
-static enum nep_status put_card(const struct nep_group_vote *vote, uint64_t generation)
+static enum nep_status put_card(const struct nep_group_vote *vote, uint64_t generation,
+                                uint64_t ticket)
 {
     struct card card = {.generation = generation,
                         .rank = vote->rank,
@@ -240,6 +244,7 @@ static enum nep_status put_card(const struct nep_group_vote *vote, uint64_t gene
                         .suspect = vote->suspect,
                         .machine = machine_id(),
                         .pid = getpid(),
+                        .ticket = ticket,
                         .ops = vote->ops};
     char key[KEY_BYTES];
     card_key(key, vote->rank);
@@ -253,9 +258,11 @@ static enum nep_status put_card(const struct nep_group_vote *vote, uint64_t gene
 static enum nep_status member_agree(const struct nep_group_vote *vote,
                                     struct nep_group_decision *decision)
 {
-    enum nep_status status = put_card(vote, vote->generation);
-    uint64_t deadline_ns = nep_deadline_ns(vote->timeout_ns);
-    uint64_t late_ns = nep_deadline_ns(vote->timeout_ns / 4 * 3);
+    enum nep_status status = put_card(vote, vote->generation, 0);
+    /* Longer than a timeout: a member may wait that long in an exchange of the recovery that failed
+     * before, and then it comes. */
+    uint64_t late_ns = nep_deadline_ns(vote->timeout_ns / 4 * 5);
+    uint64_t deadline_ns = nep_deadline_ns(vote->timeout_ns / 4 * 7);
     while (status == NEP_OK) {
         /* Late, anybody collects: the collector may be stuck without being known to be. */
         if (collector(vote) == vote->rank || nep_left_ns(late_ns) == 0) {
@@ -268,22 +275,38 @@ static enum nep_status member_agree(const struct nep_group_vote *vote,
     return status;
 }
 
-/* Asks for a seat in the generation after the last one that was decided, again and again. */
+/* A number that no other process, and no other thread of this one, has. */
+static uint64_t make_ticket(void)
+{
+    uint64_t words[] = {machine_id(), (uint64_t)getpid(), nep_now_ns(), (uintptr_t)&words};
+    uint64_t hash = 14695981039346656037ull;
+    for (size_t i = 0; i < sizeof words / sizeof words[0]; i++) {
+        hash = (hash ^ words[i]) * 1099511628211ull;
+        hash ^= hash >> 29;
+    }
+    return hash | 1;
+}
+
+/*
+ * Asks for a seat in the generation after the last one that was decided, again and again. The seat
+ * may have been given to one that asked for it before and died: that is not this rank's.
+ */
 static enum nep_status newcomer_agree(const struct nep_group_vote *vote,
                                       struct nep_group_decision *decision)
 {
     uint64_t deadline_ns = nep_deadline_ns(vote->timeout_ns);
     enum nep_status status = NEP_OK;
-    uint64_t asked = 0, generation = 1;
+    uint64_t asked = 0, generation = 1, ticket = make_ticket();
     while (status == NEP_OK && nep_left_ns(deadline_ns) != 0) {
         if (read_decision(vote, generation, asked == generation ? SLICE_NS : 2 * PEEK_NS,
                           decision)) {
-            if (asked == generation && nep_group_lives(decision, vote->rank)) {
+            if (asked == generation && nep_group_lives(decision, vote->rank) &&
+                decision->seats[vote->rank].ticket == ticket) {
                 return NEP_OK;
             }
             generation++;
         } else if (asked != generation) {
-            status = put_card(vote, generation);
+            status = put_card(vote, generation, ticket);
             asked = generation;
         }
     }
@@ -339,6 +362,14 @@ struct stamp {
     uint64_t number;
 };
 
+enum { NOT_WATCHED = -1, HAS_ENDED = -2 }; /* instead of a pidfd */
+
+static int watch(pid_t pid)
+{
+    int fd = (int)syscall(SYS_pidfd_open, pid, 0);
+    return fd >= 0 ? fd : errno == ESRCH ? HAS_ENDED : NOT_WATCHED;
+}
+
 enum nep_status nep_group_init(struct nep_group *group, const struct nep_bootstrap *store,
                                const struct nep_group_decision *decision, uint32_t rank)
 {
@@ -358,8 +389,7 @@ enum nep_status nep_group_init(struct nep_group *group, const struct nep_bootstr
             bool is_seen = seat->machine != 0 && seat->machine == own->machine &&
                            seat->pid != own->pid && seat->pid > 0;
             group->idx = r == rank ? group->num : group->idx;
-            group->pidfds[group->num] =
-                is_seen ? (int)syscall(SYS_pidfd_open, (pid_t)seat->pid, 0) : -1;
+            group->pidfds[group->num] = is_seen ? watch((pid_t)seat->pid) : NOT_WATCHED;
             group->members[group->num++] = r;
         }
     }
@@ -380,7 +410,7 @@ void nep_group_unwatch(struct nep_group *group)
 static bool has_ended(const struct nep_group *group, uint32_t idx)
 {
     struct pollfd pollfd = {.fd = group->pidfds[idx], .events = POLLIN};
-    return pollfd.fd >= 0 && poll(&pollfd, 1, 0) > 0;
+    return pollfd.fd == HAS_ENDED || (pollfd.fd >= 0 && poll(&pollfd, 1, 0) > 0);
 }
 
 bool nep_group_saw_end(const struct nep_group *group, uint32_t rank)

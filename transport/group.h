@@ -32,7 +32,8 @@ struct nep_group_decision {
         uint8_t reserved[3];
         uint64_t machine; /* where process ids mean the same; 0: unknown */
         int64_t pid;
-    } seats[]; /* [num_ranks] */
+        uint64_t ticket; /* of the card that the seat was given for */
+    } seats[];           /* [num_ranks] */
 };
 
 struct nep_group_vote {
@@ -75,7 +76,7 @@ struct nep_group {
     uint32_t num;       /* members */
     uint32_t idx;       /* of this rank among them */
     uint32_t *members;  /* [num] ranks, ascending */
-    int *pidfds;        /* [num] of members on this machine, while they are watched; else -1 */
+    int *pidfds;        /* [num] of members on this machine, while they are watched; else < 0 */
 };
 enum nep_status nep_group_init(struct nep_group *group, const struct nep_bootstrap *store,
                                const struct nep_group_decision *decision, uint32_t rank);
