@@ -18,6 +18,8 @@ usage: hosts.sh check                     whether this machine permits it: 0, or
                                           shared memory inside; NEP_RENDEZVOUS is set
        hosts.sh counters                  a line for each host: bytes sent, packets dropped to and from
        hosts.sh link I up|down            pulls and plugs the cable of host I
+       hosts.sh slow I none|NETEM...      what host I sends is late or lost (tc netem: delay 5ms loss
+                                          1%); its rate has no limit until none
        hosts.sh down                      removes everything, running commands included
 
 environment: HOSTS_GROUP  the name of the group, so that several can be up at once (nep)
@@ -57,7 +59,7 @@ check() {
 }
 
 up() {
-    local num=$1 rate=$2 mtu=${MTU:-9000} i
+    local num=$1 rate=$2 mtu=${MTU:-9000} i queue=()
     down
     mkdir -p "$state"
     ip netns add "$switch"
@@ -73,7 +75,7 @@ up() {
         ip -n "$switch" link set "p$i" mtu "$mtu" master br0 up
         ip -n "$host" addr add "$(address "$i")/24" dev eth0
         ip -n "$host" link set eth0 up
-        local queue=(pfifo limit 10000) # counts
+        queue=(pfifo limit 10000) # counts
         if [ "$rate" != none ]; then
             queue=(tbf rate "$rate" burst 256kb latency 20ms)
         fi
@@ -96,6 +98,18 @@ up() {
         done
     done
     echo "$num" > "$state/num"
+    printf '%s\n' "${queue[@]}" > "$state/queue"
+}
+
+slow() { # I none|NETEM...
+    local i=$1 queue=()
+    shift
+    if [ "$1" = none ]; then
+        mapfile -t queue < "$state/queue"
+    else
+        queue=(netem "$@")
+    fi
+    ip netns exec "$group-h$i" tc qdisc replace dev eth0 root "${queue[@]}"
 }
 
 num_hosts() {
@@ -196,6 +210,7 @@ mpirun) [ $# -ge 3 ] || { usage >&2; exit 2; }; shift; mpi "$@" ;;
 rsh) shift; remote_shell "$@" ;;
 counters) counters ;;
 link) [ $# -eq 3 ] || { usage >&2; exit 2; }; ip -n "$group-h$2" link set eth0 "$3" ;;
+slow) [ $# -ge 3 ] || { usage >&2; exit 2; }; shift; slow "$@" ;;
 down) down ;;
 --help | -h) usage ;;
 *) usage >&2; exit 2 ;;

@@ -1,6 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Inside the guest: nep-perf ep over verbs while a rank is killed or a path dies.
+# Inside the guest, over verbs: nep-perf ep while a rank is killed or a path dies; groups that go on
+# without a rank and take newcomers in, and random harm to them (tests/chaos).
 # usage: guest_loss.sh BUILD_BIN
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
@@ -81,4 +82,21 @@ for what in wrong_elements output_digest; do
         "$(sed -n "s/.*\"$what\": *\([^,}]*\).*/\1/p" /run/whole.json | head -n 1)" \
         "$(sed -n "s/.*\"$what\": *\([^,}]*\).*/\1/p" /run/path.json | head -n 1)"
 done
+ip link set p1 up
+unset NEP_VERBS_PATHS NEP_VERBS_SPLIT
+export NEP_VERBS_RETRY=7
+
+# Going on: a rank dies, the others go on with every element right, a newcomer takes its seat, twice.
+chaos() { # chaos NAME OPTIONS...
+    name=$1
+    shift
+    python3 "$here/../chaos/chaos.py" "$bin/nep-perf" --world guest --timeout 30 --wait 6 \
+        --patience 20 "$@" >/run/out 2>&1
+    check "$name" 0 $?
+    sed 's/^/      /' /run/out
+}
+chaos "a rank is lost and replaced" --inter verbs --harms +rejoin --rounds 2 --life 2 --seed 7
+chaos "random harm" --inter verbs,adversary:verbs --rounds 100 --seconds 30 --life 6 \
+    --harms +kill,+twice,+rejoin,+late,+pause,+scan,+stillborn,+blink,+slow,+cut
+check "no QP is left behind" 0 "$(rdma resource show qp 2>/dev/null | grep -c 'type RC')"
 finish
