@@ -10,7 +10,7 @@ mapfile -t packages < <(nep_list scripts/packages.txt scripts/lint/packages.txt 
     awk '{ print $1 }')
 nep_need "${packages[@]}" || exit 1
 tree=${1:-build} failed=0
-for check in format.sh includes.py sizes.py headers.sh docs.py fences.py shell.sh; do
+for check in format.sh includes.py sizes.py headers.sh docs.py fences.py shell.sh python.sh; do
     printf -- '-- %s\n' "$check"
     scripts/lint/$check || failed=1
 done

@@ -11,12 +11,13 @@ import ctypes
 import os
 import threading
 import weakref
+from typing import Any, Callable, Dict, Iterator, Optional
 
 from . import _abi
 from .errors import raise_status
 
 
-def _candidates():
+def _candidates() -> Iterator[str]:
     named = os.environ.get("NEAREP_LIBRARY")
     if named:
         yield named
@@ -25,7 +26,7 @@ def _candidates():
     yield f"libnearep.so.{_abi.NEP_VERSION_MAJOR}"
 
 
-def _load():
+def _load() -> ctypes.CDLL:
     failures = []
     for path in _candidates():
         try:
@@ -50,51 +51,51 @@ if lib.nep_version() // 100 != _built // 100:
                       f"was made for {_abi.NEP_VERSION_MAJOR}.{_abi.NEP_VERSION_MINOR}")
 
 
-def check(status):
+def check(status: int) -> None:
     """Raises what a failed call means, with the library's sentence."""
     if status != 0:
         raise_status(status, lib.nep_last_message().decode(errors="replace"))
 
 
-def sized(kind, **fields):
+def sized(kind: Any, **fields: Any) -> Any:
     """A structure of nearep.h with its size filled in."""
     value = kind(**fields)
     value.size = ctypes.sizeof(kind)
     return value
 
 
-def text(value):
+def text(value: Any) -> Optional[bytes]:
     """str or path -> bytes for the library; None stays."""
     return None if value is None else os.fsencode(value)
 
 
-def create(function, *arguments):
+def create(function: Callable[..., int], *arguments: Any) -> int:
     """Calls function(*arguments, &pointer) and returns the pointer."""
     pointer = ctypes.c_void_p()
     check(function(*arguments, ctypes.byref(pointer)))
-    return pointer.value
+    return pointer.value or 0
 
 
 class Owner:
     """Something that the library made and destroys; its children go first."""
 
-    def __init__(self, pointer, destroy, parent=None):
-        self._pointer = pointer
+    def __init__(self, pointer: int, destroy: Callable[[int], Any], parent: Optional["Owner"] = None):
+        self._pointer: Optional[int] = pointer
         self._destroy = destroy
         self._parent = parent
-        self._children = {}
+        self._children: Dict[int, weakref.ref] = {}
         self._closing = threading.Lock()
         if parent is not None:
             parent._children[id(self)] = weakref.ref(self)
 
     @property
-    def pointer(self):
+    def pointer(self) -> int:
         """The address, for calls of the C interface; refuses what was closed."""
         if self._pointer is None:
             raise ValueError(f"nearep: this {type(self).__name__} is closed")
         return self._pointer
 
-    def close(self):
+    def close(self) -> None:
         """Frees it, and what was made from it. Closing twice is fine."""
         with self._closing:
             pointer, self._pointer = self._pointer, None
@@ -108,13 +109,13 @@ class Owner:
         if self._parent is not None:
             self._parent._children.pop(id(self), None)
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def __del__(self):
+    def __del__(self) -> None:
         try:
             self.close()
         except (AttributeError, TypeError):  # half made, or the interpreter is ending

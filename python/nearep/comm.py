@@ -4,10 +4,13 @@ import ctypes
 import datetime
 import uuid
 from dataclasses import dataclass
-from typing import Any, Callable, List, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, List, Optional, Sequence
 
 from . import _abi
 from ._lib import Owner, check, create, lib, sized, text
+
+if TYPE_CHECKING:
+    from .ep import Ep
 
 _ALLGATHER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
                               ctypes.c_size_t, ctypes.c_uint64)
@@ -49,11 +52,11 @@ class Fault:
     message: str
 
 
-def _number(value):
+def _number(value: int) -> Optional[int]:
     return None if value == 0xFFFFFFFF else value
 
 
-def _array(pointer, num):
+def _array(pointer: int, num: int) -> List[int]:
     return list((ctypes.c_uint32 * num).from_address(pointer)) if num else []
 
 
@@ -69,12 +72,12 @@ class _Bootstrap:
         self._functions = [_ALLGATHER(self._allgather)]
         if store is not None:
             self._functions += [_PUT(self._put), _GET(self._get), _CAS(self._cas)]
-        pointers = [ctypes.cast(function, ctypes.c_void_p) for function in self._functions]
+        pointers: List[Any] = [ctypes.cast(function, ctypes.c_void_p) for function in self._functions]
         pointers += [None] * (4 - len(pointers))
         self.struct = sized(_abi.nep_bootstrap, allgather=pointers[0], put=pointers[1], get=pointers[2],
                             cas=pointers[3])
 
-    def _guard(self, work):
+    def _guard(self, work: Callable[[], Any]) -> int:
         try:
             work()
             return 0
@@ -82,8 +85,8 @@ class _Bootstrap:
             self.error = error
             return 1
 
-    def _allgather(self, _ctx, source, target, num, _timeout):
-        def work():
+    def _allgather(self, _ctx: Any, source: int, target: int, num: int, _timeout: int) -> int:
+        def work() -> None:
             parts = self._gather(ctypes.string_at(source, num) if num else b"")
             if len(parts) != self._num_ranks or any(len(part) != num for part in parts):
                 raise ValueError("nearep: allgather must return one value of equal length per rank")
@@ -92,18 +95,18 @@ class _Bootstrap:
                 ctypes.memmove(target, whole, len(whole))
         return self._guard(work)
 
-    def _put(self, _ctx, key, value, num, _timeout):
+    def _put(self, _ctx: Any, key: bytes, value: int, num: int, _timeout: int) -> int:
         return self._guard(lambda: self._store.set(key.decode(), ctypes.string_at(value, num).hex()))
 
     @staticmethod
-    def _give(value, target, cap, num_p):
+    def _give(value: bytes, target: int, cap: int, num_p: Any) -> None:
         if len(value) > cap:
             raise ValueError("nearep: a value of the store is larger than its reader expects")
         ctypes.memmove(target, value, len(value))
         num_p[0] = len(value)
 
-    def _get(self, _ctx, key, target, cap, num_p, timeout):
-        def work():
+    def _get(self, _ctx: Any, key: bytes, target: int, cap: int, num_p: Any, timeout: int) -> int:
+        def work() -> None:
             self._store.wait([key.decode()], datetime.timedelta(microseconds=max(timeout // 1000, 1)))
             self._give(bytes.fromhex(self._store.get(key.decode()).decode()), target, cap, num_p)
         try:
@@ -112,8 +115,9 @@ class _Bootstrap:
         except Exception:  # a key that does not come is an answer, not an error of ours
             return 1
 
-    def _cas(self, _ctx, key, expected, expected_num, desired, desired_num, target, cap, num_p, _timeout):
-        def work():
+    def _cas(self, _ctx: Any, key: bytes, expected: int, expected_num: int, desired: int, desired_num: int,
+             target: int, cap: int, num_p: Any, _timeout: int) -> int:
+        def work() -> None:
             before = ctypes.string_at(expected, expected_num).hex() if expected_num else ""
             after = self._store.compare_set(key.decode(), before,
                                             ctypes.string_at(desired, desired_num).hex())
@@ -121,7 +125,7 @@ class _Bootstrap:
         return self._guard(work)
 
 
-def _torch_store(allgather):
+def _torch_store(allgather: Callable[[Any], List[Any]]) -> Any:
     """The store behind torch's groups, under a name that the ranks agree on: each communicator has keys of
     its own. None where torch does not show it."""
     name = allgather(uuid.uuid4().hex)[0]
@@ -157,7 +161,9 @@ class Comm(Owner):
         params = sized(_abi.nep_comm_params, rank=rank or 0, num_ranks=num_ranks or 0,
                        rendezvous=text(rendezvous), intra=text(intra), inter=text(inter),
                        timeout_ns=int((timeout or 0) * 1e9))
-        self._bootstrap = _Bootstrap(num_ranks, allgather, store) if allgather is not None else None
+        self._bootstrap = None
+        if allgather is not None and num_ranks is not None:
+            self._bootstrap = _Bootstrap(num_ranks, allgather, store)
         if self._bootstrap is not None:
             params.bootstrap = ctypes.addressof(self._bootstrap.struct)
         if ranks_per_node is not None:
@@ -165,43 +171,42 @@ class Comm(Owner):
             params.ranks_per_node, params.num_nodes = ctypes.addressof(sizes), len(ranks_per_node)
         pointer = self.guarded(create, lib.nep_comm_create, ctypes.addressof(params))
         super().__init__(pointer, lib.nep_comm_destroy)
-        self.topology = self._read_topology()
+        self.topology: Topology = self._read_topology()
 
     @classmethod
-    def from_torch(cls, group: Any = None, **options) -> "Comm":
+    def from_torch(cls, group: Any = None, **options: Any) -> "Comm":
         """From a torch.distributed process group of any backend (None: the default group)."""
         import torch
         import torch.distributed as dist
         rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
 
-        def allgather(value):
-            parts = [None] * num_ranks
+        def allgather(value: Any) -> List[Any]:
+            parts: List[Any] = [None] * num_ranks
             with torch.inference_mode(False):  # gloo cannot write to tensors made in it
                 dist.all_gather_object(parts, value, group=group)
             return parts
         return cls(rank, num_ranks, allgather=allgather, store=_torch_store(allgather), **options)
 
     @classmethod
-    def from_mpi(cls, comm: Any = None, **options) -> "Comm":
+    def from_mpi(cls, comm: Any = None, **options: Any) -> "Comm":
         """From an mpi4py communicator (None: COMM_WORLD)."""
         if comm is None:
             from mpi4py import MPI
             comm = MPI.COMM_WORLD
         return cls(comm.Get_rank(), comm.Get_size(), allgather=comm.allgather, **options)
 
-    def guarded(self, function, *arguments):
+    def guarded(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls function; an exception inside the caller's allgather or store comes out of it."""
         try:
             return function(*arguments)
         except Exception as failure:
             bootstrap = getattr(self, "_bootstrap", None)
-            cause = bootstrap.error if bootstrap is not None else None
-            if cause is not None:
-                bootstrap.error = None
-                raise failure from cause
-            raise
+            if bootstrap is None or bootstrap.error is None:
+                raise
+            cause, bootstrap.error = bootstrap.error, None
+            raise failure from cause
 
-    def _read_topology(self):
+    def _read_topology(self) -> Topology:
         found = sized(_abi.nep_topology)
         check(lib.nep_comm_topology(self.pointer, ctypes.addressof(found)))
         return Topology(found.rank, found.num_ranks, found.node, found.num_nodes, found.local,
@@ -211,10 +216,12 @@ class Comm(Owner):
 
     @property
     def rank(self) -> int:
+        """Of this seat, 0 to num_ranks - 1."""
         return self.topology.rank
 
     @property
     def num_ranks(self) -> int:
+        """R; seats whose rank was lost count."""
         return self.topology.num_ranks
 
     def fault(self) -> Optional[Fault]:
@@ -247,7 +254,7 @@ class Comm(Owner):
         self.guarded(lambda: check(lib.nep_comm_newcomers(self.pointer, ctypes.addressof(num))))
         return num.value
 
-    def ep(self, **shape):
+    def ep(self, **shape: Any) -> "Ep":
         """An Ep on this communicator; collective. See Ep."""
         from .ep import Ep
         return Ep(self, **shape)

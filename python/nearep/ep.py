@@ -6,10 +6,11 @@ L slots per rank, R ranks. "Array" is a torch tensor, or anything that tensors.a
 """
 import ctypes
 import functools
-from typing import Any, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from . import _abi
 from ._lib import Owner, check, create, lib, sized, text
+from .comm import Comm
 from .tensors import Memory, SIZES, array_of, pointer_of
 
 DTYPES = {"bf16": 1, "fp16": 2, "fp32": 3, "fp8": 4, "opaque": 5, None: 0}
@@ -17,6 +18,7 @@ LAYOUTS = {"rank": 1, "packed": 2, "padded": 3, "front": 4, None: 0}
 EXECUTORS = {"host": 1, "cuda": 2}
 SCALES = {"fp32": 0, "pow2": 1, "ue8m0": 2, None: 0}
 IDS = ("int32", "int64")
+Address = Optional[int]
 
 
 class Counts(NamedTuple):
@@ -29,13 +31,13 @@ class Counts(NamedTuple):
     rows_per_source: List[int]
 
 
-def _choose(table, value, what):
+def _choose(table: Dict[Any, int], value: Optional[str], what: str) -> int:
     if value not in table:
         raise ValueError(f"nearep: {what} is {value!r}; it must be one of {[k for k in table if k]}")
     return table[value]
 
 
-def _list(kind, pointer, num):
+def _list(kind: Any, pointer: int, num: int) -> List[int]:
     return list((kind * num).from_address(pointer))
 
 
@@ -75,11 +77,11 @@ class Ep(Owner):
     pool_bytes: memory for empty(). executor: "host" or "cuda" (where the arrays of all calls are).
     """
 
-    def __init__(self, comm, *, num_experts: int, top_k: int, hidden: int, max_tokens: int,
+    def __init__(self, comm: Comm, *, num_experts: int, top_k: int, hidden: int, max_tokens: int,
                  dtype: Optional[str] = None, wire: Optional[str] = None, layout: Optional[str] = None,
                  slots_per_rank: int = 0, expert_alignment: int = 0, outstanding: int = 0,
                  num_layers: int = 0, map: Any = None, pool_bytes: int = 0, scale: Optional[str] = None,
-                 row_bytes: int = 0, scale_bytes: int = 0, executor: str = "host", **more):
+                 row_bytes: int = 0, scale_bytes: int = 0, executor: str = "host", **more: int):
         params = sized(_abi.nep_ep_params, num_experts=num_experts, slots_per_rank=slots_per_rank,
                        top_k=top_k, hidden=hidden, max_tokens=max_tokens,
                        dtype=_choose(DTYPES, dtype, "dtype"), wire=_choose(DTYPES, wire, "wire"),
@@ -140,7 +142,8 @@ class Ep(Owner):
 
     # ---- addresses: what the calls below and the deep_ep package use -----------------------------
 
-    def send_raw(self, handle, num_tokens, x, scales, ids, id_type, weights, layer, stream):
+    def send_raw(self, handle: Handle, num_tokens: int, x: Address, scales: Address, ids: Address, id_type: int,
+                 weights: Address, layer: int, stream: Address) -> None:
         """nep_dispatch_send with addresses."""
         tokens = self.tokens
         tokens.num_tokens, tokens.layer, tokens.x, tokens.scales = num_tokens, layer, x, scales
@@ -148,34 +151,39 @@ class Ep(Owner):
         check(lib.nep_dispatch_send(self.pointer, handle.pointer, self._at["tokens"], stream))
         handle.num_tokens = num_tokens
 
-    def bind_raw(self, handle, x, capacity, scales, source_rank, source_token):
+    def bind_raw(self, handle: Handle, x: Address, capacity: int, scales: Address, source_rank: Address,
+                 source_token: Address) -> None:
         """nep_handle_bind_output with addresses: the send half then moves rows to them already."""
         rows = self.rows
         rows.x, rows.capacity, rows.scales, rows.topk_slots = x, capacity, scales, None
         rows.topk_weights, rows.source_rank, rows.source_token = None, source_rank, source_token
         check(lib.nep_handle_bind_output(handle.pointer, self._at["rows"]))
 
-    def recv_raw(self, handle, x, capacity, scales, slots, weights, source_rank, source_token, stream):
+    def recv_raw(self, handle: Handle, x: Address, capacity: int, scales: Address, slots: Address, weights: Address,
+                 source_rank: Address, source_token: Address, stream: Address) -> None:
         """nep_dispatch_recv with addresses."""
         rows = self.rows
         rows.x, rows.capacity, rows.scales, rows.topk_slots = x, capacity, scales, slots
         rows.topk_weights, rows.source_rank, rows.source_token = weights, source_rank, source_token
         check(lib.nep_dispatch_recv(self.pointer, handle.pointer, self._at["rows"], stream))
 
-    def combine_send_raw(self, handle, y, weights, stream, token_weights=None):
+    def combine_send_raw(self, handle: Handle, y: Address, weights: Address, stream: Address,
+                         token_weights: Address = None) -> None:
         """nep_combine_send with addresses."""
         rows = self.expert_rows
         rows.y, rows.topk_weights, rows.token_weights = y, weights, token_weights
         check(lib.nep_combine_send(self.pointer, handle.pointer, self._at["expert_rows"], stream))
 
-    def combine_recv_raw(self, handle, y, weights, bias, stream):
+    def combine_recv_raw(self, handle: Handle, y: Address, weights: Address, bias: Sequence[Address],
+                         stream: Address) -> None:
         """nep_combine_recv with addresses; bias: two of them."""
         sums = self.sums
         sums.num_tokens, sums.y, sums.topk_weights = handle.num_tokens, y, weights
         sums.bias[0], sums.bias[1] = bias
         check(lib.nep_combine_recv(self.pointer, handle.pointer, self._at["sums"], stream))
 
-    def dispatch_raw(self, handle, num_tokens, x, scales, ids, id_type, weights, out, out_rows, out_scales, stream):
+    def dispatch_raw(self, handle: Handle, num_tokens: int, x: Address, scales: Address, ids: Address, id_type: int,
+                     weights: Address, out: Address, out_rows: int, out_scales: Address, stream: Address) -> None:
         """nep_dispatch with addresses: both halves in one call, rows and scales alone."""
         tokens, rows = self.tokens, self.rows
         tokens.num_tokens, tokens.layer, tokens.x, tokens.scales = num_tokens, 0, x, scales
@@ -185,7 +193,8 @@ class Ep(Owner):
         check(lib.nep_dispatch(self.pointer, handle.pointer, self._at["tokens"], self._at["rows"], stream))
         handle.num_tokens = num_tokens
 
-    def combine_raw(self, handle, y, weights, out, out_weights, bias, stream):
+    def combine_raw(self, handle: Handle, y: Address, weights: Address, out: Address, out_weights: Address,
+                    bias: Sequence[Address], stream: Address) -> None:
         """nep_combine with addresses: both halves in one call."""
         rows, sums = self.expert_rows, self.sums
         rows.y, rows.topk_weights, rows.token_weights = y, weights, None
@@ -363,7 +372,7 @@ class Ep(Owner):
         """Deadline of the waits of later calls; 0: the communicator's."""
         check(lib.nep_ep_set_timeout(self.pointer, int(seconds * 1e9)))
 
-    def resume(self) -> tuple:
+    def resume(self) -> Tuple[int, int]:
         """After Comm.recover: (first operation that is to be done again, number of the next)."""
         first, following = ctypes.c_uint64(), ctypes.c_uint64()
         check(lib.nep_ep_resume(self.pointer, ctypes.addressof(first), ctypes.addressof(following)))
@@ -390,6 +399,7 @@ class Ep(Owner):
         return num.value
 
     def record_stop(self) -> None:
+        """Forgets what was recorded."""
         lib.nep_ep_record_stop(self.pointer)
 
     def stage_map(self, map: Any, op: int) -> int:
@@ -445,6 +455,6 @@ class Buffer(Owner):
         import torch
         if self.is_cuda:
             return torch.as_tensor(self.memory, device="cuda")
-        whole = (ctypes.c_uint8 * self.num_bytes).from_address(self.pointer)
+        whole: Any = (ctypes.c_uint8 * self.num_bytes).from_address(self.pointer)
         whole.owner = self
         return torch.frombuffer(whole, dtype=torch.uint8)

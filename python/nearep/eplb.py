@@ -3,12 +3,12 @@
 
 Results are torch tensors where the weights are, else nested lists.
 """
-from typing import Any, Tuple
+from typing import Any, List, Tuple
 
 from .maps import Map
 
 
-def _rows(weight):
+def _rows(weight: Any) -> List[List[float]]:
     if hasattr(weight, "tolist"):
         weight = weight.tolist()
     return [[float(value) for value in row] for row in weight]
@@ -17,7 +17,7 @@ def _rows(weight):
 def tables(map: Map) -> Tuple[list, list, list]:
     """(phy2log [layers][slots], log2phy [layers][experts][most copies], -1 = none, logcnt [layers][experts])."""
     slots = map.slots()
-    copies = [[[] for _ in range(map.shape.num_experts)] for _ in slots]
+    copies: List[List[List[int]]] = [[[] for _ in range(map.shape.num_experts)] for _ in slots]
     for layer, row in enumerate(slots):
         for slot, expert in enumerate(row):
             if expert >= 0:
@@ -27,15 +27,16 @@ def tables(map: Map) -> Tuple[list, list, list]:
             [[len(found) for found in row] for row in copies])
 
 
-def _give(map, like):
+def _give(map: Map, like: Any) -> Tuple[Any, Any, Any]:
     found = tables(map)
     if type(like).__module__ != "torch":
         return found
     import torch
-    return tuple(torch.tensor(part, dtype=torch.int64) for part in found)
+    a, b, c = (torch.tensor(part, dtype=torch.int64) for part in found)
+    return a, b, c
 
 
-def _nodes(num_replicas, num_nodes, num_gpus):
+def _nodes(num_replicas: int, num_nodes: int, num_gpus: int) -> Tuple[List[int], int]:
     if num_gpus % num_nodes or num_replicas % num_gpus:
         raise ValueError(f"nearep: {num_replicas} replicas on {num_gpus} GPUs of {num_nodes} nodes do not "
                          "divide evenly")
@@ -92,7 +93,7 @@ def rebalance_experts_by_pairs(pairs: Any, num_replicas: int, num_nodes: int, nu
                                               max_imbalance=max_imbalance, seed=seed)
 
 
-def _spread(counts, samples):
+def _spread(counts: Any, samples: int) -> Any:
     """About `samples` pairs in proportion to their counts, largest remainders first."""
     listed = [(counts[a][b], a, b) for a in range(len(counts)) for b in range(a + 1, len(counts))
               if counts[a][b] > 0]

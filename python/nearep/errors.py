@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Failures of the library as exceptions; str() is its sentence: what, where, and what to do."""
+from typing import Dict, NoReturn, Optional, Tuple, Type
 
 
 class Error(RuntimeError):
@@ -8,7 +9,7 @@ class Error(RuntimeError):
     status = 0
     name = ""
 
-    def __init__(self, message, status=None, name=None):
+    def __init__(self, message: str, status: Optional[int] = None, name: str = ""):
         super().__init__(message)
         if status is not None:
             self.status, self.name = status, name
@@ -66,7 +67,7 @@ class InternalError(Error):
     """A fault of nearep itself; please report it."""
 
 
-_CLASSES = {
+_CLASSES: Dict[int, Tuple[str, Type[Error]]] = {
     -1: ("NEP_ERR_INVALID", InvalidError), -2: ("NEP_ERR_UNSUPPORTED", UnsupportedError),
     -3: ("NEP_ERR_BUSY", BusyError), -4: ("NEP_ERR_NOT_FOUND", NotFoundError),
     -5: ("NEP_ERR_FORMAT", FormatError), -6: ("NEP_ERR_OVERFLOW", RoomError),
@@ -77,7 +78,7 @@ _CLASSES = {
 }
 
 
-def raise_status(status, message):
+def raise_status(status: int, message: str) -> NoReturn:
     """Raises the exception of a status of nearep.h."""
     name, kind = _CLASSES.get(status, (f"status {status}", Error))
     raise kind(message or name, status, name)

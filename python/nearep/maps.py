@@ -10,6 +10,8 @@ from ._lib import Owner, check, create, lib, sized, text
 
 
 class MapShape(NamedTuple):
+    """ranks_per_node: [N]; slots_per_rank: L."""
+
     num_layers: int
     num_experts: int
     num_nodes: int
@@ -28,7 +30,7 @@ class Move(NamedTuple):
     is_staged: bool
 
 
-def _shape_struct(num_layers, num_experts, ranks_per_node, slots_per_rank):
+def _shape_struct(num_layers: int, num_experts: int, ranks_per_node: Sequence[int], slots_per_rank: int) -> Any:
     sizes = (ctypes.c_uint32 * len(ranks_per_node))(*ranks_per_node)
     struct = sized(_abi.nep_map_shape, num_layers=num_layers, num_experts=num_experts,
                    num_nodes=len(ranks_per_node), num_ranks=sum(ranks_per_node),
@@ -86,7 +88,7 @@ class Map(Owner):
             return cls.load(path)
 
     @classmethod
-    def solve(cls, trace, ranks_per_node: Sequence[int], *, slots_per_rank: int = 0,
+    def solve(cls, trace: Any, ranks_per_node: Sequence[int], *, slots_per_rank: int = 0,
               max_imbalance: float = 0.0, seed: int = 0, num_threads: int = 0,
               requests: Optional[Sequence[int]] = None, time_limit: float = 0.0,
               warm: Optional["Map"] = None, max_moves: int = 0) -> "Map":

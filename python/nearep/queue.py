@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The batch queue: which waiting request runs where, and when. Time is an argument."""
 import ctypes
-from typing import List, Optional, Sequence
+from typing import Any, List, Optional, Sequence
 
 from . import _abi
 from ._lib import Owner, check, create, lib, sized
@@ -24,7 +24,7 @@ class Queue(Owner):
         self.num_homes, self.home_slots = num_homes, home_slots
         self._ids = (ctypes.c_uint64 * home_slots)()
 
-    def _scores(self, scores):
+    def _scores(self, scores: Optional[Sequence[float]]) -> Any:
         if scores is None:
             return None
         if len(scores) != self.num_homes:

@@ -5,7 +5,7 @@ what a caller passes has already imported it.
 """
 import ctypes
 import sys
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple
 
 _TORCH = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32",
           "torch.float8_e4m3fn": "fp8", "torch.int32": "int32", "torch.int64": "int64",
@@ -31,14 +31,14 @@ class Array(NamedTuple):
     keep: Any
 
 
-def _product(shape):
+def _product(shape: Tuple[int, ...]) -> int:
     size = 1
     for extent in shape:
         size *= extent
     return size
 
 
-def _check_strides(shape, strides, itemsize):
+def _check_strides(shape: Tuple[int, ...], strides: Optional[Sequence[int]], itemsize: int) -> None:
     if strides is None or _product(shape) == 0:
         return
     expected = itemsize
@@ -48,7 +48,7 @@ def _check_strides(shape, strides, itemsize):
         expected *= extent
 
 
-def _from_torch(value):
+def _from_torch(value: Any) -> Array:
     if not value.is_contiguous():
         raise ValueError(f"nearep: a tensor of shape {tuple(value.shape)} is not contiguous: pass "
                          "tensor.contiguous()")
@@ -58,7 +58,7 @@ def _from_torch(value):
     return Array(value.data_ptr(), tuple(value.shape), dtype, value.is_cuda, value)
 
 
-def _from_interface(value, interface, is_cuda):
+def _from_interface(value: Any, interface: Dict[str, Any], is_cuda: bool) -> Array:
     dtype = _TYPESTR.get(interface["typestr"].lstrip("<|=>"))
     if dtype is None or interface["typestr"][0] == ">":
         raise ValueError(f"nearep: typestr {interface['typestr']} is no type that it knows")
@@ -81,7 +81,7 @@ _capsule = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule.restype, _capsule.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
 
 
-def _from_dlpack(value):
+def _from_dlpack(value: Any) -> Array:
     capsule = value.__dlpack__()
     tensor = _DLTensor.from_address(_capsule(capsule, b"dltensor"))
     dtype = _DL_CODES.get((tensor.code, tensor.bits))
@@ -97,7 +97,7 @@ def _from_dlpack(value):
                  (value, capsule))
 
 
-def _from_buffer(value):
+def _from_buffer(value: Any) -> Array:
     view = memoryview(value)
     dtype = _FORMAT.get(view.format.lstrip("@=<"))
     if dtype is None or not view.c_contiguous:
@@ -105,7 +105,7 @@ def _from_buffer(value):
     if view.readonly:
         raise ValueError("nearep: a read-only buffer has no address here: pass bytearray, array or NumPy")
     pointer = ctypes.addressof(ctypes.c_char.from_buffer(view)) if view.nbytes else 0
-    return Array(pointer, tuple(view.shape), dtype, False, view)
+    return Array(pointer, tuple(view.shape or ()), dtype, False, view)
 
 
 def array_of(value: Any) -> Array:

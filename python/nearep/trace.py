@@ -6,13 +6,15 @@ Formats read here: what vLLM returns with enable_return_routed_experts (one arra
 in its per-token mode.
 """
 import ctypes
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from . import _abi
 from ._lib import Owner, check, create, lib, sized, text
 
 
 class TraceShape(NamedTuple):
+    """Sizes of a trace."""
+
     num_layers: int
     num_experts: int
     top_k: int
@@ -22,6 +24,8 @@ class TraceShape(NamedTuple):
 
 
 class Request(NamedTuple):
+    """A request of a trace: prefill tokens first, then decode, from first_token on."""
+
     domain: int
     prefill_tokens: int
     decode_tokens: int
@@ -43,6 +47,7 @@ class Trace(Owner):
                         for i in range(self.shape.num_domains)]
 
     def request(self, index: int) -> Request:
+        """The request of this number."""
         at = lib.nep_trace_request_at(self.pointer, index)
         if not at:
             raise IndexError(f"nearep: the trace has {self.shape.num_requests} requests, not {index + 1}")
@@ -96,7 +101,7 @@ class TraceWriter(Owner):
         check(lib.nep_trace_writer_save(self.pointer, text(path)))
 
 
-def _flatten(ids):
+def _flatten(ids: Any) -> List[int]:
     if hasattr(ids, "tolist"):
         ids = ids.tolist()
     flat = list(ids)
@@ -105,7 +110,7 @@ def _flatten(ids):
     return [int(value) for value in flat]
 
 
-def _shape_of(ids):
+def _shape_of(ids: Any) -> Tuple[int, ...]:
     shape = getattr(ids, "shape", None)
     if shape is not None:
         return tuple(int(extent) for extent in shape)
@@ -142,7 +147,7 @@ def from_vllm(requests: Iterable[Dict[str, Any]], path: Any, *, num_experts: int
 
 
 class _Collected:
-    def __init__(self):
+    def __init__(self) -> None:
         self.prefill: list = []
         self.decode: list = []
         self.next_position = 0
@@ -152,11 +157,11 @@ class _Batches:
     """Requests of a dump without request ids: a prefill at position 0 begins one; what comes at
     position p goes to the one that has been waiting longest in batch order for p."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.requests: List[_Collected] = []
         self._live: List[_Collected] = []
 
-    def _take(self, position, used):
+    def _take(self, position: int, used: Set[int]) -> _Collected:
         for found in self._live:
             if found.next_position == position and id(found) not in used:
                 return found
@@ -165,9 +170,10 @@ class _Batches:
         self._live.append(found)
         return found
 
-    def owners(self, record, lengths):
+    def owners(self, record: Dict[str, Any], lengths: List[int]) -> Iterator[_Collected]:
         """One _Collected for each token of a forward pass."""
-        positions, used, at = _flatten(record["positions"]), set(), 0
+        positions, at = _flatten(record["positions"]), 0
+        used: Set[int] = set()
         for length in lengths:
             if length == 0:
                 continue
@@ -181,14 +187,14 @@ class _Batches:
 _DECODE = 2  # SGLang's ForwardMode.DECODE
 
 
-def _lengths(record, num):
+def _lengths(record: Dict[str, Any], num: int) -> List[int]:
     lengths = record.get("extend_seq_lens")
     if lengths is None or record.get("forward_mode") == _DECODE:
         return [1] * num
     return _flatten(lengths)
 
 
-def _logical(ids, table):
+def _logical(ids: Any, table: Any) -> Any:
     if table is None:
         return ids
     return [[[row[value] if value >= 0 else -1 for value in token] for token in layer]
@@ -206,11 +212,13 @@ def from_sglang(dump: Any, path: Any, *, num_experts: int, model: str = "") -> i
     token belongs to: it is worked out from positions and the order in the batch, where two of equal
     length may be mistaken for each other; `rids`, which some branches write, are used if they are there.
     """
-    records, table = dump, None
+    records: Any = dump
+    table: Any = None
     if isinstance(dump, dict):
         records, table = dump["records"], dump.get("last_physical_to_logical_map")
         table = table.tolist() if hasattr(table, "tolist") else table
-    batches, named = _Batches(), {}
+    batches = _Batches()
+    named: Dict[Any, _Collected] = {}
     shape: Sequence[int] = ()
     for record in records:
         ids, found = record["topk_ids_of_layer"], _shape_of(record["topk_ids_of_layer"])

@@ -103,7 +103,7 @@ def figures(rank, ranks, tokens, hidden, top_k):
         y = buffer.combine(rows, handle)[0]
         for name, call in (("dispatch", lambda: buffer.dispatch(x, handle=handle)),
                            ("combine", lambda: buffer.combine(rows, handle)),
-                          ("library alone", lambda: handle.owned.seat.ep.dispatch_raw(
+                           ("library alone", lambda: handle.owned.seat.ep.dispatch_raw(
                               handle.owned.handle, num, x.data_ptr(), None, None, 0, None, rows.data_ptr(),
                               rows.shape[0], None, None))):
             for _ in range(5):

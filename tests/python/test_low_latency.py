@@ -253,7 +253,7 @@ def shrink(rank, ranks):
     must(status.tolist() == [int(r == 1) for r in range(ranks)], f"masks {status.tolist()}")
     for _ in range(3):
         x, count, handle, _, hook = buffer.low_latency_dispatch(mine.x, mine.ids, M, experts, use_fp8=False,
-                                                               return_recv_hook=True)
+                                                                return_recv_hook=True)
         hook()
         y = buffer.low_latency_combine(x, mine.ids, mine.weights, handle)[0]
         is_used = (mine.ids >= 0) & (torch.div(mine.ids, 2, rounding_mode="floor") != 1)

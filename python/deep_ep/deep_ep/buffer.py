@@ -202,7 +202,7 @@ class Buffer(Normal, LowLatency):
             raise ValueError(f"deep_ep: topk_idx has shape {tuple(topk_idx.shape)} of {topk_idx.dtype}; it must "
                              "be [T, K] of int64 or int32")
         with self._streams.on(topk_idx, previous_event, async_finish, allocate_on_comm_stream) as scope:
-            with scope.torch():
+            with scope.current():
                 if self._seats.placement is None:
                     found = contiguous_layout(topk_idx, num_experts, self._comm.topology)
                 else:

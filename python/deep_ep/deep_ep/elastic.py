@@ -139,7 +139,8 @@ class ElasticBuffer:
                 counts = result[3].inner.owned.seat.ep.dispatch_counts(result[3].inner.owned.handle)
                 cumulative_local_expert_recv_stats += torch.tensor(
                     counts.rows_per_slot, dtype=torch.int32, device=payload.x.device)
-            return (*result, scope.finish())
+            recv_x, recv_ids, recv_weights, new_handle = result
+            return recv_x, recv_ids, recv_weights, new_handle, scope.finish()
 
     def _handle(self, inner: NormalHandle, ids: torch.Tensor, num_experts: int, alignment: int, sync: bool, rows: int,
                 is_expanded: bool, num_sms: int, counts: Any) -> EPHandle:
@@ -165,7 +166,7 @@ class ElasticBuffer:
         return seat, handle
 
     def _by_rank(self, payload: Payload, ids: torch.Tensor, weights: Optional[torch.Tensor], num_experts: int,
-                 alignment: int, sync: bool, _padding: bool, num_sms: int, scope: Any) -> Tuple[Any, ...]:
+                 alignment: int, sync: bool, _padding: bool, num_sms: int, scope: Any) -> Any:
         buffer = self._buffer
         seat, handle = self._new(payload, ids, weights, num_experts, "rank", 0)
         buffer._send(seat, handle.owned, payload, ids, weights, scope)
@@ -175,7 +176,7 @@ class ElasticBuffer:
                                                     False, num_sms, counts)
 
     def _expanded(self, payload: Payload, ids: torch.Tensor, weights: Optional[torch.Tensor], num_experts: int,
-                  alignment: int, sync: bool, zero: bool, num_sms: int, scope: Any) -> Tuple[Any, ...]:
+                  alignment: int, sync: bool, zero: bool, num_sms: int, scope: Any) -> Any:
         seat, handle = self._new(payload, ids, weights, num_experts, "packed", alignment)
         self._buffer._send(seat, handle.owned, payload, ids, weights, scope)
         counts = seat.ep.dispatch_counts(handle.owned.handle) if sync else None
@@ -199,7 +200,7 @@ class ElasticBuffer:
         scope.keep(x, scales, weights)
         return x, scales, weights
 
-    def _again(self, payload: Payload, handle: EPHandle, zero: bool, scope: Any) -> Tuple[Any, ...]:
+    def _again(self, payload: Payload, handle: EPHandle, zero: bool, scope: Any) -> Any:
         inner = handle.inner
         if not handle.do_expand:
             x = self._buffer._dispatch_cached(payload, inner, scope)
@@ -253,7 +254,7 @@ class ElasticBuffer:
             inner.twins["ones"].is_idle = True
         return inner.twins["ones"], None
 
-    def _combine_expanded(self, x: torch.Tensor, handle: EPHandle, bias: Any, scope: Any) -> Tuple[Any, ...]:
+    def _combine_expanded(self, x: torch.Tensor, handle: EPHandle, bias: Any, scope: Any) -> Any:
         inner = handle.inner
         ep = inner.owned.seat.ep
         if tuple(x.shape) != (inner.num_rows, ep.hidden) or not x.is_contiguous():

@@ -12,7 +12,7 @@ combine sends the weights first, unless the dispatch was given them (topk_weight
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import nearep
 import torch
@@ -231,10 +231,10 @@ class LowLatency:
         recv_x = raw.view(kind).view(ep.slots_per_rank, -1, handle.shape[1])
         result = recv_x if scales is None else (recv_x, scales)
         if wants_hook:
-            return result, handle.count, handle, EventOverlap(), half.finish
+            return result, handle.counts, handle, EventOverlap(), half.finish
         half.finish()
-        scope.keep(x, ids, weights, handle.count, handle.source_token)
-        return result, handle.count, handle, scope.finish(), None
+        scope.keep(x, ids, weights, handle.counts, handle.source_token)
+        return result, handle.counts, handle, scope.finish(), None
 
     @staticmethod
     def _ll_scales(ep: Any, raw_scales: Optional[torch.Tensor], rows: int, device: torch.device
@@ -251,7 +251,7 @@ class LowLatency:
     def _ll_receive(self, seat: Seat, handle: LowLatencyHandle, landing: Tuple[torch.Tensor, Optional[torch.Tensor]],
                     scales: Optional[torch.Tensor],
                     stats: Tuple[Optional[torch.Tensor], Optional[torch.Tensor]], scope: Any) -> None:
-        ep, owned, count = seat.ep, handle.owned, handle.count
+        ep, owned, count = seat.ep, handle.owned, handle.counts
         raw, raw_scales = landing
         ep.recv_raw(owned.handle, _pointer(raw), seat.rows, _pointer(raw_scales), None, None,
                     _pointer(handle.source_rank), _pointer(handle.source_token), scope.pointer)
@@ -259,7 +259,7 @@ class LowLatency:
         received, cost = stats
         if cost is not None:
             self._add_waits(seat, cost)
-        with scope.torch():
+        with scope.current():
             if count.is_cuda:
                 if not hasattr(owned.handle, "device_count"):
                     view = torch.as_tensor(ep.device_counts(owned.handle), device=count.device)

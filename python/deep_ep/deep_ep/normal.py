@@ -42,6 +42,7 @@ class Payload:
 
     @property
     def kind(self) -> Kind:
+        """What an ep for it must be."""
         hidden = self.x.shape[1]
         if self.scales is None:
             return DTYPES[self.x.dtype], hidden, None
@@ -61,6 +62,7 @@ class Payload:
         return x, torch.empty(rows, self.scales.shape[1], dtype=self.scales.dtype, device=self.x.device)
 
     def give(self, x: torch.Tensor, scales: Optional[torch.Tensor]) -> Rows:
+        """[N, H], or with [N, S], as x came."""
         return (x, scales) if scales is not None and self.is_pair else x
 
 
@@ -214,7 +216,7 @@ class Normal:
     def _receive(self, seat: Seat, handle: NormalHandle, payload: Payload, has_topk: bool, worst: int, scope: Any
                  ) -> Tuple[Rows, Optional[torch.Tensor], Optional[torch.Tensor], Any]:
         """Completes a fresh dispatch; the sizes come first, outputs are allocated then."""
-        counts = None if worst else seat.ep.dispatch_counts(handle.owned.handle)
+        counts: Any = None if worst else seat.ep.dispatch_counts(handle.owned.handle)
         rows, device, top_k = worst or counts.num_rows, payload.x.device, seat.ep.top_k
         x, scales = payload.empty(rows, seat, scope)
         slots = weights = None
@@ -233,7 +235,7 @@ class Normal:
         handle.source_rank, handle.source_token = sources[0], sources[1]
         scope.keep(x, scales, slots, weights, sources)
         if slots is not None and handle.routing is not None:
-            with scope.torch():
+            with scope.current():
                 slots = slots.to(handle.routing[0].dtype)
             scope.keep(slots)
         return payload.give(x, scales), slots, weights, counts

@@ -3,7 +3,10 @@
 once. Blocks of an ep's pool are handed out as tensors and come back when their storage is freed; what
 does not fit is torch's memory, with one more move.
 """
+from __future__ import annotations
+
 import functools
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
@@ -12,19 +15,20 @@ LEAST = 1 << 23  # a tensor from a block costs the host some 60 us, a second mov
 
 
 @functools.lru_cache(maxsize=None)
-def element_size(dtype):
+def element_size(dtype: torch.dtype) -> int:
+    """Bytes of an element."""
     return torch.empty(0, dtype=dtype).element_size()
 
 
 class _Lease:
     """What a tensor's storage holds on to; its end gives the block back."""
 
-    def __init__(self, pool, block, num_bytes):
+    def __init__(self, pool: RowPool, block: Any, num_bytes: int):
         self._pool, self._block = pool, block
         self.__cuda_array_interface__ = {"data": (block.pointer, False), "shape": (num_bytes,),
                                          "typestr": "|u1", "version": 3}
 
-    def __del__(self):
+    def __del__(self) -> None:
         try:
             self._pool.num_lent -= 1
             self._pool.give_back(self._block)
@@ -35,20 +39,22 @@ class _Lease:
 class RowPool:
     """Of one ep. A block that comes back is used again after what the current stream had then."""
 
-    def __init__(self, ep, num_bytes):
-        self._ep, self._left = ep, num_bytes
+    def __init__(self, ep: Any, num_bytes: int):
+        self._ep: Optional[Any] = ep
+        self._left = num_bytes
         self.num_lent = 0
-        self._free = []  # (block, event)
-        self._events = {}
+        self._free: List[Tuple[Any, torch.cuda.Event]] = []
+        self._events: Dict[int, torch.cuda.Event] = {}
 
-    def give_back(self, block):
+    def give_back(self, block: Any) -> None:
+        """When nobody holds a tensor of it."""
         if self._ep is None or torch.cuda.is_current_stream_capturing():
             return  # a graph keeps the address for good
         event = self._events.setdefault(block.pointer, torch.cuda.Event())
         event.record()
         self._free.append((block, event))
 
-    def _block(self, num_bytes, stream):
+    def _block(self, num_bytes: int, stream: torch.cuda.Stream) -> Any:
         fits = [i for i, (block, _) in enumerate(self._free) if num_bytes <= block.num_bytes]
         if fits:
             best = min(fits, key=lambda i: self._free[i][0].num_bytes)
@@ -56,12 +62,13 @@ class RowPool:
             stream.wait_event(event)
             return block
         size = -(-num_bytes // GRAIN) * GRAIN
-        if size > self._left or torch.cuda.is_current_stream_capturing():
+        if self._ep is None or size > self._left or torch.cuda.is_current_stream_capturing():
             return None
         self._left -= size
         return self._ep.alloc(size)
 
-    def empty(self, rows, columns, dtype, stream):
+    def empty(self, rows: int, columns: int, dtype: torch.dtype, stream: torch.cuda.Stream
+              ) -> Optional[torch.Tensor]:
         """[rows, columns], or None when the pool has no room."""
         size = rows * columns * element_size(dtype)
         block = self._block(size, stream) if size >= LEAST else None
@@ -71,6 +78,7 @@ class RowPool:
         raw = torch.as_tensor(_Lease(self, block, size), device="cuda")
         return raw.view(dtype).view(rows, columns)
 
-    def close(self):
+    def close(self) -> None:
+        """Nothing is handed out or taken back any more."""
         self._ep = None
         self._free.clear()

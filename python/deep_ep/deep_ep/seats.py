@@ -14,7 +14,7 @@ made on, which is closed once they, and the tensors in its memory, are gone.
 from __future__ import annotations
 
 import os
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 
@@ -32,6 +32,7 @@ Shape = Tuple[int, int, int]
 
 
 def executor_of(tensor: torch.Tensor) -> str:
+    """Of the memory that it is in."""
     return "cuda" if tensor.is_cuda else "host"
 
 
@@ -69,6 +70,7 @@ class Seat:
             self.pool is None or self.pool.num_lent == 0)
 
     def close(self) -> None:
+        """Frees the ep; nothing of it may be in use."""
         if self.pool is not None:
             self.pool.close()
         self.free.clear()
