@@ -145,6 +145,13 @@ static enum nep_status adversary_window_create(struct nep_transport *transport, 
     return status;
 }
 
+static enum nep_status adversary_window_grant(struct nep_transport *transport, uint32_t window,
+                                              const struct nep_grant *grants, uint32_t num_grants)
+{
+    struct nep_adversary *adversary = (struct nep_adversary *)transport;
+    return adversary->inner->ops->window_grant(adversary->inner, window, grants, num_grants);
+}
+
 static void adversary_window_destroy(struct nep_transport *transport, uint32_t window)
 {
     struct nep_adversary *adversary = (struct nep_adversary *)transport;
@@ -236,6 +243,7 @@ const struct nep_transport_ops nep_adversary_ops = {
     .create = adversary_create,
     .close = adversary_close,
     .window_create = adversary_window_create,
+    .window_grant = adversary_window_grant,
     .window_destroy = adversary_window_destroy,
     .window_retire = adversary_window_retire,
     .peer_window = adversary_peer_window,

@@ -52,6 +52,16 @@ enum nep_status nep_unsupported_put(struct nep_transport *transport, const struc
     return nep_fail(NEP_ERR_UNSUPPORTED, "transport %s has no put", transport->ops->name);
 }
 
+enum nep_status nep_open_window_grant(struct nep_transport *transport, uint32_t window,
+                                      const struct nep_grant *grants, uint32_t num_grants)
+{
+    (void)transport;
+    (void)window;
+    (void)grants;
+    (void)num_grants;
+    return NEP_OK;
+}
+
 void nep_unsupported_window_retire(struct nep_transport *transport, uint32_t window,
                                    size_t keep_offset, size_t keep_bytes)
 {

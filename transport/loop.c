@@ -198,6 +198,7 @@ const struct nep_transport_ops nep_loop_ops = {
     .create = loop_create,
     .close = loop_close,
     .window_create = loop_window_create,
+    .window_grant = nep_open_window_grant,
     .window_destroy = loop_window_destroy,
     .window_retire = loop_window_retire,
     .peer_window = nep_mapped_peer_window,

@@ -331,6 +331,7 @@ const struct nep_transport_ops nep_shm_ops = {
     .create = shm_create,
     .close = shm_close,
     .window_create = shm_window_create,
+    .window_grant = nep_open_window_grant,
     .window_destroy = shm_window_destroy,
     .window_retire = shm_window_retire,
     .peer_window = nep_mapped_peer_window,

@@ -83,13 +83,22 @@ struct nep_put {
     bool is_silent; /* no announcement; only with NEP_CAP_SILENT: to compare with plain writes */
 };
 
+/* A part of a window that `rank` may write. */
+struct nep_grant {
+    uint32_t rank;
+    uint64_t offset;
+    uint64_t bytes;
+};
+
+enum { NEP_MAX_GRANTS = 4 };
+
 struct nep_transport_stats {
     uint64_t puts;          /* posted */
     uint64_t put_bytes;     /* payload */
     uint64_t work_requests; /* what the device saw, where that differs */
     uint64_t arrivals;
     uint64_t retries;
-    uint64_t refused; /* messages that named no window or no place in it: dropped */
+    uint64_t refused; /* messages that named no window or no place of theirs in it: dropped */
 };
 
 struct nep_transport_ops {
@@ -113,6 +122,15 @@ struct nep_transport_ops {
      */
     enum nep_status (*window_create)(struct nep_transport *transport, uint32_t window,
                                      void **base_p, size_t bytes);
+    /*
+     * Not collective; before window_create, of which it becomes a part. Each grant is a part of
+     * this rank's window that a peer may write over the fabric, NEP_MAX_GRANTS for each peer at
+     * most; a window that nothing was said of is open to all. What a peer writes elsewhere is
+     * refused and never lands: counted and held against it, or its connection ends. Ranks that map
+     * the window are not held back by this.
+     */
+    enum nep_status (*window_grant)(struct nep_transport *transport, uint32_t window,
+                                    const struct nep_grant *grants, uint32_t num_grants);
     /* Not collective. Peers must have stopped using it. */
     void (*window_destroy)(struct nep_transport *transport, uint32_t window);
     /*
@@ -165,6 +183,9 @@ uint32_t nep_transport_caps(const char *name);
 /* Fill entries a transport does not have; they return NEP_ERR_UNSUPPORTED naming the transport. */
 enum nep_status nep_unsupported_put(struct nep_transport *transport, const struct nep_put *put,
                                     uint64_t *number_p);
+/* For transports whose peers map the windows: there is nobody to hold back. */
+enum nep_status nep_open_window_grant(struct nep_transport *transport, uint32_t window,
+                                      const struct nep_grant *grants, uint32_t num_grants);
 void nep_unsupported_window_retire(struct nep_transport *transport, uint32_t window,
                                    size_t keep_offset, size_t keep_bytes); /* destroys it */
 void *nep_unsupported_peer_window(struct nep_transport *transport, uint32_t window, uint32_t rank);

@@ -68,6 +68,8 @@ static void ux_free(struct nep_ucx *ux)
     }
     for (int i = 0; i < NEP_UCX_WINDOWS; i++) {
         free(ux->windows[i].bytes);
+        nep_grants_free(&ux->windows[i].grants);
+        nep_grants_free(&ux->windows[i].next_grants);
     }
     pthread_mutex_destroy(&ux->queue_lock);
     free(ux->peers);
@@ -184,12 +186,27 @@ static enum nep_status window_prepare(struct nep_ucx *ux, uint32_t number, void 
         return nep_fail(NEP_ERR_INVALID, "transport ucx: window %u is %s", number,
                         number >= NEP_UCX_WINDOWS ? "not a number below 64" : "in use");
     }
+    enum nep_status status = nep_grants_check(&ux->windows[number].next_grants, bytes);
+    if (status != NEP_OK) {
+        return status;
+    }
     made->base = base;
     made->bytes = calloc(ux->num_ranks, sizeof *made->bytes);
     if (made->bytes == NULL) {
         return nep_fail(NEP_ERR_NO_MEMORY, "transport ucx: no memory for a window's sizes");
     }
     return window_map(ux, base, bytes, &made->memory);
+}
+
+static enum nep_status window_grant(struct nep_transport *transport, uint32_t number,
+                                    const struct nep_grant *grants, uint32_t num_grants)
+{
+    struct nep_ucx *ux = (struct nep_ucx *)transport;
+    if (number >= NEP_UCX_WINDOWS) {
+        return nep_fail(NEP_ERR_INVALID, "transport ucx: window %u is not a number below 64",
+                        number);
+    }
+    return nep_grants_set(&ux->windows[number].next_grants, ux->num_ranks, grants, num_grants);
 }
 
 static void window_open(struct nep_ucx *ux, struct nep_ucx_window *window,
@@ -201,6 +218,9 @@ static void window_open(struct nep_ucx *ux, struct nep_ucx_window *window,
     window->bytes = made->bytes;
     window->memory = made->memory;
     window->num_receiving = 0;
+    nep_grants_free(&window->grants);
+    window->grants = window->next_grants;
+    window->next_grants = (struct nep_grants){.num = NULL};
     /* Release: pairs with the acquires in ucx_recv.c, check_header, and in find_window. */
     atomic_store_explicit(&window->alive, true, memory_order_release);
     nep_ucx_release(ux);
@@ -449,6 +469,7 @@ const struct nep_transport_ops nep_ucx_ops = {
     .create = transport_create,
     .close = transport_close,
     .window_create = window_create,
+    .window_grant = window_grant,
     .window_destroy = window_destroy,
     .window_retire = nep_unsupported_window_retire,
     .peer_window = peer_window,

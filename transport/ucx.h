@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Inside of transport `ucx`, shared by its files: ucx_lib.c (the library, loaded at run time),
- * ucx_connect.c (addresses, endpoints, leaving), ucx_send.c, ucx_recv.c, ucx_thread.c (who drives
- * the worker) and ucx.c (the operations table, windows, status of peers).
+ * ucx_connect.c (addresses, endpoints, leaving), ucx_pass.c (who is who), ucx_send.c, ucx_recv.c,
+ * ucx_thread.c (who drives the worker) and ucx.c (the operations table, windows, status of peers).
  */
 #ifndef NEP_TRANSPORT_UCX_H
 #define NEP_TRANSPORT_UCX_H
@@ -11,7 +11,7 @@
 #include <stdatomic.h>
 #include <ucp/api/ucp.h>
 
-#include "transport/transport.h"
+#include "transport/grants.h"
 
 /* ---- ucx_lib.c ---------------------------------------------------------------------------- */
 
@@ -68,7 +68,7 @@ enum {
 
 /* Before each piece of a put. 40 bytes without holes; UCX itself needs one byte order in a job. */
 struct nep_ucx_header {
-    uint32_t nonce; /* of this communicator: late messages of another one are refused */
+    uint32_t pass; /* of this communicator, sender and receiver: see nep_ucx_peer */
     uint32_t src;
     uint32_t window;
     uint32_t imm;
@@ -116,6 +116,9 @@ enum nep_ucx_state {
 struct nep_ucx_peer {
     struct nep_ucx *ux;
     uint32_t rank;
+    /* What its messages here, and mine to it, begin with. The two of us alone know them, so a rank
+     * cannot speak for another one; late messages of another communicator have others. */
+    uint32_t pass_from, pass_to;
     ucp_ep_h ep;             /* holder of the worker only */
     bool close_ep;           /* holder only: failed, to be closed outside the handler */
     _Atomic int state;       /* enum nep_ucx_state */
@@ -127,7 +130,7 @@ struct nep_ucx_peer {
     struct nep_ucx_partial *partials; /* holder only */
     uint32_t num_partials;
     bool beat_pending;                 /* holder only: the last beat is still on its way */
-    struct nep_ucx_header beat;        /* UCX reads it until the beat completes */
+    struct nep_ucx_header word;        /* of beats and of the goodbye: UCX reads it as it sends */
     _Atomic uint64_t completed;        /* see nep_transport_ops.completed */
     uint64_t posted;                   /* below: under queue_lock */
     struct nep_ucx_send *first, *last; /* not completed, in order of their numbers */
@@ -154,7 +157,9 @@ struct nep_ucx_window {
     void *base;
     uint64_t *bytes; /* [num_ranks] */
     ucp_mem_h memory;
-    uint32_t num_receiving; /* holder only: rendezvous that write into it now */
+    struct nep_grants grants;      /* holder only, while it is alive */
+    struct nep_grants next_grants; /* of the next window of this number */
+    uint32_t num_receiving;        /* holder only: rendezvous that write into it now */
 };
 
 struct nep_ucx {
@@ -162,7 +167,6 @@ struct nep_ucx {
     struct nep_ucx_lib lib;
     struct nep_transport_params params;
     uint32_t rank, num_ranks;
-    uint32_t nonce;
     int pid; /* a fork()ed child must not touch UCX */
 
     ucp_context_h context;
@@ -209,6 +213,20 @@ void nep_ucx_beat(struct nep_ucx *ux);
 /* The peer is gone; its endpoint is closed by the next nep_ucx_close_failed. */
 void nep_ucx_peer_fail(struct nep_ucx_peer *peer, ucs_status_t status);
 void nep_ucx_close_failed(struct nep_ucx *ux);
+
+/* ---- ucx_pass.c --------------------------------------------------------------------------- */
+
+enum { NEP_UCX_KEY_BYTES = 32 };
+struct nep_ucx_keys {
+    uint8_t open[NEP_UCX_KEY_BYTES];
+    uint8_t secret[NEP_UCX_KEY_BYTES];
+};
+
+enum nep_status nep_ucx_keys_make(struct nep_ucx_keys *keys);
+/* Fills in pass_from and pass_to of a peer from its open key. */
+enum nep_status nep_ucx_pass_agree(struct nep_ucx *ux, const struct nep_ucx_keys *keys,
+                                   uint32_t rank, const uint8_t open[NEP_UCX_KEY_BYTES]);
+void nep_ucx_keys_forget(struct nep_ucx_keys *keys);
 
 /* ---- ucx_recv.c --------------------------------------------------------------------------- */
 

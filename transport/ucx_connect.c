@@ -19,7 +19,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/random.h>
 #include <unistd.h>
 
 #include "base/backoff.h"
@@ -184,6 +183,7 @@ static enum nep_status endpoint_open(struct nep_ucx *ux, struct nep_ucx_peer *pe
         return nep_fail(NEP_ERR_IO, "transport ucx: rank %u found no way to rank %u: %s", ux->rank,
                         peer->rank, ux->lib.ucs_status_string(status));
     }
+    peer->word = (struct nep_ucx_header){.pass = peer->pass_to, .src = ux->rank};
     atomic_store(&peer->heard_ns, nep_now_ns());
     atomic_store(&peer->state, NEP_UCX_ALIVE);
     return NEP_OK;
@@ -304,32 +304,50 @@ static enum nep_status connect_peers(struct nep_ucx *ux, const char *addresses, 
 
 struct hello {
     uint32_t address_len;
-    uint32_t nonce; /* rank 0's counts */
+    uint8_t key[NEP_UCX_KEY_BYTES];
 };
+
+/* What a rank says of itself before its address: checked, and taken. *stride_p: the longest. */
+static enum nep_status take_hellos(struct nep_ucx *ux, const struct nep_ucx_keys *keys,
+                                   const struct hello *hellos, size_t *stride_p)
+{
+    enum nep_status result = NEP_OK;
+    *stride_p = 0;
+    for (uint32_t i = 0; result == NEP_OK && i < ux->num_ranks; i++) {
+        if (hellos[i].address_len == 0 || hellos[i].address_len > MAX_ADDRESS) {
+            return nep_fail(NEP_ERR_MISMATCH, "rank %u announced a ucx address of %u bytes", i,
+                            hellos[i].address_len);
+        }
+        *stride_p = hellos[i].address_len > *stride_p ? hellos[i].address_len : *stride_p;
+        if (i != ux->rank) {
+            result = nep_ucx_pass_agree(ux, keys, i, hellos[i].key);
+        }
+    }
+    return result;
+}
 
 /* Gathers all addresses, each in a place of *stride_p bytes. */
 static enum nep_status gather_addresses(struct nep_ucx *ux, char **addresses_p, size_t *stride_p)
 {
     struct hello mine = {.address_len = (uint32_t)ux->address_len};
-    if (getrandom(&mine.nonce, sizeof mine.nonce, 0) != (ssize_t)sizeof mine.nonce) {
-        mine.nonce = (uint32_t)nep_now_ns();
-    }
+    struct nep_ucx_keys keys;
     struct hello *hellos = calloc(ux->num_ranks, sizeof *hellos);
-    if (hellos == NULL) {
-        return nep_fail(NEP_ERR_NO_MEMORY, "transport ucx: no memory for %u ranks", ux->num_ranks);
-    }
     enum nep_status result =
-        nep_bootstrap_allgather(ux->params.bootstrap, &mine, hellos, sizeof mine,
-                                ux->params.timeout_ns, "ucx address lengths");
-    size_t stride = 0;
-    for (uint32_t i = 0; result == NEP_OK && i < ux->num_ranks; i++) {
-        if (hellos[i].address_len == 0 || hellos[i].address_len > MAX_ADDRESS) {
-            result = nep_fail(NEP_ERR_MISMATCH, "rank %u announced a ucx address of %u bytes", i,
-                              hellos[i].address_len);
-        }
-        stride = hellos[i].address_len > stride ? hellos[i].address_len : stride;
+        hellos != NULL ? nep_ucx_keys_make(&keys)
+                       : nep_fail(NEP_ERR_NO_MEMORY, "transport ucx: no memory for %u ranks",
+                                  ux->num_ranks);
+    if (result != NEP_OK) {
+        free(hellos);
+        return result;
     }
-    ux->nonce = hellos[0].nonce;
+    memcpy(mine.key, keys.open, sizeof mine.key);
+    result = nep_bootstrap_allgather(ux->params.bootstrap, &mine, hellos, sizeof mine,
+                                     ux->params.timeout_ns, "ucx address lengths");
+    size_t stride = 0;
+    if (result == NEP_OK) {
+        result = take_hellos(ux, &keys, hellos, &stride);
+    }
+    nep_ucx_keys_forget(&keys);
     free(hellos);
     if (result != NEP_OK) {
         return result;
@@ -378,17 +396,16 @@ enum nep_status nep_ucx_connect(struct nep_ucx *ux)
 
 /* ---- leaving ------------------------------------------------------------------------------ */
 
-static void say_goodbye(struct nep_ucx *ux, struct nep_ucx_header *word)
+static void say_goodbye(struct nep_ucx *ux)
 {
     ucp_request_param_t none = {0};
-    *word = (struct nep_ucx_header){.nonce = ux->nonce, .src = ux->rank};
     for (uint32_t i = 0; i < ux->num_ranks; i++) {
         struct nep_ucx_peer *peer = &ux->peers[i];
         if (peer->ep == NULL || peer->close_ep) {
             continue;
         }
-        void *request =
-            ux->lib.ucp_am_send_nbx(peer->ep, NEP_UCX_AM_LEAVE, word, sizeof *word, NULL, 0, &none);
+        void *request = ux->lib.ucp_am_send_nbx(peer->ep, NEP_UCX_AM_LEAVE, &peer->word,
+                                                sizeof peer->word, NULL, 0, &none);
         if (UCS_PTR_IS_PTR(request)) {
             ux->lib.ucp_request_free(request);
         }
@@ -399,14 +416,13 @@ void nep_ucx_leave(struct nep_ucx *ux)
 {
     uint64_t bound_ns = ux->params.timeout_ns < LEAVE_NS ? ux->params.timeout_ns : LEAVE_NS;
     uint64_t deadline_ns = nep_deadline_ns(bound_ns);
-    struct nep_ucx_header word; /* UCX reads it until the endpoints are closed, below */
     void **requests = calloc(ux->num_ranks, sizeof *requests);
     ucs_status_t *flushed = calloc(ux->num_ranks, sizeof *flushed);
     nep_ucx_hold(ux);
     if (requests != NULL && flushed != NULL) {
         nep_ucx_pump(ux);
         flush_all(ux, nep_left_ns(deadline_ns), requests, flushed);
-        say_goodbye(ux, &word);
+        say_goodbye(ux);
         flush_all(ux, nep_left_ns(deadline_ns), requests, flushed);
     }
     for (uint32_t i = 0; i < ux->num_ranks; i++) {

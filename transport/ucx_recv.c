@@ -5,8 +5,9 @@
  * the payload is received right into the window. Either way the sink hears of a put once, after its
  * bytes are in place.
  *
- * Nothing in a header is believed: a message of another communicator, of no rank, for no window, or
- * that would not fit is dropped, counted, logged, and held against its sender in peer_status.
+ * Nothing in a header is believed: a message of no rank, of another communicator, for no window, or
+ * for a place where its sender has no slot is dropped, counted, logged, and held against its
+ * sender in peer_status.
  *
  * All of this runs inside ucp_worker_progress, so by the holder of the worker (ucx_thread.c).
  */
@@ -21,9 +22,16 @@
 
 enum { REFUSALS_LOGGED = 8, MAX_PARTIALS = 4096 };
 
+/* It comes from the rank that it names. */
+static bool is_known(const struct nep_ucx *ux, const struct nep_ucx_header *header)
+{
+    return header->src < ux->num_ranks && header->src != ux->rank &&
+           header->pass == ux->peers[header->src].pass_from;
+}
+
 static void refuse(struct nep_ucx *ux, const struct nep_ucx_header *header, const char *why)
 {
-    if (header->src < ux->num_ranks && header->nonce == ux->nonce) {
+    if (is_known(ux, header)) {
         atomic_store_explicit(&ux->peers[header->src].misbehaved, true, memory_order_relaxed);
     }
     if (atomic_fetch_add_explicit(&ux->num_refused, 1, memory_order_relaxed) < REFUSALS_LOGGED) {
@@ -44,12 +52,12 @@ static struct nep_ucx_window *check_header(struct nep_ucx *ux, const void *bytes
         return NULL;
     }
     memcpy(header, bytes, sizeof *header);
-    if (header->nonce != ux->nonce) {
-        refuse(ux, header, "it belongs to another communicator");
-        return NULL;
-    }
     if (header->src >= ux->num_ranks || header->src == ux->rank) {
         refuse(ux, header, "no such rank sends here");
+        return NULL;
+    }
+    if (!is_known(ux, header)) {
+        refuse(ux, header, "it is of another communicator, or of another rank");
         return NULL;
     }
     struct nep_ucx_window *window = &ux->windows[header->window % NEP_UCX_WINDOWS];
@@ -70,6 +78,10 @@ static struct nep_ucx_window *check_header(struct nep_ucx *ux, const void *bytes
     if (header->num_pieces == 0 || header->len != len || header->offset > bytes_here ||
         header->len > bytes_here - header->offset) {
         refuse(ux, header, "it does not fit into the window");
+        return NULL;
+    }
+    if (!nep_grants_allow(&window->grants, header->src, header->offset, header->len)) {
+        refuse(ux, header, "that rank has no slot there");
         return NULL;
     }
     return window;
@@ -236,7 +248,7 @@ ucs_status_t nep_ucx_on_put(void *arg, const void *header, size_t header_len, vo
     return UCS_OK;
 }
 
-/* Heartbeats and goodbyes carry the same header with only nonce and src set. */
+/* Heartbeats and goodbyes carry the same header with only pass and src set. */
 static struct nep_ucx_peer *on_word(struct nep_ucx *ux, const void *header, size_t header_len)
 {
     struct nep_ucx_header head;
@@ -244,8 +256,8 @@ static struct nep_ucx_peer *on_word(struct nep_ucx *ux, const void *header, size
         return NULL;
     }
     memcpy(&head, header, sizeof head);
-    if (head.nonce != ux->nonce || head.src >= ux->num_ranks || head.src == ux->rank) {
-        refuse(ux, &head, "it belongs to another communicator");
+    if (!is_known(ux, &head)) {
+        refuse(ux, &head, "it is of another communicator, or of another rank");
         return NULL;
     }
     struct nep_ucx_peer *peer = &ux->peers[head.src];

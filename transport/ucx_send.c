@@ -190,7 +190,7 @@ enum nep_status nep_ucx_send_push(struct nep_ucx *ux, const struct nep_put *put,
         .number = number,
         .src = put->len != 0 ? put->src : NULL,
         .memory = put->len != 0 ? window->memory : NULL,
-        .header = {.nonce = ux->nonce,
+        .header = {.pass = peer->pass_to,
                    .src = ux->rank,
                    .window = put->window,
                    .imm = put->imm,
@@ -270,9 +270,8 @@ void nep_ucx_beat(struct nep_ucx *ux)
             .cb.send = on_beat_sent,
             .user_data = peer,
         };
-        peer->beat = (struct nep_ucx_header){.nonce = ux->nonce, .src = ux->rank};
-        void *request = ux->lib.ucp_am_send_nbx(peer->ep, NEP_UCX_AM_BEAT, &peer->beat,
-                                                sizeof peer->beat, NULL, 0, &param);
+        void *request = ux->lib.ucp_am_send_nbx(peer->ep, NEP_UCX_AM_BEAT, &peer->word,
+                                                sizeof peer->word, NULL, 0, &param);
         if (UCS_PTR_IS_PTR(request)) {
             peer->beat_pending = true;
         } else if (UCS_PTR_STATUS(request) != UCS_OK) {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Any active message as a put over UCX: what a header says is written inside its window or not at
- * all, and never more than what came. Input: messages, each a byte for the length of the header (0
+ * Any active message as a put over UCX: what a header says is written in a slot of its sender or
+ * not at all, and never more than what came. Input: messages, each a byte for the length of the header (0
  * to 63; 40 is right), that header, a byte for the length of the payload, that payload. A byte with
  * its top bit set makes identity and window right, since few inputs would guess them.
  */
@@ -12,7 +12,7 @@
 
 #include "transport/ucx.h"
 
-enum { NUM_RANKS = 3, GUARD = 64, WINDOW = 64, NUMBER = 3, RIGHT = 0x80 };
+enum { NUM_RANKS = 3, GUARD = 64, WINDOW = 64, NUMBER = 3, RIGHT = 0x80, NOBODYS = 40 };
 
 static char memory[GUARD + WINDOW + GUARD];
 static uint64_t num_heard;
@@ -31,10 +31,13 @@ static struct nep_ucx *receiver_create(void)
     PROMISE(ux != NULL);
     ux->rank = 1;
     ux->num_ranks = NUM_RANKS;
-    ux->nonce = 0x1234;
     ux->params.sink = sink;
     ux->peers = calloc(NUM_RANKS, sizeof *ux->peers);
     PROMISE(ux->peers != NULL);
+    ux->peers[0].pass_from = 0x1234;
+    ux->peers[2].pass_from = 0x4321;
+    const struct nep_grant grants[] = {{0, 0, NOBODYS}, {2, NOBODYS + 1, WINDOW - NOBODYS - 1}};
+    PROMISE(nep_grants_set(&ux->windows[NUMBER].grants, NUM_RANKS, grants, 2) == NEP_OK);
     ux->windows[NUMBER].base = memory + GUARD;
     ux->windows[NUMBER].bytes = bytes;
     ux->windows[NUMBER].life = 5;
@@ -57,6 +60,7 @@ static void receiver_destroy(struct nep_ucx *ux)
     for (uint32_t i = 0; i < NUM_RANKS; i++) {
         partials_free(ux->peers[i].partials);
     }
+    nep_grants_free(&ux->windows[NUMBER].grants);
     free(ux->peers);
     free(ux);
 }
@@ -93,8 +97,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
         if (is_right && header_len == sizeof(struct nep_ucx_header)) {
             struct nep_ucx_header head;
             memcpy(&head, bytes, sizeof head);
-            head.nonce = ux->nonce;
             head.src = head.src % 2 * 2;
+            head.pass = ux->peers[head.src].pass_from;
             head.window = NUMBER;
             head.life = 5;
             memcpy(bytes, &head, sizeof head);
@@ -106,6 +110,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
         for (size_t i = 0; i < GUARD; i++) {
             PROMISE(memory[i] == 0x11 && memory[GUARD + WINDOW + i] == 0x11);
         }
+        PROMISE(memory[GUARD + NOBODYS] == 0x11);
     }
     PROMISE(num_heard <= num_messages && num_heard == ux->num_arrivals);
     receiver_destroy(ux);

@@ -241,6 +241,8 @@ static void test_ucx_leaving_rank_delivers_and_is_named(void **state)
 
 /* ---- a rank lies -------------------------------------------------------------------------- */
 
+enum { PASS_0 = 0x1234, PASS_2 = 0x4321 };
+
 static uint32_t num_heard;
 
 static void count_sink(void *base, uint32_t dst, uint32_t src, uint32_t imm)
@@ -257,9 +259,10 @@ static struct nep_ucx *make_receiver(char *memory, uint64_t bytes)
     struct nep_ucx *ux = calloc(1, sizeof *ux);
     ux->rank = 1;
     ux->num_ranks = NUM_RANKS;
-    ux->nonce = 0x1234;
     ux->params.sink = count_sink;
     ux->peers = calloc(NUM_RANKS, sizeof *ux->peers);
+    ux->peers[0].pass_from = PASS_0;
+    ux->peers[2].pass_from = PASS_2;
     ux->windows[3].base = memory;
     ux->windows[3].bytes = calloc(NUM_RANKS, sizeof(uint64_t));
     ux->windows[3].bytes[1] = bytes;
@@ -277,7 +280,7 @@ static void test_ucx_forged_headers_write_nothing(void **state)
     memset(payload, 0x22, sizeof payload);
     char *window = memory + 64; /* guards on both sides */
     struct nep_ucx *ux = make_receiver(window, 64);
-    const struct nep_ucx_header good = {.nonce = 0x1234,
+    const struct nep_ucx_header good = {.pass = PASS_0,
                                         .src = 0,
                                         .window = 3,
                                         .offset = 16,
@@ -288,7 +291,7 @@ static void test_ucx_forged_headers_write_nothing(void **state)
     for (int i = 0; i < 12; i++) {
         bad[i] = good;
     }
-    bad[0].nonce++;
+    bad[0].pass++;
     bad[1].src = 1; /* the receiver itself */
     bad[2].src = NUM_RANKS;
     bad[3].window = 4;
@@ -313,6 +316,7 @@ static void test_ucx_forged_headers_write_nothing(void **state)
     struct nep_ucx_header late = good;
     late.life = 4;
     late.src = 2;
+    late.pass = PASS_2;
     nep_ucx_on_put(ux, &late, sizeof late, payload, 48, &param);
     assert_int_equal(atomic_load(&ux->num_refused), 15);
     assert_int_equal(num_heard, 0);
@@ -329,13 +333,101 @@ static void test_ucx_forged_headers_write_nothing(void **state)
     free(ux);
 }
 
+/* Each rank writes its own slots, under its own name. */
+static void test_ucx_another_ranks_slots_are_refused(void **state)
+{
+    (void)state;
+    char memory[64] = {0}, payload[16];
+    memset(payload, 0x22, sizeof payload);
+    struct nep_ucx *ux = make_receiver(memory, sizeof memory);
+    const struct nep_grant list[] = {{0, 0, 16}, {2, 16, 16}, {0, 48, 16}};
+    assert_int_equal(nep_grants_set(&ux->windows[3].grants, NUM_RANKS, list, 3), NEP_OK);
+    static const struct {
+        uint32_t pass, src, offset, len;
+        bool is_right;
+    } puts[] = {
+        {PASS_0, 0, 0, 16, true},   {PASS_0, 0, 48, 16, true}, {PASS_2, 2, 20, 12, true},
+        {PASS_0, 0, 63, 1, true},   {PASS_0, 0, 40, 0, true}, /* nothing, but an announcement */
+        {PASS_0, 0, 16, 16, false}, /* the other's */
+        {PASS_0, 2, 16, 16, false}, /* the same, under its name */
+        {PASS_0, 0, 8, 16, false},  /* half of it */
+        {PASS_0, 0, 32, 16, false}, /* nobody's */
+        {PASS_0, 0, 47, 1, false},  {PASS_2, 2, 0, 16, false}, {PASS_2, 2, 15, 2, false},
+        {PASS_2, 2, 31, 2, false},
+    };
+    ucp_am_recv_param_t param = {.recv_attr = 0};
+    uint32_t num_right = 0, num_wrong = 0;
+    num_heard = 0;
+    for (size_t i = 0; i < sizeof puts / sizeof puts[0]; i++) {
+        struct nep_ucx_header head = {.pass = puts[i].pass,
+                                      .src = puts[i].src,
+                                      .window = 3,
+                                      .offset = puts[i].offset,
+                                      .len = puts[i].len,
+                                      .life = 5,
+                                      .num_pieces = 1};
+        char before[64];
+        memcpy(before, memory, sizeof before);
+        nep_ucx_on_put(ux, &head, sizeof head, payload, puts[i].len, &param);
+        num_right += puts[i].is_right;
+        num_wrong += !puts[i].is_right;
+        assert_int_equal(num_heard, num_right);
+        assert_int_equal(atomic_load(&ux->num_refused), num_wrong);
+        if (!puts[i].is_right) {
+            assert_memory_equal(memory, before, sizeof before);
+        }
+    }
+    assert_true(atomic_load(&ux->peers[0].misbehaved));
+    nep_grants_free(&ux->windows[3].grants);
+    free(ux->windows[3].bytes);
+    free(ux->peers);
+    free(ux);
+}
+
+/* What two ranks agree on is one number for each way, and another one for every other pair. */
+static void test_ucx_passes_are_of_a_pair_and_a_way(void **state)
+{
+    (void)state;
+    struct nep_ucx ranks[NUM_RANKS];
+    struct nep_ucx_keys keys[NUM_RANKS];
+    for (uint32_t r = 0; r < NUM_RANKS; r++) {
+        ranks[r] = (struct nep_ucx){.rank = r, .num_ranks = NUM_RANKS};
+        ranks[r].peers = calloc(NUM_RANKS, sizeof *ranks[r].peers);
+        assert_int_equal(nep_ucx_keys_make(&keys[r]), NEP_OK);
+    }
+    uint32_t seen[NUM_RANKS * NUM_RANKS], num = 0;
+    for (uint32_t r = 0; r < NUM_RANKS; r++) {
+        for (uint32_t p = 0; p < NUM_RANKS; p++) {
+            if (p != r) {
+                assert_int_equal(nep_ucx_pass_agree(&ranks[r], &keys[r], p, keys[p].open), NEP_OK);
+                seen[num++] = ranks[r].peers[p].pass_to;
+            }
+        }
+    }
+    for (uint32_t r = 0; r < NUM_RANKS; r++) {
+        for (uint32_t p = 0; p < NUM_RANKS; p++) {
+            assert_int_equal(ranks[r].peers[p].pass_to, ranks[p].peers[r].pass_from);
+        }
+    }
+    for (uint32_t i = 0; i < num; i++) {
+        for (uint32_t j = 0; j < i; j++) {
+            assert_int_not_equal(seen[i], seen[j]); /* by chance: once in 2^28 runs */
+        }
+    }
+    static const uint8_t no_key[NEP_UCX_KEY_BYTES];
+    assert_int_equal(nep_ucx_pass_agree(&ranks[0], &keys[0], 1, no_key), NEP_ERR_MISMATCH);
+    for (uint32_t r = 0; r < NUM_RANKS; r++) {
+        free(ranks[r].peers);
+    }
+}
+
 /* Pieces in any order, those of two puts mixed: each put is announced with its last piece. */
 static void test_ucx_pieces_out_of_order_announce_once(void **state)
 {
     (void)state;
     char memory[64] = {0}, payload[8] = {1, 2, 3, 4, 5, 6, 7, 8};
     struct nep_ucx *ux = make_receiver(memory, 64);
-    struct nep_ucx_header piece = {.nonce = 0x1234, .src = 2, .window = 3, .len = 8, .life = 5};
+    struct nep_ucx_header piece = {.pass = PASS_2, .src = 2, .window = 3, .len = 8, .life = 5};
     static const struct {
         uint32_t put, offset, num_heard;
     } order[] = {{7, 16, 0}, {8, 32, 0}, {7, 0, 0}, {8, 40, 1}, {7, 8, 2}};
@@ -375,6 +467,8 @@ int main(void)
     nep_ucx_lib_close(&lib);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_ucx_forged_headers_write_nothing),
+        cmocka_unit_test(test_ucx_another_ranks_slots_are_refused),
+        cmocka_unit_test(test_ucx_passes_are_of_a_pair_and_a_way),
         cmocka_unit_test(test_ucx_pieces_out_of_order_announce_once),
         cmocka_unit_test(test_ucx_killed_rank_is_named_and_others_go_on),
         cmocka_unit_test(test_ucx_stopped_rank_misses_heartbeats),
