@@ -106,6 +106,9 @@ static const struct row rows[] = {
      "largest piece of memory registered at once; systems with an IOMMU refuse 2 GiB"},
     {"NEP_VERBS_RELAXED_ORDERING", SWITCH, NULL, FIELD(verbs_relaxed_ordering), "on", false,
      "let PCIe reorder writes of data; announcements are never reordered"},
+    {"NEP_VERBS_GUARD", SWITCH, NULL, FIELD(verbs_guard), "on", false,
+     "let each peer write its own slots alone: a registration of them, and a memory window for "
+     "each QP"},
     {"NEP_TRACE", TEXT, NULL, FIELD(trace), "", false,
      "where each rank writes what happened on its wire, when the communicator breaks or is "
      "destroyed; %r is the rank (added where it is missing), %p the process id, %h the host; "

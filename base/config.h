@@ -46,6 +46,7 @@ struct nep_config {
     uint64_t verbs_split_bytes;  /* NEP_VERBS_SPLIT: puts this long are split over the QPs */
     uint64_t verbs_chunk_bytes;  /* NEP_VERBS_CHUNK: largest memory registration */
     bool verbs_relaxed_ordering; /* NEP_VERBS_RELAXED_ORDERING */
+    bool verbs_guard;            /* NEP_VERBS_GUARD */
     char trace[256];             /* NEP_TRACE: path with %r, %p, %h */
     uint32_t trace_events;       /* NEP_TRACE_EVENTS; UINT32_MAX: the default */
     uint32_t adversary_seed;     /* NEP_ADVERSARY_SEED */

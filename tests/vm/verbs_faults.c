@@ -72,7 +72,7 @@ static int body_rkey(struct rank *rank, struct nep_transport *transport, struct 
 {
     if (rank->rank == 0) {
         uint64_t number;
-        inner(transport)->windows[WINDOW].remotes[1].rkeys[0] ^= 0x5a00;
+        inner(transport)->windows[WINDOW].remotes[1].ways[0].rkeys[0] ^= 0x5a00;
         RANK_CHECK(rank, put(transport, window, 0, 0, 64, &number) == NEP_OK, "put");
         const char *said = wait_lost(transport, 1, 60);
         RANK_CHECK(rank, said != NULL && strstr(said, "remote access error") != NULL, "%s",

@@ -38,6 +38,16 @@ static int post_send(struct ibv_qp *qp, struct ibv_send_wr *wr, struct ibv_send_
     return qp->context->ops.post_send(qp, wr, bad);
 }
 
+static struct ibv_mw *alloc_mw(struct ibv_pd *pd, enum ibv_mw_type type)
+{
+    return ibv_alloc_mw(pd, type);
+}
+
+static int dealloc_mw(struct ibv_mw *mw)
+{
+    return ibv_dealloc_mw(mw);
+}
+
 /* What the header's inline functions call; looked up again on each call, which is at set-up only:
  * the alternative is a global. */
 static void *symbol(const char *name)
@@ -135,6 +145,8 @@ enum nep_status nep_verbs_api_load(struct nep_verbs_api *api)
         .req_notify_cq = req_notify_cq,
         .post_srq_recv = post_srq_recv,
         .post_send = post_send,
+        .alloc_mw = alloc_mw,
+        .dealloc_mw = dealloc_mw,
         .memory_kind = nep_verbs_cuda_memory_kind,
         .dmabuf_of = nep_verbs_cuda_dmabuf_of,
     };

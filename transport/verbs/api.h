@@ -32,6 +32,8 @@ struct nep_verbs_api {
     struct ibv_mr *(*reg_dmabuf_mr)(struct ibv_pd *pd, uint64_t offset, size_t length,
                                     uint64_t iova, int fd, int access); /* NULL: too old */
     int (*dereg_mr)(struct ibv_mr *mr);
+    struct ibv_mw *(*alloc_mw)(struct ibv_pd *pd, enum ibv_mw_type type);
+    int (*dealloc_mw)(struct ibv_mw *mw);
     /*
      * Whose memory an address is: 0 and *is_device_p. Not of libibverbs: the CUDA driver knows, if
      * the process has loaded it.

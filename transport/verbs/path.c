@@ -184,6 +184,19 @@ static enum nep_status make_queues(struct nep_verbs *verbs, struct nep_verbs_pat
     return NEP_OK;
 }
 
+/* Memory windows that are bound to a QP: what the device says, and one to prove it. */
+static void find_bound_windows(const struct nep_verbs *verbs, struct nep_verbs_path *path)
+{
+    struct ibv_mw *mw = NULL;
+    if ((path->device_attr.device_cap_flags & IBV_DEVICE_MEM_WINDOW_TYPE_2B) != 0) {
+        mw = verbs->api.alloc_mw(path->pd, IBV_MW_TYPE_2);
+    }
+    path->has_bound_windows = mw != NULL;
+    if (mw != NULL) {
+        verbs->api.dealloc_mw(mw);
+    }
+}
+
 enum nep_status nep_verbs_path_open(struct nep_verbs *verbs, struct nep_verbs_path *path)
 {
     enum nep_status status = open_device(verbs, path);
@@ -205,6 +218,9 @@ enum nep_status nep_verbs_path_open(struct nep_verbs *verbs, struct nep_verbs_pa
     }
     if (status == NEP_OK) {
         status = make_queues(verbs, path);
+    }
+    if (status == NEP_OK) {
+        find_bound_windows(verbs, path);
     }
     return status; /* the caller closes what was made */
 }

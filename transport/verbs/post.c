@@ -150,7 +150,7 @@ static void append_piece(struct lists *lists, uint32_t qp_idx, const struct nep_
     const struct nep_verbs_window *window = &verbs->windows[put->window];
     const struct nep_verbs_remote *remote = &window->remotes[put->dst];
     const uint8_t *src = (const uint8_t *)put->src + at;
-    size_t from = qp->path * window->num_chunks, to = from;
+    size_t from = qp->path * window->num_chunks, to = qp_idx * window->num_chunks;
     if (bytes == 0) {
         return;
     }
@@ -164,7 +164,8 @@ static void append_piece(struct lists *lists, uint32_t qp_idx, const struct nep_
     wr->sg_list->length = (uint32_t)bytes;
     wr->sg_list->lkey = window->mrs[from]->lkey;
     wr->wr.rdma.remote_addr = remote->base + put->offset + at;
-    wr->wr.rdma.rkey = remote->rkeys[to];
+    const struct nep_verbs_way *way = nep_verbs_way_of(remote, put->offset + at, bytes);
+    wr->wr.rdma.rkey = way != NULL ? way->rkeys[to] : 0; /* check() has seen that there is one */
     if (bytes <= qp->max_inline && !window->is_device) { /* inline is read by the host */
         wr->send_flags |= IBV_SEND_INLINE;
     }
@@ -349,28 +350,37 @@ void nep_verbs_peer_pump(struct nep_verbs *verbs, struct nep_verbs_peer *peer)
 /* ---- messages of the transport itself ------------------------------------------------------- */
 
 static void post_single(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_t qp_idx,
-                        enum ibv_wr_opcode opcode, uint32_t imm)
+                        struct ibv_send_wr *wr)
 {
     struct nep_verbs_qp *qp = &peer->qps[qp_idx];
     qp->posted++;
     qp->put_of[qp->posted & verbs->put_mask] = 0;
-    struct ibv_send_wr wr = {.wr_id = NEP_VERBS_WR_SEND | qp->posted,
-                             .opcode = opcode,
-                             .send_flags = IBV_SEND_SIGNALED | IBV_SEND_SOLICITED,
-                             .imm_data = htobe32(imm)};
+    wr->wr_id = NEP_VERBS_WR_SEND | qp->posted;
+    wr->send_flags = IBV_SEND_SIGNALED | IBV_SEND_SOLICITED;
     struct ibv_send_wr *bad = NULL;
-    int error = verbs->api.post_send(qp->qp, &wr, &bad);
+    int error = verbs->api.post_send(qp->qp, wr, &bad);
     if (error != 0) {
         nep_verbs_qp_failed(verbs, peer, qp_idx, NULL, strerror(error));
     }
+}
+
+void nep_verbs_peer_bind(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_t qp_idx,
+                         struct ibv_mw *mw, uint32_t key, const struct ibv_mw_bind_info *info)
+{
+    struct ibv_send_wr wr = {.opcode = IBV_WR_BIND_MW};
+    wr.bind_mw.mw = mw;
+    wr.bind_mw.rkey = key;
+    wr.bind_mw.bind_info = *info;
+    post_single(verbs, peer, qp_idx, &wr);
 }
 
 void nep_verbs_peer_leave(struct nep_verbs *verbs, struct nep_verbs_peer *peer)
 {
     for (uint32_t q = 0; q < verbs->num_qps; q++) {
         if (room(verbs, &peer->qps[q]) > 0) {
-            post_single(verbs, peer, q, IBV_WR_RDMA_WRITE_WITH_IMM,
-                        (uint32_t)NEP_VERBS_LEAVE << 4 | 15);
+            struct ibv_send_wr wr = {.opcode = IBV_WR_RDMA_WRITE_WITH_IMM,
+                                     .imm_data = htobe32((uint32_t)NEP_VERBS_LEAVE << 4 | 15)};
+            post_single(verbs, peer, q, &wr);
             return;
         }
     }
@@ -381,7 +391,8 @@ void nep_verbs_peer_ping(struct nep_verbs *verbs, struct nep_verbs_peer *peer)
     for (uint32_t q = 0; q < verbs->num_qps; q++) {
         struct nep_verbs_qp *qp = &peer->qps[q];
         if (!qp->is_dead && qp->posted == qp->done) {
-            post_single(verbs, peer, q, IBV_WR_RDMA_WRITE, 0);
+            struct ibv_send_wr wr = {.opcode = IBV_WR_RDMA_WRITE};
+            post_single(verbs, peer, q, &wr);
         }
     }
 }

@@ -82,6 +82,14 @@ static enum nep_status check(const struct nep_verbs *verbs, const struct nep_put
             NEP_ERR_INVALID, "verbs: a put of %u bytes at %llu leaves the window of rank %u (%llu)",
             put->len, (unsigned long long)put->offset, put->dst, (unsigned long long)to);
     }
+    if (put->len > 0 && put->dst != verbs->rank &&
+        nep_verbs_way_of(&window->remotes[put->dst], put->offset, put->len) == NULL) {
+        return nep_fail(NEP_ERR_INVALID,
+                        "verbs: a put of %u bytes at %llu of window %u: rank %u lets this rank "
+                        "write elsewhere alone",
+                        put->len, (unsigned long long)put->offset, put->window,
+                        nep_transport_name(&verbs->params, put->dst));
+    }
     if (put->len > 0 && (src < window->base || src + put->len > window->base + window->bytes)) {
         return nep_fail(NEP_ERR_INVALID,
                         "verbs: the source of a put of %u bytes is outside the "

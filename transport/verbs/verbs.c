@@ -135,6 +135,10 @@ static void say_farewell(struct nep_verbs *verbs)
 static void destroy(struct nep_verbs *verbs)
 {
     nep_verbs_progress_stop(verbs);
+    for (uint32_t w = 0; w < NEP_VERBS_MAX_WINDOWS; w++) {
+        nep_verbs_gates_unbind(verbs, &verbs->windows[w]);
+        nep_grants_free(&verbs->grants[w]);
+    }
     nep_verbs_disconnect(verbs);
     for (uint32_t w = 0; w < NEP_VERBS_MAX_WINDOWS; w++) {
         nep_verbs_window_release(verbs, w);
@@ -179,8 +183,10 @@ static enum nep_status make_peers(struct nep_verbs *verbs)
 static enum nep_status open_paths(struct nep_verbs *verbs)
 {
     enum nep_status status = NEP_OK;
+    verbs->has_bound_windows = true;
     for (uint32_t p = 0; status == NEP_OK && p < verbs->num_paths; p++) {
         status = nep_verbs_path_open(verbs, &verbs->paths[p]);
+        verbs->has_bound_windows &= verbs->paths[p].has_bound_windows;
     }
     return status;
 }
@@ -332,6 +338,7 @@ const struct nep_transport_ops nep_verbs_ops = {
     .create = verbs_create,
     .close = verbs_close,
     .window_create = nep_verbs_window_create,
+    .window_grant = nep_verbs_window_grant,
     .window_destroy = nep_verbs_window_destroy,
     .window_retire = nep_unsupported_window_retire,
     .peer_window = verbs_peer_window,

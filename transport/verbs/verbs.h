@@ -14,7 +14,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
-#include "transport/transport.h"
+#include "transport/grants.h"
 #include "transport/verbs/api.h"
 
 enum {
@@ -118,6 +118,7 @@ struct nep_verbs_path {
     uint32_t num_unacked;  /* completion events not acknowledged yet; progress thread */
     uint32_t num_overruns; /* SRQ limit events; poll lock, as the next */
     bool is_unwatched;     /* the limit must be set again */
+    bool has_bound_windows;
     atomic_bool is_down;   /* the port; set by events */
     atomic_bool is_dead;   /* the device */
 };
@@ -177,11 +178,29 @@ struct nep_verbs_peer {
     struct nep_verbs_assembly parts[NEP_VERBS_MAX_QPS + 1]; /* by number of parts; poll lock */
 };
 
+/* A part of another rank's window that this rank may write. */
+struct nep_verbs_way {
+    uint64_t offset;
+    uint64_t bytes;
+    uint32_t *rkeys; /* [qp * num_chunks + chunk] */
+};
+
 /* A window of one rank, as a peer needs it. */
 struct nep_verbs_remote {
     uint64_t base;
     uint64_t bytes;
-    uint32_t *rkeys; /* [path * num_chunks + chunk] */
+    uint32_t num_ways;
+    struct nep_verbs_way ways[NEP_MAX_GRANTS];
+};
+
+/* A part of the own window that a peer may write: gate.c. */
+struct nep_verbs_gate {
+    uint32_t rank; /* UINT32_MAX: all */
+    uint64_t offset;
+    uint64_t bytes;
+    uint32_t *keys;      /* [qp * num_chunks + chunk], 0 where the gate is not */
+    struct ibv_mr **mrs; /* [path * num_chunks + chunk]; NULL: the window's are behind it */
+    struct ibv_mw **mws; /* [qp * num_chunks + chunk]; NULL: keys are those of registrations */
 };
 
 struct nep_verbs_window {
@@ -191,9 +210,12 @@ struct nep_verbs_window {
     size_t num_chunks; /* of the largest window of any rank */
     bool is_own_memory;
     bool is_device;      /* GPU memory: the host must not read it */
+    bool is_guarded;     /* peers write through gates of their own */
     struct ibv_mr **mrs; /* [path * num_chunks + chunk]; NULL past the end */
-    struct nep_verbs_remote *remotes;
-    uint32_t *rkeys;
+    struct nep_verbs_gate *gates;
+    uint32_t num_gates;
+    struct nep_verbs_remote *remotes; /* [num_ranks] */
+    uint32_t *rkeys;                  /* of their ways */
 };
 
 struct nep_verbs {
@@ -211,7 +233,9 @@ struct nep_verbs {
     uint64_t max_message_bytes;
     struct nep_verbs_path paths[NEP_VERBS_MAX_PATHS];
     struct nep_verbs_peer *peers; /* [num_ranks] */
+    bool has_bound_windows;   /* memory windows that are bound to a QP, on all paths */
     struct nep_verbs_window windows[NEP_VERBS_MAX_WINDOWS];
+    struct nep_grants grants[NEP_VERBS_MAX_WINDOWS]; /* of the window that is made next */
     pthread_mutex_t poll_lock;
     pthread_t thread;
     bool has_thread;
@@ -246,6 +270,8 @@ bool nep_verbs_qp_find(const struct nep_verbs_path *path, uint32_t qp_num, uint3
 
 /* ---- window.c ------------------------------------------------------------------------------- */
 
+enum nep_status nep_verbs_window_grant(struct nep_transport *transport, uint32_t window,
+                                       const struct nep_grant *grants, uint32_t num_grants);
 enum nep_status nep_verbs_window_create(struct nep_transport *transport, uint32_t window,
                                         void **base_p, size_t bytes);
 void nep_verbs_window_destroy(struct nep_transport *transport, uint32_t window);
@@ -254,6 +280,24 @@ void nep_verbs_window_release(struct nep_verbs *verbs, uint32_t window);
 /* The registration sentence for errno `error`: limits, rights, or what the device cannot do. */
 enum nep_status nep_verbs_register_failed(const char *device, const char *what, size_t bytes,
                                           int error);
+
+/* What all registrations of windows allow, remote writes apart. */
+unsigned nep_verbs_access(const struct nep_verbs *verbs);
+
+/* ---- gate.c --------------------------------------------------------------------------------- */
+
+/* Whether each peer can be held to its own part of this window. */
+bool nep_verbs_can_guard(const struct nep_verbs *verbs, const struct nep_verbs_window *window,
+                         const struct nep_grants *grants);
+/* Registers and binds; not collective. What was made of them stays for nep_verbs_gates_free. */
+enum nep_status nep_verbs_gates_make(struct nep_verbs *verbs, struct nep_verbs_window *window,
+                                     const struct nep_grants *grants);
+/* Takes the memory windows back, which must be gone before QPs and registrations. */
+void nep_verbs_gates_unbind(struct nep_verbs *verbs, struct nep_verbs_window *window);
+void nep_verbs_gates_free(struct nep_verbs *verbs, struct nep_verbs_window *window);
+/* Collective: fills in the ways of remotes. num_cards: the most gates of any rank. */
+enum nep_status nep_verbs_gates_exchange(struct nep_verbs *verbs, struct nep_verbs_window *window,
+                                         uint32_t num_cards);
 
 /* ---- send.c --------------------------------------------------------------------------------- */
 
@@ -265,6 +309,18 @@ static inline struct nep_verbs_record *nep_verbs_record_of(const struct nep_verb
                                                            uint64_t number)
 {
     return &peer->ring[number & peer->mask];
+}
+/* The way of a put into another rank's window; NULL: this rank may not write there. */
+static inline const struct nep_verbs_way *nep_verbs_way_of(const struct nep_verbs_remote *remote,
+                                                           uint64_t offset, uint64_t bytes)
+{
+    const struct nep_verbs_way *way = remote->ways;
+    for (uint32_t i = 0; i < remote->num_ways; i++, way++) {
+        if (offset >= way->offset && offset + bytes <= way->offset + way->bytes) {
+            return way;
+        }
+    }
+    return NULL;
 }
 /* Nearly always: no border of registrations or messages is in reach. Divisions cost more. */
 static inline bool nep_verbs_is_one_piece(const struct nep_verbs *verbs, const struct nep_put *put,
@@ -286,6 +342,9 @@ uint64_t nep_verbs_peer_forget(struct nep_verbs_peer *peer, uint32_t window, boo
 void nep_verbs_peer_pump(struct nep_verbs *verbs, struct nep_verbs_peer *peer);
 /* Tells the peer that this rank leaves, over one live QP. */
 void nep_verbs_peer_leave(struct nep_verbs *verbs, struct nep_verbs_peer *peer);
+/* Posts a bind of a memory window to a QP that has room. */
+void nep_verbs_peer_bind(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_t qp_idx,
+                         struct ibv_mw *mw, uint32_t key, const struct ibv_mw_bind_info *info);
 /* A write of zero bytes on every live QP that is idle: fails when the other side is gone. */
 void nep_verbs_peer_ping(struct nep_verbs *verbs, struct nep_verbs_peer *peer);
 

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Windows: memory registered with every path, in pieces of at most NEP_VERBS_CHUNK bytes, because
- * systems with an IOMMU refuse 2 GiB and more at once. Keys of all pieces go to all ranks, so a put
- * is arithmetic. A put that crosses pieces becomes several writes on one QP, of which the last
- * announces.
+ * systems with an IOMMU refuse 2 GiB and more at once. Who may write where, and with which keys,
+ * is in gate.c; keys of all pieces are exchanged, so a put is arithmetic. A put that crosses pieces
+ * becomes several writes on one QP, of which the last announces.
  *
  * The limit on locked memory is the commonest failure of a first run; it is said in words, with
  * both numbers. Data may be written with relaxed PCIe ordering: arrival is a completion, which is
@@ -84,14 +84,22 @@ static size_t chunks_of(const struct nep_verbs *verbs, size_t bytes)
     return bytes / chunk + (bytes % chunk != 0);
 }
 
+unsigned nep_verbs_access(const struct nep_verbs *verbs)
+{
+    bool is_relaxed = verbs->params.config->verbs_relaxed_ordering;
+    return (unsigned)IBV_ACCESS_LOCAL_WRITE |
+           (is_relaxed ? (unsigned)IBV_ACCESS_RELAXED_ORDERING : 0);
+}
+
 static enum nep_status register_all(struct nep_verbs *verbs, struct nep_verbs_window *window)
 {
-    const struct nep_config *config = verbs->params.config;
-    unsigned access = IBV_ACCESS_LOCAL_WRITE | IBV_ACCESS_REMOTE_WRITE;
-    if (config->verbs_relaxed_ordering) {
-        access |= IBV_ACCESS_RELAXED_ORDERING;
+    unsigned access = nep_verbs_access(verbs);
+    if (!window->is_guarded) {
+        access |= IBV_ACCESS_REMOTE_WRITE;
+    } else if (window->is_device) {
+        access |= IBV_ACCESS_MW_BIND;
     }
-    size_t chunk = config->verbs_chunk_bytes;
+    size_t chunk = verbs->params.config->verbs_chunk_bytes;
     for (uint32_t p = 0; p < verbs->num_paths; p++) {
         for (size_t c = 0; c * chunk < window->bytes; c++) {
             size_t left = window->bytes - c * chunk;
@@ -116,6 +124,7 @@ static enum nep_status register_all(struct nep_verbs *verbs, struct nep_verbs_wi
 
 static void deregister(struct nep_verbs *verbs, struct nep_verbs_window *window)
 {
+    nep_verbs_gates_free(verbs, window);
     for (size_t i = 0; window->mrs != NULL && i < verbs->num_paths * window->num_chunks; i++) {
         if (window->mrs[i] != NULL) {
             verbs->api.dereg_mr(window->mrs[i]);
@@ -139,7 +148,7 @@ void nep_verbs_window_release(struct nep_verbs *verbs, uint32_t window_idx)
     deregister(verbs, &window);
 }
 
-/* Learns everybody's size first: the widest window sets how many keys a card has. */
+/* Learns everybody's size: the widest window sets how many keys a gate has. */
 static enum nep_status gather_sizes(struct nep_verbs *verbs, struct nep_verbs_window *window)
 {
     uint64_t mine[2] = {(uint64_t)(uintptr_t)window->base, window->bytes};
@@ -163,32 +172,29 @@ static enum nep_status gather_sizes(struct nep_verbs *verbs, struct nep_verbs_wi
 }
 
 /* Registers and exchanges keys. A rank that cannot register says so to all. */
-static enum nep_status exchange_keys(struct nep_verbs *verbs, struct nep_verbs_window *window)
+static enum nep_status exchange_keys(struct nep_verbs *verbs, struct nep_verbs_window *window,
+                                     const struct nep_grants *grants)
 {
     const struct nep_transport_params *params = &verbs->params;
-    size_t num_keys = verbs->num_paths * window->num_chunks;
-    window->mrs = calloc(num_keys, sizeof(struct ibv_mr *));
-    window->rkeys = calloc(verbs->num_ranks * num_keys, sizeof *window->rkeys);
-    uint32_t *mine = calloc(num_keys, sizeof *mine);
-    enum nep_status status =
-        window->mrs == NULL || window->rkeys == NULL || mine == NULL
-            ? nep_fail(NEP_ERR_NO_MEMORY, "verbs: no memory for %zu keys", num_keys)
-            : register_all(verbs, window);
+    window->mrs = calloc(verbs->num_paths * window->num_chunks, sizeof(struct ibv_mr *));
+    uint32_t *nums = calloc(verbs->num_ranks, sizeof *nums), most = 0;
+    enum nep_status status = window->mrs == NULL || nums == NULL
+                                 ? nep_fail(NEP_ERR_NO_MEMORY, "verbs: no memory for registrations")
+                                 : register_all(verbs, window);
+    if (status == NEP_OK) {
+        status = nep_verbs_gates_make(verbs, window, grants);
+    }
     status = nep_bootstrap_common(params->bootstrap, verbs->rank, verbs->num_ranks, status,
                                   params->timeout_ns);
     if (status == NEP_OK) {
-        for (size_t i = 0; i < num_keys; i++) {
-            mine[i] = window->mrs[i] == NULL ? 0 : window->mrs[i]->rkey;
-        }
-        status =
-            nep_bootstrap_allgather(params->bootstrap, mine, window->rkeys, num_keys * sizeof *mine,
-                                    params->timeout_ns, "verbs window keys");
+        status = nep_bootstrap_allgather(params->bootstrap, &window->num_gates, nums, sizeof *nums,
+                                         params->timeout_ns, "verbs numbers of gates");
     }
     for (uint32_t r = 0; status == NEP_OK && r < verbs->num_ranks; r++) {
-        window->remotes[r].rkeys = window->rkeys + r * num_keys;
+        most = nums[r] > most ? nums[r] : most;
     }
-    free(mine);
-    return status;
+    free(nums);
+    return status == NEP_OK && most > 0 ? nep_verbs_gates_exchange(verbs, window, most) : status;
 }
 
 static bool poll_locked(struct nep_verbs *verbs)
@@ -212,6 +218,16 @@ static uint64_t puts_left(struct nep_verbs *verbs, uint32_t window_idx, bool for
     return num;
 }
 
+enum nep_status nep_verbs_window_grant(struct nep_transport *transport, uint32_t window_idx,
+                                       const struct nep_grant *grants, uint32_t num_grants)
+{
+    struct nep_verbs *verbs = (struct nep_verbs *)transport;
+    if (window_idx >= NEP_VERBS_MAX_WINDOWS) {
+        return nep_fail(NEP_ERR_INVALID, "verbs: window %u is out of 0 to 63", window_idx);
+    }
+    return nep_grants_set(&verbs->grants[window_idx], verbs->num_ranks, grants, num_grants);
+}
+
 enum nep_status nep_verbs_window_create(struct nep_transport *transport, uint32_t window_idx,
                                         void **base_p, size_t bytes)
 {
@@ -230,12 +246,14 @@ enum nep_status nep_verbs_window_create(struct nep_transport *transport, uint32_
         made.base = made.start = memory == MAP_FAILED ? NULL : memory;
         made.is_own_memory = true;
     }
+    struct nep_grants *grants = &verbs->grants[window_idx];
     enum nep_status status = made.base != NULL
-                                 ? NEP_OK
+                                 ? nep_grants_check(grants, bytes)
                                  : nep_fail(NEP_ERR_NO_MEMORY, "verbs: a window of %zu bytes: %s",
                                             bytes, strerror(errno));
     if (status == NEP_OK) {
         verbs->api.memory_kind(made.base, &made.is_device);
+        made.is_guarded = nep_verbs_can_guard(verbs, &made, grants);
     }
     status = nep_bootstrap_common(verbs->params.bootstrap, verbs->rank, verbs->num_ranks, status,
                                   verbs->params.timeout_ns);
@@ -252,7 +270,7 @@ enum nep_status nep_verbs_window_create(struct nep_transport *transport, uint32_
         pthread_mutex_lock(&verbs->poll_lock);
         verbs->windows[window_idx].base = made.base;
         pthread_mutex_unlock(&verbs->poll_lock);
-        status = exchange_keys(verbs, &made);
+        status = exchange_keys(verbs, &made, grants);
     }
     pthread_mutex_lock(&verbs->poll_lock);
     if (status == NEP_OK) {
@@ -263,6 +281,7 @@ enum nep_status nep_verbs_window_create(struct nep_transport *transport, uint32_
         deregister(verbs, &made);
     }
     pthread_mutex_unlock(&verbs->poll_lock);
+    nep_grants_free(grants);
     return status;
 }
 

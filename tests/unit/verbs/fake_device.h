@@ -26,6 +26,20 @@
 #include "transport/verbs/api.h"
 
 enum { FAKE_DEVICES = 4, FAKE_QPS = 4096, FAKE_MRS = 4096, FAKE_PENDING = 256 };
+#define FAKE_MW 0x80000000u /* in keys of memory windows; below: the number, and 8 bits that count */
+
+struct fake_mr {
+    struct ibv_mr mr;
+    unsigned access;
+};
+
+struct fake_mw {
+    struct ibv_mw mw;
+    uint32_t key; /* 0: not bound */
+    uint32_t qp_num;
+    uint64_t addr, len;
+    struct fake_mr *mr;
+};
 
 struct fake_cq {
     struct ibv_cq cq;
@@ -71,8 +85,10 @@ struct fake_fabric {
     int list_errno; /* of ibv_get_device_list */
     struct ibv_device devices[FAKE_DEVICES];
     struct fake_qp *qps[FAKE_QPS]; /* by number */
-    struct ibv_mr *mrs[FAKE_MRS];
-    uint32_t num_qps, num_mrs;
+    struct fake_mr *mrs[FAKE_MRS];
+    struct fake_mw *mws[FAKE_MRS];
+    uint32_t num_qps, num_mrs, num_mws;
+    bool no_mw;
     uint64_t max_reg_bytes; /* larger registrations fail with ENOMEM; 0: no limit */
     uint32_t num_overflows;
     uint32_t num_bad;
@@ -127,6 +143,7 @@ static void fake_reset(uint32_t num_devices)
     }
     fake.num_qps = 1;
     fake.num_mrs = 1;
+    fake.num_mws = 1;
 }
 
 static struct ibv_device **fake_get_device_list(int *num)
@@ -194,6 +211,7 @@ static int fake_query_device(struct ibv_context *context, struct ibv_device_attr
     attr->max_qp = FAKE_QPS;
     attr->max_qp_wr = 1024;
     attr->max_cqe = 32767;
+    attr->device_cap_flags = fake.no_mw ? 0 : IBV_DEVICE_MEM_WINDOW_TYPE_2B;
     attr->max_srq_wr = fake.max_srq_wr != 0 ? fake.max_srq_wr : 16384;
     return 0;
 }
@@ -249,7 +267,6 @@ static int fake_dealloc_pd(struct ibv_pd *pd)
 
 static struct ibv_mr *fake_reg_mr(struct ibv_pd *pd, void *addr, size_t length, unsigned access)
 {
-    (void)access;
     if (fake.max_reg_bytes != 0 && length > fake.max_reg_bytes) {
         errno = ENOMEM;
         return NULL;
@@ -257,15 +274,48 @@ static struct ibv_mr *fake_reg_mr(struct ibv_pd *pd, void *addr, size_t length, 
     if (!fake_make()) {
         return NULL;
     }
-    struct ibv_mr *mr = calloc(1, sizeof *mr);
+    struct fake_mr *mr = calloc(1, sizeof *mr);
     pthread_mutex_lock(&fake.lock);
-    mr->pd = pd;
-    mr->addr = addr;
-    mr->length = length;
-    mr->lkey = mr->rkey = fake.num_mrs;
+    mr->mr.pd = pd;
+    mr->mr.addr = addr;
+    mr->mr.length = length;
+    mr->mr.lkey = mr->mr.rkey = fake.num_mrs;
+    mr->access = access;
     fake.mrs[fake.num_mrs++] = mr;
     pthread_mutex_unlock(&fake.lock);
-    return mr;
+    return &mr->mr;
+}
+
+static struct ibv_mw *fake_alloc_mw(struct ibv_pd *pd, enum ibv_mw_type type)
+{
+    if (type != IBV_MW_TYPE_2 || fake.no_mw) {
+        errno = EOPNOTSUPP;
+        return NULL;
+    }
+    if (!fake_make()) {
+        return NULL;
+    }
+    struct fake_mw *mw = calloc(1, sizeof *mw);
+    pthread_mutex_lock(&fake.lock);
+    mw->mw.pd = pd;
+    mw->mw.context = pd->context;
+    mw->mw.type = type;
+    mw->mw.rkey = FAKE_MW | fake.num_mws << 8;
+    fake.mws[fake.num_mws++] = mw;
+    pthread_mutex_unlock(&fake.lock);
+    return &mw->mw;
+}
+
+/* A window may go while its QP lives, but not after it: devices count that as a use of the QP. */
+static int fake_dealloc_mw(struct ibv_mw *mw)
+{
+    struct fake_mw *mine = (struct fake_mw *)mw;
+    pthread_mutex_lock(&fake.lock);
+    fake.num_bad += mine->key != 0 && (fake.qps[mine->qp_num] == NULL);
+    fake.mws[mw->rkey >> 8 & (FAKE_MRS - 1)] = NULL;
+    pthread_mutex_unlock(&fake.lock);
+    fake_unmake(mine);
+    return 0;
 }
 
 /* Memory that plays a GPU's: [device_base, device_base + device_bytes). */
@@ -304,6 +354,9 @@ static struct ibv_mr *fake_reg_dmabuf_mr(struct ibv_pd *pd, uint64_t offset, siz
 static int fake_dereg_mr(struct ibv_mr *mr)
 {
     pthread_mutex_lock(&fake.lock);
+    for (uint32_t i = 0; i < fake.num_mws; i++) { /* refused while windows are bound to it */
+        fake.num_bad += fake.mws[i] != NULL && &fake.mws[i]->mr->mr == mr;
+    }
     fake.mrs[mr->rkey] = NULL;
     pthread_mutex_unlock(&fake.lock);
     fake_unmake(mr);
@@ -486,12 +539,42 @@ static void fake_complete(struct fake_qp *qp, const struct ibv_send_wr *wr,
     }
 }
 
-/* The range [addr, addr + len) if `key` allows it. */
-static bool fake_key_allows(uint32_t key, uint64_t addr, uint64_t len)
+/* The range [addr, addr + len) if the registration `key` allows it. */
+static bool fake_key_allows(uint32_t key, uint64_t addr, uint64_t len, unsigned access)
 {
-    struct ibv_mr *mr = key < FAKE_MRS ? fake.mrs[key] : NULL;
-    return mr != NULL && addr >= (uintptr_t)mr->addr &&
-           addr + len <= (uintptr_t)mr->addr + mr->length;
+    struct fake_mr *mr = key < FAKE_MRS ? fake.mrs[key] : NULL;
+    return mr != NULL && (mr->access & access) == access && addr >= (uintptr_t)mr->mr.addr &&
+           addr + len <= (uintptr_t)mr->mr.addr + mr->mr.length;
+}
+
+/* A write that comes by QP `dest`. */
+static bool fake_write_allows(const struct fake_qp *dest, uint32_t key, uint64_t addr, uint64_t len)
+{
+    if ((key & FAKE_MW) == 0) {
+        return fake_key_allows(key, addr, len, IBV_ACCESS_REMOTE_WRITE);
+    }
+    struct fake_mw *mw = fake.mws[key >> 8 & (FAKE_MRS - 1)];
+    return mw != NULL && mw->key == key && mw->qp_num == dest->qp.qp_num && addr >= mw->addr &&
+           addr + len <= mw->addr + mw->len;
+}
+
+static enum ibv_wc_status fake_bind(const struct fake_qp *qp, const struct ibv_send_wr *wr)
+{
+    struct fake_mw *mw = (struct fake_mw *)wr->bind_mw.mw;
+    const struct ibv_mw_bind_info *info = &wr->bind_mw.bind_info;
+    struct fake_mr *mr = (struct fake_mr *)info->mr;
+    if (mw->key != 0 || mw->mw.rkey == wr->bind_mw.rkey || mr->mr.pd != qp->qp.pd ||
+        mw->mw.pd != qp->qp.pd ||
+        !fake_key_allows(mr->mr.rkey, info->addr, info->length,
+                         IBV_ACCESS_MW_BIND | IBV_ACCESS_LOCAL_WRITE)) {
+        return IBV_WC_MW_BIND_ERR;
+    }
+    mw->key = wr->bind_mw.rkey;
+    mw->qp_num = qp->qp.qp_num;
+    mw->addr = info->addr;
+    mw->len = info->length;
+    mw->mr = mr;
+    return IBV_WC_SUCCESS;
 }
 
 /* Does one request; false when it must wait for a receive. */
@@ -505,6 +588,12 @@ static bool fake_execute(struct fake_qp *qp, const struct ibv_send_wr *wr)
         fake_complete(qp, wr, IBV_WC_WR_FLUSH_ERR);
         return true;
     }
+    if (wr->opcode == IBV_WR_BIND_MW) {
+        status = fake_bind(qp, wr);
+        qp->state = status == IBV_WC_SUCCESS ? qp->state : IBV_QPS_ERR;
+        fake_complete(qp, wr, status);
+        return true;
+    }
     bool fails = qp->fail_after == 0;
     qp->fail_after -= qp->fail_after >= 0;
     bool works = !fails || qp->deliver_failed;
@@ -512,8 +601,9 @@ static bool fake_execute(struct fake_qp *qp, const struct ibv_send_wr *wr)
         status = IBV_WC_RETRY_EXC_ERR;
         works = false;
     } else if (works && len > 0 &&
-               !fake_key_allows(wr->wr.rdma.rkey, wr->wr.rdma.remote_addr, len)) {
+               !fake_write_allows(dest, wr->wr.rdma.rkey, wr->wr.rdma.remote_addr, len)) {
         status = IBV_WC_REM_ACCESS_ERR;
+        dest->state = IBV_QPS_ERR;
         works = false;
     } else if (works && is_announced && dest->srq->posted == 0) {
         qp->fail_after += !fails && qp->fail_after >= 0;
@@ -601,7 +691,8 @@ static int fake_post_send(struct ibv_qp *qp, struct ibv_send_wr *wr, struct ibv_
         }
         fake.num_inline_from_device += is_device;
         if (wr->num_sge > 0 && !is_inline &&
-            !fake_key_allows(wr->sg_list[0].lkey, wr->sg_list[0].addr, wr->sg_list[0].length)) {
+            !fake_key_allows(wr->sg_list[0].lkey, wr->sg_list[0].addr, wr->sg_list[0].length,
+                             IBV_ACCESS_LOCAL_WRITE)) {
             fake.num_bad++;
         }
         mine->num_wr++;
@@ -673,7 +764,9 @@ static int fake_destroy_qp(struct ibv_qp *qp)
 
 static const char *fake_wc_status_str(enum ibv_wc_status status)
 {
-    return status == IBV_WC_RETRY_EXC_ERR ? "transport retry counter exceeded" : "error";
+    return status == IBV_WC_RETRY_EXC_ERR    ? "transport retry counter exceeded"
+           : status == IBV_WC_REM_ACCESS_ERR ? "remote access error"
+                                             : "error";
 }
 
 static const char *fake_event_type_str(enum ibv_event_type type)
@@ -698,6 +791,8 @@ static const struct nep_verbs_api fake_api = {
     .memory_kind = fake_memory_kind,
     .dmabuf_of = fake_dmabuf_of,
     .dereg_mr = fake_dereg_mr,
+    .alloc_mw = fake_alloc_mw,
+    .dealloc_mw = fake_dealloc_mw,
     .create_comp_channel = fake_create_comp_channel,
     .destroy_comp_channel = fake_destroy_comp_channel,
     .create_cq = fake_create_cq,

@@ -50,6 +50,7 @@ struct world {
     const void *in[MAX_RANKS];
     struct seat seats[MAX_RANKS];
     uint64_t seed;
+    bool is_open; /* no grants: every rank may write all of every window */
 };
 
 static inline uint64_t world_random(uint64_t *state)
@@ -113,6 +114,24 @@ static inline void world_config(struct nep_config *config)
     config->timeout_ns = 20 * NEP_S;
 }
 
+/* Each source writes its own slots, which come in two parts. */
+static inline void seat_grant(struct seat *seat)
+{
+    struct nep_grant grants[2 * MAX_RANKS];
+    uint32_t num = 0;
+    for (uint32_t r = 0; r < seat->world->num_ranks; r++) {
+        for (uint32_t half = 0; r != seat->rank && half < 2; half++) {
+            uint64_t slot = (uint64_t)r * SLOTS + half * (SLOTS / 2);
+            grants[num++] = (struct nep_grant){r, COUNTERS_BYTES + slot * SLOT_BYTES,
+                                               (uint64_t)SLOTS / 2 * SLOT_BYTES};
+        }
+    }
+    if (!seat->world->is_open) {
+        seat->num_errors += seat->transport->ops->window_grant(seat->transport, WINDOW, grants,
+                                                               num) != NEP_OK;
+    }
+}
+
 static inline void seat_open(struct seat *seat)
 {
     struct world *world = seat->world;
@@ -126,6 +145,7 @@ static inline void seat_open(struct seat *seat)
     seat->status = nep_verbs_create_with(&fake_api, &params, &seat->transport);
     if (seat->status == NEP_OK) {
         void *base = seat->base;
+        seat_grant(seat);
         seat->status =
             seat->transport->ops->window_create(seat->transport, WINDOW, &base, WINDOW_BYTES);
     }
