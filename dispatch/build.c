@@ -154,6 +154,27 @@ static void fill_head(struct nep_ep *ep)
 
 /* ---- window --------------------------------------------------------------------------------- */
 
+/* Over the fabric, each rank reaches its own slots alone. */
+static enum nep_status make_inter_window(struct nep_ep *ep)
+{
+    struct nep_transport *inter = ep->comm->inter;
+    void *base = ep->head;
+    struct nep_grant *grants = calloc(3 * (uint64_t)ep->region->num_controls, sizeof *grants);
+    enum nep_status status =
+        grants != NULL
+            ? inter->ops->window_grant(inter, ep->number, grants,
+                                       nep_plan_grants(&ep->plan, ep->rank, grants))
+            : nep_fail(NEP_ERR_NO_MEMORY, "ep: no memory for %u grants", ep->region->num_controls);
+    free(grants);
+    status = nep_bootstrap_common(&ep->comm->bootstrap, ep->rank, ep->plan.topology->num_ranks,
+                                  status, ep->comm->timeout_ns);
+    if (status == NEP_OK) {
+        status = inter->ops->window_create(inter, ep->number, &base, ep->plan.window_bytes);
+        ep->has_inter_window = status == NEP_OK;
+    }
+    return status;
+}
+
 static enum nep_status make_window(struct nep_ep *ep)
 {
     struct nep_comm *comm = ep->comm;
@@ -172,9 +193,7 @@ static enum nep_status make_window(struct nep_ep *ep)
     nep_pool_init(&ep->pool, (uint8_t *)base + ep->plan.pool_offset, ep->shape.pool_bytes);
     fill_head(ep);
     if (comm->inter != NULL && comm->inter != comm->intra) {
-        status =
-            comm->inter->ops->window_create(comm->inter, ep->number, &base, ep->plan.window_bytes);
-        ep->has_inter_window = status == NEP_OK;
+        status = make_inter_window(ep);
     }
     return status;
 }

@@ -12,6 +12,7 @@
 
 #include "dispatch/events.h"
 #include "dispatch/protocol.h"
+#include "transport/transport.h"
 
 enum { STAGING_BYTES = 16 << 20, STAGING_ROWS = 256, ALIGN = 64, PAGE = 4096 };
 
@@ -206,6 +207,36 @@ void nep_plan_fini(struct nep_plan *plan)
     free(plan->node_rank);
     free(plan->regions);
     memset(plan, 0, sizeof *plan);
+}
+
+uint32_t nep_plan_grants(const struct nep_plan *plan, uint32_t rank, struct nep_grant *grants)
+{
+    const struct nep_topology *topology = plan->topology;
+    const struct nep_region *region = &plan->regions[rank];
+    uint32_t home = topology->node_of_rank[rank], num = 0;
+    uint64_t counts_bytes = plan->shape->window * region->counts_bytes;
+    uint64_t dispatch_bytes = plan->shape->tile_slots * region->dispatch_tile_bytes;
+    uint64_t combine_bytes = plan->shape->tile_slots * region->combine_tile_bytes;
+    for (uint32_t s = 0; s < topology->num_ranks; s++) {
+        uint32_t far = topology->node_of_rank[s];
+        uint32_t control = nep_plan_control(plan, rank, s);
+        if (far == home || control == UINT32_MAX) {
+            continue;
+        }
+        grants[num++] =
+            (struct nep_grant){s, region->counts + control * counts_bytes, counts_bytes};
+        if (nep_plan_landing(plan, s, home) == rank) {
+            uint64_t lane = nep_plan_lane(plan, s, home);
+            grants[num++] = (struct nep_grant){s, region->dispatch_landing + lane * dispatch_bytes,
+                                               dispatch_bytes};
+        }
+        if (nep_plan_landing(plan, rank, far) == s) {
+            uint64_t idx = nep_plan_skip(home, far);
+            grants[num++] = (struct nep_grant){s, region->combine_landing + idx * combine_bytes,
+                                               combine_bytes};
+        }
+    }
+    return num;
 }
 
 void nep_plan_memory(const struct nep_plan *plan, uint32_t rank, struct nep_memory *memory)

@@ -58,6 +58,11 @@ static inline uint32_t nep_plan_skip(uint32_t node, uint32_t other)
     return other < node ? other : other - 1;
 }
 
+struct nep_grant;
+/* Where other nodes' ranks write into the region of `rank`, and nobody else does: the slots of
+ * their COUNTS and tiles. At most 3 * num_controls grants; returns how many. */
+uint32_t nep_plan_grants(const struct nep_plan *plan, uint32_t rank, struct nep_grant *grants);
+
 /* The parts of rank's region, for nep_ep_memory and nep-info --region. handle_bytes is left alone.
  */
 void nep_plan_memory(const struct nep_plan *plan, uint32_t rank, struct nep_memory *memory);
