@@ -232,8 +232,8 @@ uint32_t nep_plan_grants(const struct nep_plan *plan, uint32_t rank, struct nep_
         }
         if (nep_plan_landing(plan, rank, far) == s) {
             uint64_t idx = nep_plan_skip(home, far);
-            grants[num++] = (struct nep_grant){s, region->combine_landing + idx * combine_bytes,
-                                               combine_bytes};
+            grants[num++] =
+                (struct nep_grant){s, region->combine_landing + idx * combine_bytes, combine_bytes};
         }
     }
     return num;

@@ -7,7 +7,7 @@
 
 struct nep_grants {
     uint32_t num_ranks;
-    uint32_t *num;          /* [num_ranks]; NULL: nothing was said, all may write everywhere */
+    uint32_t *num; /* [num_ranks]; NULL: nothing was said, all may write everywhere */
     struct nep_grant (*of)[NEP_MAX_GRANTS]; /* [num_ranks] */
 };
 

@@ -333,9 +333,9 @@ static enum nep_status gather_addresses(struct nep_ucx *ux, char **addresses_p, 
     struct nep_ucx_keys keys;
     struct hello *hellos = calloc(ux->num_ranks, sizeof *hellos);
     enum nep_status result =
-        hellos != NULL ? nep_ucx_keys_make(&keys)
-                       : nep_fail(NEP_ERR_NO_MEMORY, "transport ucx: no memory for %u ranks",
-                                  ux->num_ranks);
+        hellos != NULL
+            ? nep_ucx_keys_make(&keys)
+            : nep_fail(NEP_ERR_NO_MEMORY, "transport ucx: no memory for %u ranks", ux->num_ranks);
     if (result != NEP_OK) {
         free(hellos);
         return result;

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Any active message as a put over UCX: what a header says is written in a slot of its sender or
- * not at all, and never more than what came. Input: messages, each a byte for the length of the header (0
- * to 63; 40 is right), that header, a byte for the length of the payload, that payload. A byte with
- * its top bit set makes identity and window right, since few inputs would guess them.
+ * not at all, and never more than what came. Input: messages, each a byte for the length of the
+ * header (0 to 63; 40 is right), that header, a byte for the length of the payload, that payload. A
+ * byte with its top bit set makes identity and window right, since few inputs would guess them.
  */
 #include "base/log.h"
 #include "tests/fuzz/fuzz.h"

@@ -53,6 +53,24 @@ char *window_source(const struct window *window, uint32_t dst)
     return (char *)window->base + window_landing(window, window->num_ranks + dst);
 }
 
+/* Each source may write the slot that is its own, and nothing else. */
+static int grant_slots(struct rank *rank, struct nep_transport *transport,
+                       const struct window *window)
+{
+    struct nep_grant *grants = calloc(window->num_ranks, sizeof *grants);
+    RANK_CHECK(rank, grants != NULL, "no memory");
+    uint32_t num = 0;
+    for (uint32_t r = 0; r < window->num_ranks; r++) {
+        if (r != rank->rank) {
+            grants[num++] = (struct nep_grant){r, window_landing(window, r), window->slot_bytes};
+        }
+    }
+    enum nep_status status = transport->ops->window_grant(transport, window->number, grants, num);
+    free(grants);
+    RANK_CHECK(rank, status == NEP_OK, "%s", nep_last_message());
+    return 0;
+}
+
 int window_open(struct rank *rank, struct nep_transport *transport, uint32_t number,
                 size_t slot_bytes, struct window *window)
 {
@@ -63,6 +81,9 @@ int window_open(struct rank *rank, struct nep_transport *transport, uint32_t num
         window->base = mmap(NULL, window->bytes, PROT_READ | PROT_WRITE,
                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         RANK_CHECK(rank, window->base != MAP_FAILED, "%zu bytes", window->bytes);
+    }
+    if (grant_slots(rank, transport, window) != 0) {
+        return 1;
     }
     enum nep_status status =
         transport->ops->window_create(transport, number, &window->base, window->bytes);

@@ -280,13 +280,8 @@ static void test_ucx_forged_headers_write_nothing(void **state)
     memset(payload, 0x22, sizeof payload);
     char *window = memory + 64; /* guards on both sides */
     struct nep_ucx *ux = make_receiver(window, 64);
-    const struct nep_ucx_header good = {.pass = PASS_0,
-                                        .src = 0,
-                                        .window = 3,
-                                        .offset = 16,
-                                        .len = 48,
-                                        .life = 5,
-                                        .num_pieces = 1};
+    const struct nep_ucx_header good = {
+        .pass = PASS_0, .src = 0, .window = 3, .offset = 16, .len = 48, .life = 5, .num_pieces = 1};
     struct nep_ucx_header bad[12];
     for (int i = 0; i < 12; i++) {
         bad[i] = good;
@@ -348,10 +343,10 @@ static void test_ucx_another_ranks_slots_are_refused(void **state)
     } puts[] = {
         {PASS_0, 0, 0, 16, true},   {PASS_0, 0, 48, 16, true}, {PASS_2, 2, 20, 12, true},
         {PASS_0, 0, 63, 1, true},   {PASS_0, 0, 40, 0, true}, /* nothing, but an announcement */
-        {PASS_0, 0, 16, 16, false}, /* the other's */
-        {PASS_0, 2, 16, 16, false}, /* the same, under its name */
-        {PASS_0, 0, 8, 16, false},  /* half of it */
-        {PASS_0, 0, 32, 16, false}, /* nobody's */
+        {PASS_0, 0, 16, 16, false},                           /* the other's */
+        {PASS_0, 2, 16, 16, false},                           /* the same, under its name */
+        {PASS_0, 0, 8, 16, false},                            /* half of it */
+        {PASS_0, 0, 32, 16, false},                           /* nobody's */
         {PASS_0, 0, 47, 1, false},  {PASS_2, 2, 0, 16, false}, {PASS_2, 2, 15, 2, false},
         {PASS_2, 2, 31, 2, false},
     };

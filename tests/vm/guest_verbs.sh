@@ -36,7 +36,7 @@ run "nep-perf put --lat" "$bin/nep-perf" put --ranks 2 --transport verbs --lat -
 run "nep-perf put --lat --write-imm" \
     "$bin/nep-perf" put --ranks 2 --transport verbs --lat --iters 200 --verify --write-imm
 
-for fault in rkey gone srq cut refused memlock dmabuf; do
+for fault in rkey slot owner gone srq cut refused memlock dmabuf; do
     run "fault: $fault" "$bin/verbs_faults" $fault
     said
 done

@@ -4,6 +4,8 @@
  * does something wrong or has something done to it. usage: verbs_faults CASE
  *
  * - rkey: a put with a key that the peer did not give: that peer is lost, with the reason
+ * - slot: a put into a slot that is not the sender's: refused by the device, never lands
+ * - owner: a put by one QP with the key of another one: the same
  * - rnr: the receiver does not poll while far more comes than its queue holds: all arrives
  * - srq: the same with senders that do not try for ever: the peer is lost, for want of receives
  * - port: the link of rank 1 goes down and comes back within the budget: nothing is lost
@@ -81,6 +83,61 @@ static int body_rkey(struct rank *rank, struct nep_transport *transport, struct 
         RANK_CHECK(rank, put(transport, window, 0, 1, 64, &number) == NEP_ERR_PEER_LOST, "put");
     }
     return barrier(rank);
+}
+
+/* Rank 0 forges, as `forge` says, and loses its connection; rank 1's memory is as it was. */
+static int refuse_forged(struct rank *rank, struct nep_transport *transport, struct window *window,
+                         uint64_t offset)
+{
+    struct nep_put one = {.dst = 1,
+                          .window = WINDOW,
+                          .offset = offset,
+                          .src = window_source(window, 1),
+                          .len = 64,
+                          .imm = window_imm(WINDOW, 0)};
+    char before[64];
+    memcpy(before, (char *)window->base + offset, sizeof before);
+    RANK_CHECK(rank, inner(transport)->windows[WINDOW].is_guarded, "not guarded");
+    if (rank->rank == 0) {
+        uint64_t number;
+        memset(window_source(window, 1), 0xbd, one.len);
+        RANK_CHECK(rank, transport->ops->put(transport, &one, &number) == NEP_OK, "%s",
+                   nep_last_message());
+        const char *said = wait_lost(transport, 1, 60);
+        RANK_CHECK(rank, said != NULL && strstr(said, "remote access error") != NULL, "%s",
+                   said == NULL ? "nothing was said" : said);
+    }
+    if (barrier(rank) != 0) {
+        return 1;
+    }
+    if (rank->rank == 1) {
+        RANK_CHECK(rank, memcmp(before, (char *)window->base + offset, sizeof before) == 0,
+                   "it was written");
+        RANK_CHECK(rank, window_arrivals(window, 0, 0) == 0, "an announcement came");
+        const char *said = wait_lost(transport, 0, 60);
+        RANK_CHECK(rank, said != NULL && strstr(said, "rank 0 is lost") != NULL, "%s",
+                   said == NULL ? "nothing was said" : said);
+    }
+    return barrier(rank);
+}
+
+/* Rank 0 takes all of rank 1's window for its own, with the key that it was given. */
+static int body_slot(struct rank *rank, struct nep_transport *transport, struct window *window)
+{
+    struct nep_verbs_remote *remote = &inner(transport)->windows[WINDOW].remotes[1 - rank->rank];
+    remote->ways[0].offset = 0;
+    remote->ways[0].bytes = remote->bytes;
+    return refuse_forged(rank, transport, window, window_landing(window, 1));
+}
+
+static int body_owner(struct rank *rank, struct nep_transport *transport, struct window *window)
+{
+    struct nep_verbs_remote *remote = &inner(transport)->windows[WINDOW].remotes[1 - rank->rank];
+    RANK_CHECK(rank, inner(transport)->has_bound_windows, "this kernel has no windows of type 2B");
+    uint32_t key = remote->ways[0].rkeys[0];
+    remote->ways[0].rkeys[0] = remote->ways[0].rkeys[1];
+    remote->ways[0].rkeys[1] = key; /* also when it is sent again */
+    return refuse_forged(rank, transport, window, window_landing(window, 0));
 }
 
 static int body_rnr(struct rank *rank, struct nep_transport *transport, struct window *window)
@@ -353,6 +410,7 @@ static int run_two(struct rank *rank)
         config.verbs_paths = 2;
         config.verbs_split_bytes = 4 << 10;
     }
+    config.verbs_qps = wanted->body == body_owner ? 2 : config.verbs_qps;
     config.verbs_rnr_retry = wanted->body == body_srq ? 1 : config.verbs_rnr_retry;
     RANK_CHECK(rank, nep_transport_find("verbs", &ops, &params.args) == NEP_OK, "no verbs");
     if (strcmp(wanted->name, "refused") == 0) {
@@ -421,8 +479,8 @@ static int refused_dmabuf(void)
 int main(int argc, char **argv)
 {
     static const struct fault_case cases[] = {
-        {"rkey", body_rkey}, {"rnr", body_rnr},   {"srq", body_srq},
-        {"cut", body_cut},   {"refused", NULL},   {"again", body_path},
+        {"rkey", body_rkey}, {"slot", body_slot}, {"owner", body_owner}, {"rnr", body_rnr},
+        {"srq", body_srq},   {"cut", body_cut},   {"refused", NULL},     {"again", body_path},
         {"port", body_port}, {"path", body_path}, {"gone", body_gone}};
     const char *name = argc == 2 ? argv[1] : "";
     setvbuf(stdout, NULL, _IOLBF, 0);
@@ -441,6 +499,7 @@ int main(int argc, char **argv)
         }
     }
     fprintf(stderr,
-            "usage: verbs_faults rkey|rnr|srq|port|path|again|gone|cut|refused|memlock|dmabuf\n");
+            "usage: verbs_faults rkey|slot|owner|rnr|srq|port|path|again|gone|cut|refused|memlock|"
+            "dmabuf\n");
     return 2;
 }

@@ -225,8 +225,8 @@ static enum nep_status plan_gates(struct nep_verbs *verbs, struct nep_verbs_wind
     for (uint32_t r = 0; r < verbs->num_ranks; r++) {
         for (uint32_t i = 0; verbs->peers[r].is_served && i < grants->num[r]; i++) {
             const struct nep_grant *grant = &grants->of[r][i];
-            window->gates[window->num_gates++] = (struct nep_verbs_gate){
-                .rank = r, .offset = grant->offset, .bytes = grant->bytes};
+            window->gates[window->num_gates++] =
+                (struct nep_verbs_gate){.rank = r, .offset = grant->offset, .bytes = grant->bytes};
         }
     }
     return NEP_OK;
@@ -235,9 +235,16 @@ static enum nep_status plan_gates(struct nep_verbs *verbs, struct nep_verbs_wind
 enum nep_status nep_verbs_gates_make(struct nep_verbs *verbs, struct nep_verbs_window *window,
                                      const struct nep_grants *grants)
 {
+    uint64_t begin_ns = nep_now_ns();
     enum nep_status status = plan_gates(verbs, window, grants);
     for (uint32_t g = 0; status == NEP_OK && g < window->num_gates; g++) {
         status = make_gate(verbs, window, &window->gates[g]);
+    }
+    if (status == NEP_OK && window->is_guarded) {
+        nep_info("verbs: rank %u: %u slots of a window guarded by registrations%s, in %.1f ms",
+                 verbs->rank, window->num_gates,
+                 verbs->has_bound_windows ? " and memory windows" : " alone",
+                 (double)(nep_now_ns() - begin_ns) / 1e6);
     }
     return status;
 }
@@ -305,8 +312,9 @@ static enum nep_status take_gates(struct nep_verbs *verbs, struct nep_verbs_wind
         }
         if (remote->num_ways == NEP_MAX_GRANTS || card.offset > remote->bytes ||
             card.bytes > remote->bytes - card.offset) {
-            return nep_fail(NEP_ERR_MISMATCH, "verbs: rank %u lets this rank write %llu bytes at "
-                                              "%llu of its window of %llu",
+            return nep_fail(NEP_ERR_MISMATCH,
+                            "verbs: rank %u lets this rank write %llu bytes at "
+                            "%llu of its window of %llu",
                             nep_transport_name(&verbs->params, r), (unsigned long long)card.bytes,
                             (unsigned long long)card.offset, (unsigned long long)remote->bytes);
         }

@@ -119,8 +119,8 @@ struct nep_verbs_path {
     uint32_t num_overruns; /* SRQ limit events; poll lock, as the next */
     bool is_unwatched;     /* the limit must be set again */
     bool has_bound_windows;
-    atomic_bool is_down;   /* the port; set by events */
-    atomic_bool is_dead;   /* the device */
+    atomic_bool is_down; /* the port; set by events */
+    atomic_bool is_dead; /* the device */
 };
 
 struct nep_verbs_qp {
@@ -233,7 +233,7 @@ struct nep_verbs {
     uint64_t max_message_bytes;
     struct nep_verbs_path paths[NEP_VERBS_MAX_PATHS];
     struct nep_verbs_peer *peers; /* [num_ranks] */
-    bool has_bound_windows;   /* memory windows that are bound to a QP, on all paths */
+    bool has_bound_windows;       /* memory windows that are bound to a QP, on all paths */
     struct nep_verbs_window windows[NEP_VERBS_MAX_WINDOWS];
     struct nep_grants grants[NEP_VERBS_MAX_WINDOWS]; /* of the window that is made next */
     pthread_mutex_t poll_lock;

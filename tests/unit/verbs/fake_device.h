@@ -26,7 +26,8 @@
 #include "transport/verbs/api.h"
 
 enum { FAKE_DEVICES = 4, FAKE_QPS = 4096, FAKE_MRS = 4096, FAKE_PENDING = 256 };
-#define FAKE_MW 0x80000000u /* in keys of memory windows; below: the number, and 8 bits that count */
+#define FAKE_MW                                                                                    \
+    0x80000000u /* in keys of memory windows; below: the number, and 8 bits that count */
 
 struct fake_mr {
     struct ibv_mr mr;

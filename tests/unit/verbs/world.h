@@ -127,8 +127,8 @@ static inline void seat_grant(struct seat *seat)
         }
     }
     if (!seat->world->is_open) {
-        seat->num_errors += seat->transport->ops->window_grant(seat->transport, WINDOW, grants,
-                                                               num) != NEP_OK;
+        seat->num_errors +=
+            seat->transport->ops->window_grant(seat->transport, WINDOW, grants, num) != NEP_OK;
     }
 }
 
