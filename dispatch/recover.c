@@ -204,6 +204,19 @@ static enum nep_status build(struct nep_comm *comm, const struct nep_group_decis
     return status;
 }
 
+/* Ranks that are not in the decision are not waited for in what follows, dead or alive. */
+static void abandon_lost(struct nep_comm *comm, const struct nep_group_decision *decision)
+{
+    struct nep_transport *transports[] = {comm->intra, comm->inter};
+    for (uint32_t m = 0; m < comm->topology.num_ranks; m++) {
+        for (int i = 0; i < 2 && !nep_group_lives(decision, comm->members[m]); i++) {
+            if (transports[i] != NULL && (i == 0 || comm->inter != comm->intra)) {
+                transports[i]->ops->abandon(transports[i], m);
+            }
+        }
+    }
+}
+
 static void tear_down(struct nep_comm *comm)
 {
     for (struct nep_ep *ep = comm->eps; ep != NULL; ep = ep->next) {
@@ -271,6 +284,7 @@ enum nep_status nep_comm_recover(struct nep_comm *comm, const struct nep_recover
     }
     uint64_t begin_ns = nep_now_ns(), timeout_ns = comm->timeout_ns;
     /* All who go on have put their cards, so none of them is in a window any more. */
+    abandon_lost(comm, decision);
     tear_down(comm);
     status = set_members(comm, decision);
     comm->timeout_ns = copy.timeout_ns; /* of every exchange below */

@@ -224,6 +224,12 @@ static enum nep_status adversary_peer_status(struct nep_transport *transport, ui
     return adversary->inner->ops->peer_status(adversary->inner, rank);
 }
 
+static void adversary_abandon(struct nep_transport *transport, uint32_t rank)
+{
+    struct nep_adversary *adversary = (struct nep_adversary *)transport;
+    adversary->inner->ops->abandon(adversary->inner, rank);
+}
+
 static void adversary_stats(struct nep_transport *transport, struct nep_transport_stats *stats)
 {
     struct nep_adversary *adversary = (struct nep_adversary *)transport;
@@ -251,5 +257,6 @@ const struct nep_transport_ops nep_adversary_ops = {
     .progress = adversary_progress,
     .completed = adversary_completed,
     .peer_status = adversary_peer_status,
+    .abandon = adversary_abandon,
     .stats = adversary_stats,
 };

@@ -70,6 +70,12 @@ void nep_unsupported_window_retire(struct nep_transport *transport, uint32_t win
     transport->ops->window_destroy(transport, window);
 }
 
+void nep_unsupported_abandon(struct nep_transport *transport, uint32_t rank)
+{
+    (void)transport;
+    (void)rank;
+}
+
 void *nep_unsupported_peer_window(struct nep_transport *transport, uint32_t window, uint32_t rank)
 {
     (void)transport;

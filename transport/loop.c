@@ -206,5 +206,6 @@ const struct nep_transport_ops nep_loop_ops = {
     .progress = nep_mapped_progress,
     .completed = nep_mapped_completed,
     .peer_status = loop_peer_status,
+    .abandon = nep_unsupported_abandon,
     .stats = nep_mapped_stats,
 };

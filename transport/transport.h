@@ -159,6 +159,11 @@ struct nep_transport_ops {
      * wait.
      */
     enum nep_status (*peer_status)(struct nep_transport *transport, uint32_t rank);
+    /*
+     * The group goes on without this rank: destroy and close wait for nothing to or from it, whether
+     * it is dead, unreachable, or only slow. Not collective.
+     */
+    void (*abandon)(struct nep_transport *transport, uint32_t rank);
     void (*stats)(struct nep_transport *transport, struct nep_transport_stats *stats);
 };
 
@@ -188,6 +193,8 @@ enum nep_status nep_open_window_grant(struct nep_transport *transport, uint32_t 
                                       const struct nep_grant *grants, uint32_t num_grants);
 void nep_unsupported_window_retire(struct nep_transport *transport, uint32_t window,
                                    size_t keep_offset, size_t keep_bytes); /* destroys it */
+void nep_unsupported_abandon(struct nep_transport *transport,
+                             uint32_t rank); /* where nothing is waited for */
 void *nep_unsupported_peer_window(struct nep_transport *transport, uint32_t window, uint32_t rank);
 
 #endif

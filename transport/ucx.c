@@ -369,6 +369,15 @@ static uint64_t put_to_self(struct nep_ucx *ux, const struct nep_put *put,
     return atomic_fetch_add(&self->completed, 1) + 1;
 }
 
+static void abandon(struct nep_transport *transport, uint32_t rank)
+{
+    struct nep_ucx *ux = (struct nep_ucx *)transport;
+    nep_ucx_hold(ux);
+    nep_ucx_peer_fail(&ux->peers[rank], UCS_ERR_CANCELED); /* closed by force, nothing is flushed */
+    nep_ucx_pump(ux);
+    nep_ucx_release(ux);
+}
+
 static enum nep_status peer_status(struct nep_transport *transport, uint32_t rank);
 
 static enum nep_status transport_put(struct nep_transport *transport, const struct nep_put *put,
@@ -477,6 +486,7 @@ const struct nep_transport_ops nep_ucx_ops = {
     .progress = progress,
     .completed = completed,
     .peer_status = peer_status,
+    .abandon = abandon,
     .stats = stats,
 };
 

@@ -127,6 +127,7 @@ static const struct nep_transport_ops ops = {
     .progress = nic_progress,
     .completed = nic_completed,
     .peer_status = nic_peer_status,
+    .abandon = nep_unsupported_abandon,
     .stats = nic_stats,
 };
 

@@ -79,6 +79,7 @@ static const struct nep_transport_ops copier_ops = {
     .progress = copier_progress,
     .completed = copier_completed,
     .peer_status = copier_peer_status,
+    .abandon = nep_unsupported_abandon,
 };
 
 static void open_rank(uint32_t r)

@@ -115,7 +115,7 @@ static void test_transport_list_entries_are_complete(void **state)
         }
         assert_true(ops->create && ops->close && ops->window_create && ops->window_destroy);
         assert_true(ops->put && ops->progress && ops->completed && ops->peer_status && ops->stats);
-        assert_non_null(ops->peer_window);
+        assert_true(ops->peer_window && ops->window_retire && ops->abandon);
         /* What the bits say is what the entries do. */
         assert_int_equal(ops->put == nep_unsupported_put, (ops->caps & NEP_CAP_FABRIC) == 0);
     }

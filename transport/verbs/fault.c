@@ -247,3 +247,14 @@ enum nep_status nep_verbs_peer_status(struct nep_transport *transport, uint32_t 
     }
     return NEP_OK;
 }
+
+void nep_verbs_abandon(struct nep_transport *transport, uint32_t rank)
+{
+    struct nep_verbs *verbs = (struct nep_verbs *)transport;
+    struct nep_verbs_peer *peer = &verbs->peers[rank];
+    pthread_mutex_lock(&peer->lock);
+    for (uint32_t q = 0; peer->qps != NULL && q < verbs->num_qps; q++) {
+        nep_verbs_qp_failed(verbs, peer, q, NULL, "the group goes on without that rank");
+    }
+    pthread_mutex_unlock(&peer->lock);
+}

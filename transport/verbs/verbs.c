@@ -346,5 +346,6 @@ const struct nep_transport_ops nep_verbs_ops = {
     .progress = nep_verbs_progress,
     .completed = nep_verbs_completed,
     .peer_status = nep_verbs_peer_status,
+    .abandon = nep_verbs_abandon,
     .stats = verbs_stats,
 };

@@ -367,6 +367,8 @@ void nep_verbs_qp_failed(struct nep_verbs *verbs, struct nep_verbs_peer *peer, u
 void nep_verbs_event_handle(struct nep_verbs *verbs, struct nep_verbs_path *path,
                             const struct ibv_async_event *event);
 enum nep_status nep_verbs_peer_status(struct nep_transport *transport, uint32_t rank);
+/* Ends all QPs to this rank: what is under way to it fails now, not after the device's retries. */
+void nep_verbs_abandon(struct nep_transport *transport, uint32_t rank);
 
 /* ---- progress.c ----------------------------------------------------------------------------- */
 

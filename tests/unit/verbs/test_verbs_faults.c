@@ -203,6 +203,51 @@ static void test_verbs_lost_peer_is_named_and_others_go_on(void **state)
     world_free(&world);
 }
 
+/* Rank 0 gives rank 1 up while puts to it are under way: they are over at once, 2 is not touched. */
+static void give_one_up(struct seat *seat)
+{
+    const struct nep_transport_ops *ops = seat->transport->ops;
+    if (seat->rank == 0) {
+        for (uint32_t slot = 0; slot < SLOTS; slot++) {
+            seat_put(seat, 1, slot, 0);
+        }
+        ops->abandon(seat->transport, 1);
+        ops->abandon(seat->transport, 1);
+        ops->abandon(seat->transport, 0); /* the own rank: nothing is there */
+        seat->num_errors += ops->completed(seat->transport, 1) != seat->last_number[1];
+        seat->num_errors += ops->peer_status(seat->transport, 1) != NEP_ERR_PEER_LOST;
+        struct nep_put put = {.dst = 1, .window = WINDOW, .imm = world_imm(0)};
+        uint64_t number = 99;
+        seat->num_errors += ops->put(seat->transport, &put, &number) != NEP_ERR_PEER_LOST;
+    }
+    pthread_barrier_wait(&seat->world->barrier);
+    for (uint32_t slot = 0; slot < SLOTS && seat->rank != 1; slot++) {
+        seat_put(seat, 2 - seat->rank, slot, 1);
+    }
+    for (uint32_t slot = 0; slot < SLOTS && seat->rank != 1; slot++) {
+        seat->num_errors += !seat_wait(seat, 2 - seat->rank, slot, 1);
+        seat->num_wrong += seat_wrong(seat, 2 - seat->rank, slot, 1);
+    }
+    pthread_barrier_wait(&seat->world->barrier);
+}
+
+static void test_verbs_abandoned_peer_is_not_waited_for(void **state)
+{
+    (void)state;
+    static struct world world;
+    fake_reset(4);
+    world_config(&world.config);
+    world.config.verbs_paths = 2;
+    world.seed = world_seed("abandoned peer");
+    world_run(&world, 3, give_one_up);
+    for (uint32_t r = 0; r < 3; r++) {
+        assert_int_equal(world.seats[r].status, NEP_OK);
+        assert_int_equal(world.seats[r].num_errors, 0);
+        assert_int_equal(world.seats[r].num_wrong, 0);
+    }
+    world_free(&world);
+}
+
 /* ---- events --------------------------------------------------------------------------------- */
 
 static void send_event(struct seat *seat, uint32_t path, enum ibv_event_type type, void *element)
@@ -439,6 +484,7 @@ int main(void)
         cmocka_unit_test(test_verbs_four_of_six_qps_die),
         cmocka_unit_test(test_verbs_failed_posting_moves_to_another_qp),
         cmocka_unit_test(test_verbs_lost_peer_is_named_and_others_go_on),
+        cmocka_unit_test(test_verbs_abandoned_peer_is_not_waited_for),
         cmocka_unit_test(test_verbs_events_are_acted_on),
         cmocka_unit_test(test_verbs_close_delivers_and_says_farewell),
         cmocka_unit_test(test_verbs_failed_set_up_leaves_nothing),
