@@ -10,7 +10,7 @@ import threading
 import time
 
 import worlds
-from common import Harm, Strangers, counts, require, wait_for_server
+from common import Harm, Strangers, counts, wait_for_server
 
 OUT = 4  # how chaos_seat ends when the group went on without it
 

@@ -113,5 +113,3 @@ def make(args, inter):
     if args.world == "guest":
         return Guest(args)
     return Hosts(args) if inter.startswith("hosts:") else Machine(args)
-
-
