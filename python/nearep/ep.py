@@ -246,12 +246,14 @@ class Ep(Owner):
                       _list(ctypes.c_uint64, found.first_row, slots),
                       _list(ctypes.c_uint32, found.rows_per_source, self.comm.num_ranks))
 
-    def device_counts(self, handle: Handle) -> Memory:
-        """Executor "cuda": rows_per_slot [L] uint32 of this handle's dispatches in device memory, as
-        bytes, filled in stream order without a wait of the host; valid as long as the handle."""
+    def device_counts(self, handle: Handle) -> Tuple[Memory, Memory]:
+        """Executor "cuda": rows_per_slot [L] and rows_per_source [R], uint32, of this handle's dispatches in
+        device memory, as bytes, filled in stream order without a wait of the host; valid as long as the
+        handle."""
         found = self.counts_struct
         check(lib.nep_dispatch_counts_device(self.pointer, handle.pointer, self._at["counts_struct"]))
-        return Memory(found.rows_per_slot, 4 * self.slots_per_rank, handle, True)
+        return (Memory(found.rows_per_slot, 4 * self.slots_per_rank, handle, True),
+                Memory(found.rows_per_source, 4 * self.comm.num_ranks, handle, True))
 
     def dispatch_recv(self, handle: Handle, x: Any, *, scales: Any = None, topk_slots: Any = None,
                       topk_weights: Any = None, source_rank: Any = None, source_token: Any = None,

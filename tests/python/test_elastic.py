@@ -29,7 +29,7 @@ def one(buffer, rank, ranks, experts, tokens, expand, sync, alignment, bias):
     mine, per_rank = tokens[rank], experts // ranks
     stats = torch.zeros(per_rank, dtype=torch.int32)
     x, ids, weights, handle, event = buffer.dispatch(
-        mine.x, topk_idx=mine.ids, topk_weights=mine.weights, num_experts=experts, num_max_tokens_per_rank=64,
+        mine.x, topk_idx=mine.ids, topk_weights=mine.weights, num_experts=experts, num_max_tokens_per_rank=16,
         expert_alignment=alignment, do_expand=expand, do_cpu_sync=sync, do_zero_padding=True,
         cumulative_local_expert_recv_stats=stats, async_with_compute_stream=True)
     event.current_stream_wait()
@@ -37,6 +37,14 @@ def one(buffer, rank, ranks, experts, tokens, expand, sync, alignment, bias):
     must(stats.tolist() == pairs, "statistics")
     must(handle.num_recv_tokens_per_expert_list ==
          ([-(-n // alignment) * alignment for n in pairs] if sync else []), "list")
+    aligned = torch.tensor([-(-n // alignment) * alignment for n in pairs])
+    equal(handle.psum_num_recv_tokens_per_expert, aligned.cumsum(0).int(), "sums by expert")
+    equal(handle.num_unaligned_recv_tokens_per_expert, torch.tensor(pairs).int(), "rows by expert")
+    from_rank = [s for _, s, _, _ in expanded_rows(tokens, rank, per_rank, alignment)[0]] if expand else \
+        [s for s, _ in arrivals(tokens, rank, per_rank)]
+    equal(handle.psum_num_recv_tokens_per_scaleup_rank,
+          torch.tensor([from_rank.count(s) for s in range(ranks)]).cumsum(0).int(), "sums by rank")
+    must(sync or x.shape[0] <= 16 * ranks * (K if expand else 1) + 3 * alignment, "the worst case of this call")
     if expand:
         rows, total = expanded_rows(tokens, rank, per_rank, alignment)
         must(ids is None and (not sync or x.shape[0] == total), "rows of the expanded layout")
@@ -75,8 +83,16 @@ def matrix(rank, ranks, nodes):
     must(buffer.get_physical_domain_size()[1] == len(nodes), "domains")
     cases = itertools.product((False, True), (True, False), (1, 16), (False, True))
     for number, (expand, sync, alignment, bias) in enumerate(cases):
-        tokens = world(ranks, [max(1, 9 - r) for r in range(ranks)], H, experts, K, salt=number)
+        sizes = [0 if r == number % ranks else max(1, 9 - r) for r in range(ranks)]
+        tokens = world(ranks, sizes, H, experts, K, salt=number)
         one(buffer, rank, ranks, experts, tokens, expand, sync, alignment, bias)
+    try:
+        mine = world(ranks, [17] * ranks, H, experts, K)[rank]
+        buffer.dispatch(mine.x, topk_idx=mine.ids, topk_weights=mine.weights, num_experts=experts,
+                        num_max_tokens_per_rank=16)
+        must(False, "more tokens than said")
+    except ValueError as error:
+        must("17 tokens" in str(error), str(error))
     try:
         buffer.engram_fetch()
         must(False, "another family")

@@ -56,6 +56,7 @@ class ElasticBuffer:
         self.explicitly_destroy = explicitly_destroy
         self.num_max_tokens_per_rank, self.hidden, self.num_topk = num_max_tokens_per_rank, hidden, num_topk
         self.group, self.rank_idx, self.num_ranks = group, self._buffer.rank, self._buffer.group_size
+        self.num_bytes = num_bytes or self.get_buffer_size_hint(group, num_max_tokens_per_rank, hidden, num_topk)
 
     @staticmethod
     def get_buffer_size_hint(group: Any, num_max_tokens_per_rank: int, hidden: int, num_topk: int = 0,
@@ -101,6 +102,11 @@ class ElasticBuffer:
                                       "than dispatch and combine; nearep does not have it")
         raise AttributeError(name)
 
+    @staticmethod
+    def _allocates(asked: bool, previous_event: Event, is_async: bool) -> bool:
+        """V2's callers ask for it always; it changes something where both streams are named."""
+        return asked and is_async and previous_event is not None
+
     # ---- dispatch -----------------------------------------------------------------------------
 
     def dispatch(self, x: Rows, topk_idx: Optional[torch.Tensor] = None,
@@ -117,15 +123,17 @@ class ElasticBuffer:
         """x: [T, H] bf16, or (fp8, scales); topk_idx [T, K]; topk_weights [T, K] f32.
 
         do_expand: rows grouped by expert, each expert's first row a multiple of expert_alignment, then
-        recv_topk_weights is [rows] and recv_topk_idx None; else one row per token. do_cpu_sync=False:
-        outputs of worst-case size, and no list. do_zero_padding: rows between experts are zero.
+        recv_topk_weights is [rows] and recv_topk_idx None; else one row per token. do_cpu_sync=False: no
+        list, and outputs for num_max_tokens_per_rank tokens of every rank (None: of the constructor); the
+        sums of the handle are on the device all the same. do_zero_padding: rows between experts are zero.
 
         Returns (recv_x, recv_topk_idx, recv_topk_weights, EPHandle, EventOverlap).
         """
         buffer = self._buffer
         payload = Payload(x)
         with buffer._lock, buffer._streams.on(payload.x, previous_event, async_with_compute_stream,
-                                              allocate_on_comm_stream and async_with_compute_stream) as scope:
+                                              self._allocates(allocate_on_comm_stream, previous_event,
+                                                              async_with_compute_stream)) as scope:
             if handle is not None:
                 return self._again(payload, handle, do_zero_padding, scope)
             if topk_idx is None or num_experts is None:
@@ -133,27 +141,39 @@ class ElasticBuffer:
             ids = topk_idx.clone() if do_handle_copy else topk_idx
             found = self._expanded if do_expand else self._by_rank
             sync = True if do_cpu_sync is None else do_cpu_sync
-            result = found(payload, ids.contiguous(), topk_weights, num_experts, expert_alignment or 1, sync,
-                           do_zero_padding, num_sms, scope)
-            if cumulative_local_expert_recv_stats is not None:
-                counts = result[3].inner.owned.seat.ep.dispatch_counts(result[3].inner.owned.handle)
-                cumulative_local_expert_recv_stats += torch.tensor(
-                    counts.rows_per_slot, dtype=torch.int32, device=payload.x.device)
-            recv_x, recv_ids, recv_weights, new_handle = result
-            return recv_x, recv_ids, recv_weights, new_handle, scope.finish()
+            most = num_max_tokens_per_rank or self.num_max_tokens_per_rank
+            if most and payload.x.shape[0] > most:
+                raise ValueError(f"deep_ep: x has {payload.x.shape[0]} tokens, beyond num_max_tokens_per_rank, {most}")
+            alignment = expert_alignment or 1
+            recv_x, recv_ids, recv_weights, inner, counts = found(
+                payload, ids.contiguous(), topk_weights, num_experts, alignment, 0 if sync else most or -1,
+                do_zero_padding, scope)
+            made = EPHandle(do_expand, num_experts, alignment, most, num_sms, ids, [],
+                            0 if do_expand else inner.num_rows, inner.num_rows if do_expand else 0, inner=inner)
+            self._count(made, counts, cumulative_local_expert_recv_stats, scope)
+            return recv_x, recv_ids, recv_weights, made, scope.finish()
 
-    def _handle(self, inner: NormalHandle, ids: torch.Tensor, num_experts: int, alignment: int, sync: bool, rows: int,
-                is_expanded: bool, num_sms: int, counts: Any) -> EPHandle:
-        listed = [-(-num // alignment) * alignment for num in counts.rows_per_slot] if sync else []
-        device = ids.device
-        by_rank = by_expert = plain = None
-        if sync:
-            by_rank = torch.tensor(counts.rows_per_source, dtype=torch.int32, device=device).cumsum(0).int()
-            plain = torch.tensor(counts.rows_per_slot, dtype=torch.int32, device=device)
-            by_expert = torch.tensor(listed, dtype=torch.int32, device=device).cumsum(0).int()
-        return EPHandle(is_expanded, num_experts, alignment, self.num_max_tokens_per_rank, num_sms, ids, listed,
-                        0 if is_expanded else rows, rows if is_expanded else 0, by_rank, by_expert, plain,
-                        inner=inner)
+    def _count(self, handle: EPHandle, counts: Any, stats: Optional[torch.Tensor], scope: Any) -> None:
+        """The handle's list and sums; without counts on the host, sums of what kernels wrote."""
+        inner, device, align = handle.inner, handle.topk_idx.device, handle.expert_alignment
+        ep = inner.owned.seat.ep
+        with scope.current():
+            if counts is None and handle.topk_idx.is_cuda:
+                plain, by_source = (torch.as_tensor(memory, device=device).view(torch.int32).clone()
+                                    for memory in ep.device_counts(inner.owned.handle))
+            else:
+                known = counts if counts is not None else ep.dispatch_counts(inner.owned.handle)
+                plain = torch.tensor(known.rows_per_slot, dtype=torch.int32, device=device)
+                by_source = torch.tensor(known.rows_per_source, dtype=torch.int32, device=device)
+            aligned = torch.div(plain + (align - 1), align, rounding_mode="floor") * align
+            handle.num_unaligned_recv_tokens_per_expert = plain
+            handle.psum_num_recv_tokens_per_scaleup_rank = by_source.cumsum(0).int()
+            handle.psum_num_recv_tokens_per_expert = aligned.cumsum(0).int()
+            if stats is not None:
+                stats += plain
+        if counts is not None:
+            handle.num_recv_tokens_per_expert_list = [-(-num // align) * align for num in counts.rows_per_slot]
+        scope.keep(plain, handle.psum_num_recv_tokens_per_scaleup_rank, handle.psum_num_recv_tokens_per_expert)
 
     def _new(self, payload: Payload, ids: torch.Tensor, weights: Optional[torch.Tensor], num_experts: int, layout: str,
              alignment: int) -> Tuple[Seat, NormalHandle]:
@@ -165,26 +185,33 @@ class ElasticBuffer:
         handle.set_nodes(self._buffer._comm.topology)
         return seat, handle
 
+    @staticmethod
+    def _worst(ep: Any, most: int, rows_per_token: int, alignment: int) -> int:
+        """Rows for `most` tokens of every rank (-1: of the ep)."""
+        rows = most * ep.comm.num_ranks * rows_per_token + ep.slots_per_rank * (alignment - 1)
+        return ep.max_rows() if most < 0 else min(ep.max_rows(), -(-rows // alignment) * alignment)
+
     def _by_rank(self, payload: Payload, ids: torch.Tensor, weights: Optional[torch.Tensor], num_experts: int,
-                 alignment: int, sync: bool, _padding: bool, num_sms: int, scope: Any) -> Any:
+                 _alignment: int, most: int, _padding: bool, scope: Any) -> Any:
+        """most: 0: counts are waited for; else outputs are for so many tokens of each rank (-1: any)."""
         buffer = self._buffer
         seat, handle = self._new(payload, ids, weights, num_experts, "rank", 0)
         buffer._send(seat, handle.owned, payload, ids, weights, scope)
-        worst = 0 if sync else seat.ep.max_rows()
-        recv_x, slots, weights, counts = buffer._receive(seat, handle, payload, True, worst, scope)
-        return recv_x, slots, weights, self._handle(handle, ids, num_experts, alignment, sync, handle.num_rows,
-                                                    False, num_sms, counts)
+        worst = self._worst(seat.ep, most, 1, 1) if most else 0
+        recv_x, slots, recv_weights, counts = buffer._receive(seat, handle, payload, True, worst, scope)
+        return recv_x, slots, recv_weights, handle, counts
 
     def _expanded(self, payload: Payload, ids: torch.Tensor, weights: Optional[torch.Tensor], num_experts: int,
-                  alignment: int, sync: bool, zero: bool, num_sms: int, scope: Any) -> Any:
+                  alignment: int, most: int, zero: bool, scope: Any) -> Any:
+        """As _by_rank."""
         seat, handle = self._new(payload, ids, weights, num_experts, "packed", alignment)
         self._buffer._send(seat, handle.owned, payload, ids, weights, scope)
-        counts = seat.ep.dispatch_counts(handle.owned.handle) if sync else None
-        handle.num_rows = counts.num_rows if sync else seat.ep.max_rows()
+        counts = None if most else seat.ep.dispatch_counts(handle.owned.handle)
+        handle.num_rows = counts.num_rows if counts is not None else \
+            self._worst(seat.ep, most, ids.shape[1], alignment)
         handle.alignment = alignment
         x, scales, row_weights = self._land(seat, handle.owned, handle.num_rows, payload, zero, scope)
-        return payload.give(x, scales), None, row_weights, self._handle(
-            handle, ids, num_experts, alignment, sync, handle.num_rows, True, num_sms, counts)
+        return payload.give(x, scales), None, row_weights, handle, counts
 
     @staticmethod
     def _land(seat: Seat, owned: Owned, rows: int, payload: Payload, zero: bool, scope: Any
@@ -223,7 +250,8 @@ class ElasticBuffer:
         if not handle.do_expand:
             return self._buffer.combine(x, handle.inner, topk_weights, bias, None, previous_event,
                                         async_with_compute_stream,
-                                        allocate_on_comm_stream and async_with_compute_stream)
+                                        self._allocates(allocate_on_comm_stream, previous_event,
+                                                        async_with_compute_stream))
         if topk_weights is not None:
             raise NotImplementedError("deep_ep: topk_weights come back from dispatches without do_expand")
         with self._buffer._lock, self._buffer._streams.on(x, previous_event,

@@ -93,6 +93,8 @@ class Streams:
     def on(self, tensor: torch.Tensor, previous_event: Union[EventOverlap, EventHandle, None] = None,
            is_async: bool = False, allocate: bool = False, use_comm: bool = True) -> Union[_HostScope, _CudaScope]:
         """The scope of one call on tensors that are where this one is."""
+        if allocate and not (previous_event is not None and is_async):
+            raise ValueError("deep_ep: allocate_on_comm_stream needs previous_event and async_finish=True")
         if not tensor.is_cuda:
             return _HostScope(is_async)
         return _CudaScope(self, tensor.get_device(), previous_event, is_async, allocate, use_comm)
@@ -137,8 +139,6 @@ class _CudaScope:
 
     def __init__(self, streams: Streams, device: int, previous_event: Any, is_async: bool, allocate: bool,
                  use_comm: bool):
-        if allocate and not (previous_event is not None and is_async):
-            raise ValueError("deep_ep: allocate_on_comm_stream needs previous_event and async_finish=True")
         self._streams = streams
         self._is_apart = use_comm and (is_async or previous_event is not None)
         self._stream: Any = None  # both are not needed where the call runs on the current stream

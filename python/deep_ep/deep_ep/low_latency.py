@@ -262,7 +262,7 @@ class LowLatency:
         with scope.current():
             if count.is_cuda:
                 if not hasattr(owned.handle, "device_count"):
-                    view = torch.as_tensor(ep.device_counts(owned.handle), device=count.device)
+                    view = torch.as_tensor(ep.device_counts(owned.handle)[0], device=count.device)
                     owned.handle.device_count = view.view(torch.int32)
                 count.copy_(owned.handle.device_count)
             else:
