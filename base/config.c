@@ -121,11 +121,12 @@ static const struct row rows[] = {
     {"NEP_CUDA_VISIBILITY", WORD, "auto|ordered|flush|staged", FIELD(cuda_visibility), "auto",
      false,
      "what makes a NIC's writes visible to running kernels: the device's order, a flush by the "
-     "host, or landing in pinned host memory; auto: from the device's attributes. Not in use yet: "
-     "the CUDA executor works inside one node"},
+     "host, or landing in pinned host memory (staged); auto: from the device's attributes. No "
+     "transport's window reaches memory of a GPU yet, so auto is staged, and the others are "
+     "refused"},
     {"NEP_PROXY_SPIN", TIME, NULL, FIELD(proxy_spin_ns), "1ms", false,
-     "how long the proxy thread of a GPU spins without work before it naps. Not in use yet, as "
-     "above"},
+     "how long the proxy thread of a GPU, which posts for kernels between nodes, spins without "
+     "work before it naps"},
 };
 
 enum { NUM_ROWS = sizeof rows / sizeof rows[0] };

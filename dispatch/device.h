@@ -20,6 +20,9 @@ enum nep_status nep_device_memory(const struct nep_plan *plan, const struct nep_
 /* Whether a kernel has given up, and why. Any thread; no CUDA call. */
 bool nep_device_fault(const struct nep_ep *ep, struct nep_fault *fault);
 
+/* Adds what the executor counted beside the calls. */
+void nep_device_stats(const struct nep_ep *ep, struct nep_stats *stats);
+
 enum nep_status nep_device_handle_create(struct nep_handle *handle);
 void nep_device_handle_destroy(struct nep_handle *handle, bool is_child);
 

@@ -245,6 +245,9 @@ enum nep_status nep_ep_stats(const struct nep_ep *ep, struct nep_stats *stats_p)
     }
     struct nep_stats stats = ep->stats;
     stats.size = sizeof stats;
+    if (ep->device != NULL) {
+        nep_device_stats(ep, &stats);
+    }
     if (ep->head == NULL) {
         *stats_p = stats;
         return NEP_OK;

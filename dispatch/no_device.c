@@ -40,6 +40,12 @@ bool nep_device_fault(const struct nep_ep *ep, struct nep_fault *fault)
     return false;
 }
 
+void nep_device_stats(const struct nep_ep *ep, struct nep_stats *stats)
+{
+    (void)ep;
+    (void)stats;
+}
+
 enum nep_status nep_device_handle_create(struct nep_handle *handle)
 {
     (void)handle;

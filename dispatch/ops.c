@@ -199,7 +199,8 @@ static enum nep_status send_on_device(struct nep_ep *ep, struct nep_handle *hand
     handle->op.in = *tokens;
     ep->stats.dispatches++;
     ep->stats.tokens += tokens->num_tokens;
-    ep->stats.tokens_local += tokens->num_tokens;
+    /* Which tokens leave their node kernels count. */
+    ep->stats.tokens_local += ep->plan.topology->num_nodes == 1 ? tokens->num_tokens : 0;
     return nep_op_settle(ep, nep_device_dispatch_send(handle, out, stream));
 }
 

@@ -51,6 +51,13 @@ static enum nep_status check_combine(struct nep_ep *ep, struct nep_handle *handl
     if (status == NEP_OK && rows->token_weights != NULL) {
         status = check_token_weights(ep);
     }
+    if (status == NEP_OK && rows->topk_weights != NULL && ep->device != NULL &&
+        ep->plan.topology->num_nodes > 1) {
+        status =
+            nep_fail(NEP_ERR_UNSUPPORTED,
+                     "topk_weights do not come back over several nodes where tokens are in GPU "
+                     "memory");
+    }
     return status;
 }
 

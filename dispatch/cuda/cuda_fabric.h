@@ -72,10 +72,11 @@ enum nep_far_stamp {
     NEP_FAR_NUM_STAMPS
 };
 
-/* Pinned, written by the proxy: what is complete of this rank's puts. Monotone. */
+/* Pinned. Written by the proxy: what is complete of this rank's puts. Monotone. */
 struct nep_far_page {
     uint64_t counts_free[NEP_FAR_MAX_RANKS]; /* by control: op + 1 */
     uint64_t tiles_free[NEP_FAR_MAX_RANKS];  /* by send ring: puts */
+    uint64_t tokens_local;                   /* by a kernel, for statistics */
 };
 
 /* What is known of a source of another node in one operation. */
@@ -87,8 +88,7 @@ struct nep_far_in {
 
 /* Memory of the GPU, zeroed before the first operation. */
 struct nep_far_state {
-    uint64_t status;                       /* sticky */
-    uint64_t op;                           /* operations completed */
+    struct nep_cuda_state run;             /* op: operations completed */
     uint64_t next_tile[NEP_FAR_MAX_NODES]; /* dispatch tiles of all operations, to each node */
     uint64_t next_sums[NEP_FAR_MAX_RANKS]; /* combine tiles, to each lane source */
     uint64_t next_in[NEP_FAR_MAX_NODES];   /* combine tiles from each node */
@@ -98,6 +98,7 @@ struct nep_far_state {
     uint64_t slot[NEP_FAR_MAX_RANKS];
     uint64_t tile_seen[NEP_FAR_MAX_RANKS];
     uint64_t sums_seen[NEP_FAR_MAX_NODES];
+    uint64_t tokens_local;
     uint64_t stamps[NEP_FAR_NUM_STAMPS];                /* of the last operation, nanoseconds */
     uint32_t arrived;                                   /* of a whole launch */
     uint32_t packed[NEP_FAR_MAX_RANKS][NEP_FAR_WINDOW]; /* blocks done with a tile */
@@ -110,6 +111,7 @@ struct nep_far {
     uint32_t num_ranks, rank;
     uint32_t num_nodes, node;
     uint32_t node_size, local;
+    uint32_t node_begin; /* of this node in node_rank */
     uint32_t tile_rows;
     uint32_t meta_bytes;
     uint32_t row_bytes; /* of combine */
@@ -127,11 +129,13 @@ struct nep_far {
     const uint32_t *lane_source;      /* [lanes] */
     const uint32_t *control;          /* [R][R]: index of [source] among the controls of [rank] */
     const struct nep_region *regions; /* [R] */
+    struct nep_region own;            /* here: no load before its offsets are known */
     char *const *words;               /* [G] of this node, by local index: pinned */
     char *const *data;                /* [G] what the fabric reads and writes */
     char *const *near;                /* [G] memory of the GPU: what ranks of a node tell each
                                        * other, their outputs; `data` where the fabric reaches it */
     uint64_t *completed;              /* pinned: of this rank's region head */
+    uint64_t *stuck; /* near, [R] of `staged`: not 0 when somebody of the node gave up */
     struct nep_far_page *page;
     struct nep_ring ring;
     struct nep_far_state *state;
@@ -139,7 +143,7 @@ struct nep_far {
     uint64_t timeout_ns;
 };
 
-/* What a handle adds to struct nep_cuda_routing; sizes of nep_far_handle_bytes. */
+/* What a handle adds to struct nep_cuda_routing: memory of the GPU. */
 struct nep_far_routing {
     uint32_t *node_tokens; /* [N][M] tokens that go to each node, ascending */
     uint32_t *row_of;      /* [N][M] the inverse, NEP_SLOT_NONE: none */
@@ -165,6 +169,9 @@ struct nep_far_output {
     uint64_t capacity; /* rows */
 };
 
+/* Flags of nep_cuda_far_counts and nep_cuda_far_recv. */
+enum { NEP_FAR_BINDS = 1 /* say where the outputs are: one of the two does */ };
+
 struct nep_far_dispatch {
     const struct nep_far *far;
     const struct nep_cuda_geometry *geometry;
@@ -179,20 +186,36 @@ struct nep_far_combine {
     const struct nep_cuda_geometry *geometry;
     const struct nep_cuda_routing *routing;
     const struct nep_far_routing *far_routing;
-    uint64_t rows; /* offset of this rank's expert outputs in `near` */
-    void *y;       /* [T] */
+    uint64_t rows;       /* offset of this rank's expert outputs in `near` */
+    void *y;             /* [T] */
+    const void *bias[2]; /* [T] rows each, or NULL */
     uint32_t num_tokens;
+};
+
+/* Rows between memory that the node does not map and this rank's window: up to six arrays. */
+struct nep_far_copy {
+    const char *from[6]; /* NULL: nothing */
+    char *to[6];
+    uint32_t row_bytes[6];
 };
 
 /* Loads the kernels. Before the first launch and before any kernel that stays. */
 enum nep_status nep_cuda_far_load(void);
-/* Lists per node; COUNTS to every node; where this rank's outputs lie. */
-enum nep_status nep_cuda_far_counts(const struct nep_far_dispatch *d, struct CUstream_st *stream);
+/* Lists per node; COUNTS to every node; where this rank's outputs lie, if that is known. */
+enum nep_status nep_cuda_far_counts(const struct nep_far_dispatch *d, unsigned flags,
+                                    struct CUstream_st *stream);
 enum nep_status nep_cuda_far_pack(const struct nep_far_dispatch *d, struct CUstream_st *stream);
 /* Waits for all COUNTS; from them where rows of every source begin on this node. */
 enum nep_status nep_cuda_far_place(const struct nep_far_dispatch *d, struct CUstream_st *stream);
 /* Own rows to the outputs of this node, far tiles to this rank's; waits for both. */
-enum nep_status nep_cuda_far_recv(const struct nep_far_dispatch *d, struct CUstream_st *stream);
+enum nep_status nep_cuda_far_recv(const struct nep_far_dispatch *d, unsigned flags,
+                                  struct CUstream_st *stream);
+/* As many rows of each array as came to this rank; more than `most` are a fault. */
+enum nep_status nep_cuda_far_copy(const struct nep_far *far,
+                                  const struct nep_cuda_geometry *geometry,
+                                  const struct nep_cuda_routing *routing,
+                                  const struct nep_far_copy *copy, uint64_t most,
+                                  struct CUstream_st *stream);
 /* COUNTS of a combine, and that this rank's expert outputs may be read. */
 enum nep_status nep_cuda_far_offer(const struct nep_far_combine *c, struct CUstream_st *stream);
 /* Partial sums for the sources that land here, one row per token back. */

@@ -150,6 +150,8 @@ struct nep_cuda_staging {
 };
 
 struct nep_cuda_shape {
+    uint32_t num_ranks; /* R, on all nodes; slots, counts and sources are numbers among these */
+    uint32_t rank;      /* this one */
     uint32_t slots_per_rank; /* L */
     uint32_t top_k;          /* K, 1 to 32 */
     uint32_t max_tokens;     /* M */

@@ -4,7 +4,7 @@
  * up for. Everything is allocated here: no call of dispatch or combine allocates or, unless the
  * host asked for counts, waits.
  */
-#include "dispatch/cuda/exec.h"
+#include "dispatch/cuda/exec_far.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -46,14 +46,8 @@ static enum nep_status check_shape(const struct nep_ep *ep)
                         "executor cuda: no GPU can be used here (CUDA says: %s): use executor host",
                         error != cudaSuccess ? cudaGetErrorString(error) : "there is none");
     }
-    if (topology->num_nodes != 1) {
-        return nep_fail(NEP_ERR_UNSUPPORTED,
-                        "executor cuda: %u nodes; this version moves tokens in GPU memory inside "
-                        "one node",
-                        topology->num_nodes);
-    }
     if (topology->num_ranks > NEP_CUDA_MAX_RANKS) {
-        return nep_fail(NEP_ERR_UNSUPPORTED, "executor cuda: %u ranks on a node; at most %d",
+        return nep_fail(NEP_ERR_UNSUPPORTED, "executor cuda: %u ranks; at most %d",
                         topology->num_ranks, NEP_CUDA_MAX_RANKS);
     }
     if (ep->maps.now.is_lost != NULL) {
@@ -90,6 +84,7 @@ static enum nep_status find_geometry(struct nep_ep *ep, const struct nep_ep_para
     }
     struct nep_cuda_limits limits = {(uint32_t)sms, device->windows.ranks_on_device,
                                      (uint32_t)(shared - STATIC_SHARED), major >= 9};
+    device->shared_bytes = limits.shared_bytes;
     uint32_t most = (uint32_t)sms / limits.ranks_on_device;
     uint32_t num_sms = params->num_sms != 0 ? params->num_sms
                        : most < DEFAULT_SMS ? most
@@ -113,6 +108,8 @@ static enum nep_status make_state(struct nep_ep *ep)
         .timeout_ns = ep->comm->timeout_ns,
     };
     device->shape = (struct nep_cuda_shape){
+        .num_ranks = ep->plan.topology->num_ranks,
+        .rank = ep->rank,
         .slots_per_rank = ep->shape.slots_per_rank,
         .top_k = ep->shape.top_k,
         .max_tokens = ep->shape.max_tokens,
@@ -122,7 +119,8 @@ static enum nep_status make_state(struct nep_ep *ep)
         .wire = ep->shape.format,
         .staging = device->plan.staging,
     };
-    cudaError_t error = cudaMalloc((void **)&device->group.state, sizeof *device->group.state);
+    cudaError_t error = cudaMalloc((void **)&device->state, sizeof *device->state);
+    device->group.state = device->state;
     if (error == cudaSuccess) {
         error = cudaHostAlloc((void **)&device->status_host, 2 * sizeof(uint64_t),
                               cudaHostAllocPortable | cudaHostAllocMapped);
@@ -130,7 +128,7 @@ static enum nep_status make_state(struct nep_ep *ep)
     if (error == cudaSuccess) {
         memset(device->status_host, 0, 2 * sizeof(uint64_t));
         device->group.status_host = device->status_host;
-        error = cudaMemset(device->group.state, 0, sizeof *device->group.state);
+        error = cudaMemset(device->state, 0, sizeof *device->state);
     }
     if (error == cudaSuccess) {
         error = cudaMemset(own, 0, device->plan.words.bytes);
@@ -149,9 +147,15 @@ static enum nep_status make(struct nep_ep *ep, const struct nep_ep_params *param
     const struct nep_topology *topology = ep->plan.topology;
     uint64_t staging =
         params->staging_bytes != 0 ? params->staging_bytes : comm->config.staging_bytes;
+    enum nep_status status = topology->num_nodes > 1 ? nep_device_far_plan(ep, staging) : NEP_OK;
+    status = nep_bootstrap_common(&comm->bootstrap, ep->rank, topology->num_ranks, status,
+                                  comm->timeout_ns);
+    if (status != NEP_OK) {
+        return status;
+    }
     nep_cuda_plan_init(&device->plan, &ep->shape, topology->num_ranks, topology->num_nodes, 16,
-                       staging);
-    enum nep_status status = nep_cuda_windows_create(comm, device->plan.bytes, &device->windows);
+                       staging, device->far != NULL ? device->far->plan.near_bytes : 0);
+    status = nep_cuda_windows_create(comm, device->plan.bytes, &device->windows);
     if (status != NEP_OK) {
         return status; /* on all ranks alike */
     }
@@ -161,6 +165,14 @@ static enum nep_status make(struct nep_ep *ep, const struct nep_ep_params *param
     }
     if (status == NEP_OK) {
         status = make_state(ep);
+    }
+    if (device->far != NULL) {
+        status = nep_bootstrap_common(&comm->bootstrap, ep->rank, topology->num_ranks, status,
+                                      comm->timeout_ns);
+        if (status != NEP_OK) {
+            return status;
+        }
+        status = nep_device_far_create(ep);
     }
     if (status == NEP_OK) {
         status = nep_device_take_map(ep, &ep->maps.now);
@@ -203,11 +215,13 @@ void nep_device_destroy(struct nep_ep *ep, bool is_child)
         nep_device_handle_destroy(device->scratch, is_child);
         free(device->scratch);
     }
-    if (!is_child && nep_device_enter(ep, &was) == NEP_OK) {
+    bool is_entered = !is_child && nep_device_enter(ep, &was) == NEP_OK;
+    nep_device_far_destroy(ep, is_child);
+    if (is_entered) {
         for (uint32_t i = 0; i < 1 + NEP_MAX_STAGED; i++) {
             cudaFree(device->maps[i].memory);
         }
-        cudaFree(device->group.state);
+        cudaFree(device->state);
         cudaFreeHost(device->status_host);
         nep_cuda_windows_destroy(&device->windows);
         nep_device_leave(was);
@@ -280,7 +294,13 @@ enum nep_status nep_device_handle_create(struct nep_handle *handle)
     here->routing.received = carve(&at, (2 + slots_here) * 8);
     here->routing.received_rows = carve(&at, (slots_here + num_ranks) * 4);
     handle->device = here;
-    return NEP_OK;
+    if (device->far != NULL) {
+        status = nep_device_far_handle_create(handle);
+    }
+    if (status != NEP_OK) {
+        nep_device_handle_destroy(handle, false);
+    }
+    return status;
 }
 
 void nep_device_handle_destroy(struct nep_handle *handle, bool is_child)
@@ -291,6 +311,7 @@ void nep_device_handle_destroy(struct nep_handle *handle, bool is_child)
         return;
     }
     if (!is_child && nep_device_enter(handle->ep, &was) == NEP_OK) {
+        nep_device_far_handle_destroy(handle);
         cudaFree(here->memory);
         cudaFreeHost(here->pinned);
         nep_device_leave(was);
@@ -438,7 +459,36 @@ static const char *phase_name(uint64_t phase)
                                         "reading of expert outputs",
                                         "output binding",
                                         "staging"};
+    static const char *const far_names[] = {"a send slot's completion", "a tile's credit",
+                                            "room in the command ring", "a tile of rows",
+                                            "a tile of sums",           "output binding"};
+    uint64_t far = phase - NEP_FAR_PHASE_SLOT;
+    if (far < sizeof far_names / sizeof far_names[0]) {
+        return far_names[far];
+    }
     return phase < sizeof names / sizeof names[0] ? names[phase] : "an unknown phase";
+}
+
+/* The proxy, or the fabric: true if it is theirs. */
+static bool fill_far_fault(const struct nep_ep *ep, uint64_t status, struct nep_fault *fault)
+{
+    unsigned long long op = (unsigned long long)fault->op;
+    if (status >> 56 == NEP_CUDA_PROXY_STALE) {
+        fault->status = NEP_ERR_TIMEOUT;
+        snprintf(fault->message, sizeof fault->message,
+                 "the proxy thread of rank %u stands still: a kernel waited in operation %llu for "
+                 "%s, and nothing was posted for half of the timeout of %.3f s",
+                 fault->rank, op, fault->phase, (double)ep->timeout_ns / 1e9);
+        return true;
+    }
+    if (status >> 56 == NEP_CUDA_FABRIC_FAULT) {
+        fault->status = NEP_ERR_PEER_LOST;
+        snprintf(fault->message, sizeof fault->message,
+                 "rank %u is lost to the fabric: operation %llu of rank %u waited for %s",
+                 fault->rank, op, ep->rank, fault->phase);
+        return true;
+    }
+    return false;
 }
 
 static void fill_fault(const struct nep_ep *ep, uint64_t status, struct nep_fault *fault)
@@ -448,6 +498,12 @@ static void fill_fault(const struct nep_ep *ep, uint64_t status, struct nep_faul
     unsigned long long op = (unsigned long long)fault->op;
     snprintf(fault->phase, sizeof fault->phase, "%s", phase_name(phase));
     fault->rank = (uint32_t)who;
+    if (fill_far_fault(ep, status, fault)) {
+        fault->node = fault->rank < ep->plan.topology->num_ranks
+                          ? ep->plan.topology->node_of_rank[fault->rank]
+                          : UINT32_MAX;
+        return;
+    }
     switch (status >> 56) {
     case NEP_CUDA_EXPIRED:
         fault->status = NEP_ERR_TIMEOUT;

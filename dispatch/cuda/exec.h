@@ -3,15 +3,16 @@
 #ifndef NEP_DISPATCH_CUDA_EXEC_H
 #define NEP_DISPATCH_CUDA_EXEC_H
 
-#include "dispatch/cuda/cuda_phases.h"
+#include "dispatch/cuda/cuda_fabric.h"
 #include "dispatch/cuda/driver.h"
 #include "dispatch/cuda/windows.h"
 #include "dispatch/device.h"
 
 /* The window of every rank: words, staging areas, pool. Equal on all ranks. */
 struct nep_cuda_plan {
-    struct nep_cuda_words words; /* at offset 0 */
-    struct nep_cuda_staging staging;
+    struct nep_cuda_words words;     /* at offset 0 */
+    struct nep_cuda_staging staging; /* of one node */
+    uint64_t far;                    /* of several: the area of far_plan.h */
     uint64_t pool;
     uint64_t bytes;
     uint64_t handle_bytes; /* device memory of a handle */
@@ -24,14 +25,19 @@ struct nep_device_map {
     struct nep_copies *copies; /* [num_layers], on the host; what they point to is on the device */
 };
 
+struct nep_device_far;
+
 struct nep_device {
     int ordinal;
     struct nep_cuda_plan plan;
     struct nep_cuda_windows windows;
+    struct nep_cuda_state *state; /* of one node */
     struct nep_cuda_group group;
     struct nep_cuda_shape shape;
     struct nep_cuda_geometry geometry;
-    uint64_t *status_host; /* pinned */
+    uint32_t shared_bytes;      /* most that a block may ask for */
+    uint64_t *status_host;      /* pinned */
+    struct nep_device_far *far; /* NULL: one node */
     struct nep_device_map maps[1 + NEP_MAX_STAGED];
     struct nep_handle *scratch; /* for nep_ep_layout */
 };
@@ -53,6 +59,11 @@ struct nep_device_handle {
     /* the combine at hand */
     struct nep_cuda_combine combine;
     bool is_begun;
+    /* over several nodes */
+    void *far_memory;
+    struct nep_far_routing far;
+    struct nep_far_output far_out;
+    uint64_t far_rows; /* of the expert outputs, in the area */
 };
 
 /* Makes the ep's device current for this thread until the end; -1 as *was_p: it was already. */
@@ -63,6 +74,6 @@ void nep_device_leave(int was);
 uint64_t nep_device_max_rows(const struct nep_shape *shape, uint32_t num_ranks);
 void nep_cuda_plan_init(struct nep_cuda_plan *plan, const struct nep_shape *shape,
                         uint32_t num_ranks, uint32_t num_nodes, uint32_t layout_blocks,
-                        uint64_t staging_bytes);
+                        uint64_t staging_bytes, uint64_t far_bytes);
 
 #endif

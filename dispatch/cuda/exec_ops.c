@@ -9,12 +9,15 @@
  *   combine                send: (stage) ready                recv: sum
  *   combine in one call    (stage) sum(ready)
  *
+ * Over several nodes (exec_far.c): layout, counts, pack; place, receive, (copy); in combine (copy),
+ * offer, reduce; sum.
+ *
  * Between halves no kernel runs. nep_dispatch_counts launches place where nothing else has.
  */
 #include <string.h>
 
 #include "base/clock.h"
-#include "dispatch/cuda/exec.h"
+#include "dispatch/cuda/exec_far.h"
 
 /* ---- arguments ------------------------------------------------------------------------------ */
 
@@ -156,13 +159,17 @@ enum nep_status nep_device_dispatch_send(struct nep_handle *handle, const struct
         here->stream = stream;
         here->is_known = is_bound || out != NULL;
         here->is_placed = here->is_pushed = here->is_counted = false;
+    }
+    if (status == NEP_OK && ep->device->far != NULL) {
+        status = nep_device_far_send(handle, stream);
+    } else if (status == NEP_OK) {
         struct nep_cuda_dispatch dispatch = dispatch_of(handle, here->is_known);
         here->is_few = here->is_known && nep_cuda_is_few(&dispatch);
         if (!here->is_few) {
             status = nep_cuda_layout(&dispatch, stream);
         }
     }
-    if (status == NEP_OK && is_bound && out == NULL) {
+    if (status == NEP_OK && is_bound && out == NULL && ep->device->far == NULL) {
         status = push(handle, false, stream);
     }
     nep_device_leave(was);
@@ -187,11 +194,16 @@ enum nep_status nep_device_dispatch_recv(struct nep_handle *handle, const struct
     if (status == NEP_OK && !here->is_known) {
         fill_output(handle->ep, out, &here->out);
     }
-    if (status == NEP_OK && !was_pushed) {
+    bool is_far = handle->ep->device->far != NULL;
+    if (status == NEP_OK && is_far) {
+        status = nep_device_far_recv(handle, stream);
+    } else if (status == NEP_OK && !was_pushed) {
         status = push(handle, true, stream);
     }
     struct nep_cuda_dispatch dispatch = dispatch_of(handle, true);
-    if (status == NEP_OK && !here->out.is_mapped && here->out.capacity != 0) {
+    if (is_far) {
+        /* Received and waited for. */
+    } else if (status == NEP_OK && !here->out.is_mapped && here->out.capacity != 0) {
         status = nep_cuda_pull(&dispatch, stream);
     } else if (status == NEP_OK && (was_pushed || !here->out.is_mapped)) {
         status = nep_cuda_await(&dispatch, stream);
@@ -254,7 +266,9 @@ enum nep_status nep_device_counts(struct nep_handle *handle)
     if (status == NEP_OK) {
         status = check_capture(stream);
     }
-    if (status == NEP_OK && !here->is_placed) {
+    if (status == NEP_OK && !here->is_placed && ep->device->far != NULL) {
+        status = nep_device_far_place(handle, stream);
+    } else if (status == NEP_OK && !here->is_placed) {
         struct nep_cuda_dispatch dispatch = dispatch_of(handle, false);
         status = nep_cuda_place(&dispatch, stream);
         here->is_placed = true;
@@ -339,6 +353,11 @@ enum nep_status nep_device_combine_send(struct nep_handle *handle, bool is_whole
     }
     enum nep_status status = nep_device_enter(ep, &was);
     here->is_begun = false;
+    if (device->far != NULL) {
+        status = status == NEP_OK ? nep_device_far_combine_send(handle, stream) : status;
+        nep_device_leave(was);
+        return status;
+    }
     if (status == NEP_OK && !mapped) {
         status = nep_cuda_stage(&here->combine, stream);
         here->is_begun = true;
@@ -362,7 +381,9 @@ enum nep_status nep_device_combine_recv(struct nep_handle *handle, bool is_whole
     here->combine.topk_weights = sum->topk_weights;
     unsigned flags = (is_whole ? NEP_CUDA_SUM_SAYS : 0) | (here->is_begun ? NEP_CUDA_SUM_BEGUN : 0);
     enum nep_status status = nep_device_enter(handle->ep, &was);
-    if (status == NEP_OK) {
+    if (status == NEP_OK && handle->ep->device->far != NULL) {
+        status = nep_device_far_combine_recv(handle, stream);
+    } else if (status == NEP_OK) {
         status = nep_cuda_sum(&here->combine, flags, stream);
     }
     nep_device_leave(was);

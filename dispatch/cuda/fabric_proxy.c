@@ -37,7 +37,22 @@ struct nep_fabric_proxy {
     struct sent ring[NEP_FAR_MAX_RANKS][NEP_FAR_WINDOW];
     struct credit dispatch_credit[NEP_FAR_MAX_RANKS]; /* by source */
     struct credit sums_credit[NEP_FAR_MAX_NODES];
+    struct nep_fabric_stats stats;
 };
+
+/* One thread counts, any may look. */
+static void count(uint64_t *counter, uint64_t more)
+{
+    __atomic_store_n(counter, *counter + more, __ATOMIC_RELAXED);
+}
+
+static enum nep_status put_counted(struct nep_fabric_proxy *f, const struct nep_put *put,
+                                   uint64_t *number_p)
+{
+    count(&f->stats.messages, 1);
+    count(&f->stats.bytes, put->len);
+    return f->params.inter->ops->put(f->params.inter, put, number_p);
+}
 
 /* The number whose low bits came: it lies at `expected` or a little beyond. */
 static uint64_t complete(uint64_t expected, uint32_t low, uint32_t bits)
@@ -89,7 +104,7 @@ static enum nep_status post_counts(struct nep_fabric_proxy *f, const struct nep_
     f->counts_op[c->stream] = op + 1;
     f->last_op = op + 1 > f->last_op ? op + 1 : f->last_op;
     f->counts[c->stream][slot].dst = dst;
-    return f->params.inter->ops->put(f->params.inter, &put, &f->counts[c->stream][slot].number);
+    return put_counted(f, &put, &f->counts[c->stream][slot].number);
 }
 
 /* From the next slot of a send ring. */
@@ -100,8 +115,7 @@ static enum nep_status post_tile(struct nep_fabric_proxy *f, uint32_t ring, stru
     put->src = f->params.data + f->region->send +
                (ring * (uint64_t)NEP_FAR_WINDOW + slot) * f->region->send_tile_bytes;
     f->ring[ring][slot].dst = put->dst;
-    enum nep_status status =
-        f->params.inter->ops->put(f->params.inter, put, &f->ring[ring][slot].number);
+    enum nep_status status = put_counted(f, put, &f->ring[ring][slot].number);
     f->ring_next[ring]++;
     return status;
 }
@@ -127,6 +141,7 @@ static enum nep_status post_rows(struct nep_fabric_proxy *f, const struct nep_co
         .imm = nep_imm(0, NEP_KIND_DISPATCH, f->params.window, c->op, number),
     };
     f->tile_next[node] = number + 1;
+    count(&f->stats.rows, c->rows);
     /* Before the put: a credit for this tile must find it sent. */
     nep_word_set(f->params.words, f->region->dispatch_sent, node, number + 1);
     return post_tile(f, nep_plan_skip(f->node, node), &put);
@@ -166,6 +181,7 @@ static enum nep_status post_sums(struct nep_fabric_proxy *f, const struct nep_co
         .imm = nep_imm(0, NEP_KIND_COMBINE, f->params.window, c->op, number),
     };
     f->sums_next[lane] = number + 1;
+    count(&f->stats.rows_back, c->rows);
     nep_word_set(f->params.words, f->region->combine_sent, lane, number + 1);
     return post_tile(f, lane, &put);
 }
@@ -233,7 +249,7 @@ static bool give(struct nep_fabric_proxy *f, struct credit *credit, uint32_t dst
         .imm = nep_imm(0, kind, f->params.window, 0, freed),
     };
     credit->announced = freed;
-    return f->params.inter->ops->put(f->params.inter, &put, &credit->put) == NEP_OK;
+    return put_counted(f, &put, &credit->put) == NEP_OK;
 }
 
 /* Tiles of a source that all readers of the node have read. */
@@ -305,6 +321,16 @@ enum nep_status nep_fabric_proxy_create(const struct nep_fabric_proxy_params *pa
 void nep_fabric_proxy_destroy(struct nep_fabric_proxy *fabric)
 {
     free(fabric);
+}
+
+struct nep_fabric_stats nep_fabric_proxy_stats(const struct nep_fabric_proxy *fabric)
+{
+    return (struct nep_fabric_stats){
+        .rows = __atomic_load_n(&fabric->stats.rows, __ATOMIC_RELAXED),
+        .rows_back = __atomic_load_n(&fabric->stats.rows_back, __ATOMIC_RELAXED),
+        .bytes = __atomic_load_n(&fabric->stats.bytes, __ATOMIC_RELAXED),
+        .messages = __atomic_load_n(&fabric->stats.messages, __ATOMIC_RELAXED),
+    };
 }
 
 void nep_fabric_fill_head(const struct nep_plan *plan, uint32_t rank, uint8_t *words)

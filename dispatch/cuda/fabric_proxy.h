@@ -30,6 +30,15 @@ void nep_fabric_proxy_destroy(struct nep_fabric_proxy *fabric);
 enum nep_status nep_fabric_proxy_post(void *fabric, uint64_t command, uint32_t *who_p);
 bool nep_fabric_proxy_duty(void *fabric);
 
+/* What was put so far: any thread, while it runs. */
+struct nep_fabric_stats {
+    uint64_t rows;      /* of dispatch */
+    uint64_t rows_back; /* of combine */
+    uint64_t bytes;
+    uint64_t messages;
+};
+struct nep_fabric_stats nep_fabric_proxy_stats(const struct nep_fabric_proxy *fabric);
+
 /* Fills in the head and the directory that the sink works from. */
 void nep_fabric_fill_head(const struct nep_plan *plan, uint32_t rank, uint8_t *words);
 

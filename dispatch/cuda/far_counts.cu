@@ -19,8 +19,10 @@ struct counts_args {
     const uint32_t *counts;
     struct nep_far_output out;
     uint64_t y;
+    uint64_t digest; /* of the map */
     uint32_t num_tokens;
     uint32_t kind;
+    bool is_bound;
 };
 
 __device__ __forceinline__ bool goes_to(const counts_args &a, uint32_t token, uint32_t node)
@@ -86,6 +88,7 @@ __device__ void fill(const counts_args &a, uint32_t node, uint64_t op, uint32_t 
     if (threadIdx.x == 0) {
         struct nep_counts_msg m = {};
         m.op = op;
+        m.map_digest = a.digest;
         m.tiles_end = tiles_end;
         m.source = far.rank;
         m.kind = a.kind;
@@ -108,27 +111,50 @@ __device__ void fill(const counts_args &a, uint32_t node, uint64_t op, uint32_t 
 __device__ void publish(const counts_args &a, uint64_t op)
 {
     const struct nep_far &far = a.far;
-    const struct nep_region &region = far.regions[far.rank];
+    const struct nep_region &region = far.own;
     uint64_t slot = op % NEP_FAR_WINDOW;
     char *own = far.near[far.local];
     bool is_dispatch = a.kind == NEP_KIND_DISPATCH;
     fill(a, far.node, op, 0, 0, 0,
          (struct nep_counts_msg *)(own + region.counts + slot * region.counts_bytes));
-    struct nep_far_bind *bind =
-        nep_far_bind_at(far, far.local, is_dispatch ? region.out_bind : region.y_bind, op);
-    if (threadIdx.x == 0) {
-        bind->capacity = a.out.capacity;
-        bind->x = is_dispatch ? a.out.x : a.y;
-        bind->scales = a.out.scales;
-        bind->topk_slots = a.out.topk_slots;
-        bind->topk_weights = a.out.topk_weights;
-        bind->source_rank = a.out.source_rank;
-        bind->source_token = a.out.source_token;
-    }
     __syncthreads();
     if (threadIdx.x == 0) {
         nep_st_release_sys((uint64_t *)(own + region.counts_word) + slot, op + 1);
-        nep_st_release_sys(&bind->word, op + 1);
+        if (is_dispatch && a.is_bound) {
+            nep_far_bind_own(far, region.out_bind, a.out, op);
+        } else if (!is_dispatch) {
+            struct nep_far_output rows = {};
+            rows.x = a.y;
+            nep_far_bind_own(far, region.y_bind, rows, op);
+        }
+    }
+}
+
+/* For statistics: tokens that stay on their node. After everything that others wait for. */
+__device__ void count_local(const counts_args &a)
+{
+    __shared__ uint32_t num;
+    if (threadIdx.x == 0) {
+        num = 0;
+    }
+    __syncthreads();
+    for (uint32_t t = threadIdx.x; t < a.num_tokens; t += blockDim.x) {
+        const uint32_t *slots = a.slots + (uint64_t)t * a.far.shape.top_k;
+        bool leaves = false;
+        for (uint32_t k = 0; k < a.far.shape.top_k; k++) {
+            uint32_t slot = slots[k];
+            leaves =
+                leaves || (slot != NEP_SLOT_NONE &&
+                           a.far.node_of_rank[slot / a.far.shape.slots_per_rank] != a.far.node);
+        }
+        if (!leaves) {
+            atomicAdd(&num, 1u);
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        a.far.state->tokens_local += num;
+        nep_st_relaxed_sys(&a.far.page->tokens_local, a.far.state->tokens_local);
     }
 }
 
@@ -148,7 +174,7 @@ __device__ void send(const counts_args &a, uint32_t dst, uint64_t op, uint32_t n
 {
     __shared__ bool is_free;
     const struct nep_far &far = a.far;
-    const struct nep_region &region = far.regions[far.rank];
+    const struct nep_region &region = far.own;
     uint32_t control = far.control[far.rank * far.num_ranks + dst];
     uint64_t idx = (uint64_t)control * NEP_FAR_WINDOW + op % NEP_FAR_WINDOW;
     if (threadIdx.x == 0) {
@@ -175,16 +201,20 @@ __device__ void send(const counts_args &a, uint32_t dst, uint64_t op, uint32_t n
 __global__ void __launch_bounds__(THREADS) counts_kernel(const __grid_constant__ counts_args a)
 {
     const struct nep_far &far = a.far;
-    if (nep_ld_relaxed_gpu(&far.state->status) != 0) {
+    if (nep_ld_relaxed_gpu(&far.state->run.status) != 0) {
+        if (blockIdx.x == 0 && threadIdx.x == 0) {
+            nep_far_repeat(far);
+        }
         return;
     }
-    uint64_t op = nep_ld_relaxed_gpu(&far.state->op);
+    uint64_t op = nep_ld_relaxed_gpu(&far.state->run.op);
     uint32_t node = blockIdx.x;
     if (node == far.node && threadIdx.x == 0) {
         nep_far_stamp(far, NEP_FAR_AT_COUNTS);
     }
     if (node == far.node) {
         publish(a, op);
+        count_local(a);
         return;
     }
     uint32_t rows = list_tokens(a, node);
@@ -198,10 +228,10 @@ __global__ void __launch_bounds__(THREADS) counts_kernel(const __grid_constant__
 __global__ void __launch_bounds__(THREADS) offer_kernel(const __grid_constant__ counts_args a)
 {
     const struct nep_far &far = a.far;
-    if (nep_ld_relaxed_gpu(&far.state->status) != 0) {
+    if (nep_ld_relaxed_gpu(&far.state->run.status) != 0) {
         return;
     }
-    uint64_t op = nep_ld_relaxed_gpu(&far.state->op);
+    uint64_t op = nep_ld_relaxed_gpu(&far.state->run.op);
     if (blockIdx.x == 0) {
         if (threadIdx.x == 0) {
             nep_far_stamp(far, NEP_FAR_AT_OFFER);
@@ -222,9 +252,16 @@ struct place_args {
     struct nep_far far;
     struct nep_far_routing routing;
     struct nep_cuda_routing base;
+    uint64_t digest;
 };
 
-/* All COUNTS and bound outputs are here. By a block. */
+__device__ __forceinline__ bool has_fixed_slots(const struct nep_far &far)
+{
+    return far.shape.layout == NEP_LAYOUT_EXPERT_PADDED ||
+           far.shape.layout == NEP_LAYOUT_EXPERT_FRONT;
+}
+
+/* All COUNTS are here. By a block. */
 __device__ bool wait_counts(const struct nep_far &far, uint64_t op)
 {
     bool is_there = true;
@@ -234,13 +271,6 @@ __device__ bool wait_counts(const struct nep_far &far, uint64_t op)
                        ? nep_near_wait(far, word, op + 1, NEP_CUDA_PHASE_COUNTS, s, far.timeout_ns)
                        : nep_far_wait(far, word, op + 1, NEP_CUDA_PHASE_COUNTS, s);
     }
-    for (uint32_t g = threadIdx.x; g < far.node_size; g += blockDim.x) {
-        const struct nep_far_bind *bind =
-            nep_far_bind_at(far, g, nep_far_region(far, g).out_bind, op);
-        is_there =
-            is_there && nep_near_wait(far, &bind->word, op + 1, NEP_FAR_PHASE_BIND,
-                                      far.node_rank[far.node_first[far.node] + g], far.timeout_ns);
-    }
     return __syncthreads_and(is_there) != 0;
 }
 
@@ -248,6 +278,13 @@ __device__ __forceinline__ const uint32_t *tables_of(const struct nep_far &far, 
                                                      uint64_t op)
 {
     return (const uint32_t *)(nep_far_counts_at(far, source, op) + 1);
+}
+
+/* A slot of a fixed size gets more of one source than it has room for: an id came twice. */
+__device__ __forceinline__ bool is_crowded(const struct nep_far &far, uint32_t section,
+                                           uint32_t rows)
+{
+    return section != 0 && has_fixed_slots(far) && rows > far.shape.max_tokens;
 }
 
 /* A thread per bucket: rows of earlier sources; the sum over all into totals. */
@@ -267,6 +304,11 @@ __device__ void add_sources(const place_args &a, const uint32_t *const *tables,
                 if (s + i < a.far.num_ranks) {
                     a.routing.first[(s + i) * num_buckets + b] = sum;
                 }
+                if (is_crowded(a.far, section, rows[i])) {
+                    uint32_t g = b / a.far.shape.slots_per_rank;
+                    nep_far_give_up(a.far, NEP_CUDA_STATUS(NEP_CUDA_CROWDED, NEP_CUDA_PHASE_COUNTS,
+                                                           nep_far_rank_at(a.far, g)));
+                }
                 sum += rows[i];
             }
         }
@@ -280,7 +322,7 @@ __device__ uint64_t place_slots(const place_args &a, uint32_t g, uint32_t *total
     uint32_t lane = threadIdx.x % 32;
     uint32_t slots = a.far.shape.slots_per_rank;
     uint32_t align = a.far.shape.alignment > 1 ? a.far.shape.alignment : 1;
-    bool is_padded = a.far.shape.layout == NEP_LAYOUT_EXPERT_PADDED;
+    bool is_padded = has_fixed_slots(a.far);
     bool is_rank = a.far.shape.layout == NEP_LAYOUT_RANK;
     uint32_t end = 0;
     uint64_t real = 0;
@@ -333,7 +375,7 @@ __device__ void count_sources(const place_args &a, uint64_t op)
         a.routing.in[s].tiles = is_far ? msg->num_tiles : 0;
         a.routing.in[s].first_tile = is_far ? msg->tiles_end - msg->num_tiles : 0;
         if (msg->op != op || msg->source != s || msg->kind != NEP_KIND_DISPATCH ||
-            msg->num_rows > far.shape.max_tokens) {
+            msg->num_rows > far.shape.max_tokens || msg->map_digest != a.digest) {
             nep_far_give_up(far, NEP_CUDA_STATUS(NEP_CUDA_DISAGREE, NEP_CUDA_PHASE_COUNTS, s));
         }
     }
@@ -344,10 +386,10 @@ __global__ void __launch_bounds__(THREADS) place_kernel(const __grid_constant__ 
     __shared__ const uint32_t *tables[NEP_FAR_MAX_RANKS];
     extern __shared__ uint32_t totals[]; /* [G * L], in the rank layout [G] behind it */
     const struct nep_far &far = a.far;
-    if (nep_ld_relaxed_gpu(&far.state->status) != 0) {
+    if (nep_ld_relaxed_gpu(&far.state->run.status) != 0) {
         return;
     }
-    uint64_t op = nep_ld_relaxed_gpu(&far.state->op);
+    uint64_t op = nep_ld_relaxed_gpu(&far.state->run.op);
     if (threadIdx.x == 0) {
         nep_far_stamp(far, NEP_FAR_AT_PLACE);
     }
@@ -375,15 +417,14 @@ __global__ void __launch_bounds__(THREADS) place_kernel(const __grid_constant__ 
     for (uint32_t g = threadIdx.x / 32; g < far.node_size; g += blockDim.x / 32) {
         uint64_t rows = place_slots(a, g, totals);
         rows = is_rank ? rank_totals[g] : rows;
+        if (threadIdx.x % 32 == 0) {
+            a.base.totals[g] = rows; /* compared with the outputs when those are known */
+        }
         if (threadIdx.x % 32 == 0 && g == far.local) {
             a.base.received[0] = rows;
             if (is_rank) {
                 a.base.received[1] = rows;
             }
-        }
-        if (rows > nep_far_bind_at(far, g, nep_far_region(far, g).out_bind, op)->capacity) {
-            nep_far_give_up(far, NEP_CUDA_STATUS(NEP_CUDA_OVERFLOW, NEP_CUDA_PHASE_COUNTS,
-                                                 far.node_rank[far.node_first[far.node] + g]));
         }
     }
     __syncthreads();
@@ -410,7 +451,7 @@ enum nep_status nep_cuda_load_far_counts(void)
                             : status;
 }
 
-extern "C" enum nep_status nep_cuda_far_counts(const struct nep_far_dispatch *d,
+extern "C" enum nep_status nep_cuda_far_counts(const struct nep_far_dispatch *d, unsigned flags,
                                                struct CUstream_st *stream)
 {
     counts_args args = {};
@@ -418,7 +459,11 @@ extern "C" enum nep_status nep_cuda_far_counts(const struct nep_far_dispatch *d,
     args.routing = *d->far_routing;
     args.slots = d->routing->slots;
     args.counts = d->routing->counts;
-    args.out = *d->out;
+    args.is_bound = (flags & NEP_FAR_BINDS) != 0;
+    if (args.is_bound) {
+        args.out = *d->out;
+    }
+    args.digest = d->in->digest;
     args.num_tokens = d->in->num_tokens;
     args.kind = NEP_KIND_DISPATCH;
     counts_kernel<<<d->far->num_nodes, THREADS, d->geometry->shared_bytes, stream>>>(args);
@@ -446,6 +491,7 @@ extern "C" enum nep_status nep_cuda_far_place(const struct nep_far_dispatch *d,
     args.far = *d->far;
     args.routing = *d->far_routing;
     args.base = *d->routing;
+    args.digest = d->in->digest;
     /* As much as the kernels beside it: an SM that changes its split stalls. */
     uint32_t bytes = d->far->node_size * (1 + d->far->shape.slots_per_rank) * 4;
     bytes = bytes < d->geometry->shared_bytes ? d->geometry->shared_bytes : bytes;

@@ -13,7 +13,7 @@ namespace
 
 __global__ void __launch_bounds__(THREADS, 1) pack_kernel(const __grid_constant__ dispatch_args a)
 {
-    if (nep_ld_relaxed_gpu(&a.far.state->status) != 0) {
+    if (nep_ld_relaxed_gpu(&a.far.state->run.status) != 0) {
         return;
     }
     role r = {blockIdx.x, gridDim.x};
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(THREADS, 1) pack_kernel(const __grid_constant_
     __shared__ tables tab;
     load_tables(a.far, tab);
     __syncthreads();
-    pack(a, tab, r, nep_ld_relaxed_gpu(&a.far.state->op), 0, NEP_FAR_WINDOW);
+    pack(a, tab, r, nep_ld_relaxed_gpu(&a.far.state->run.op), 0, NEP_FAR_WINDOW);
 }
 
 } // namespace
@@ -37,14 +37,14 @@ extern "C" enum nep_status nep_cuda_far_pack(const struct nep_far_dispatch *d,
                                              struct CUstream_st *stream)
 {
     const struct nep_far *far = d->far;
-    if (far->shape.wire.payload_bytes % 16 != 0 || ((uintptr_t)d->in->x | d->out->x) % 16 != 0 ||
+    if (far->shape.wire.payload_bytes % 16 != 0 || (uintptr_t)d->in->x % 16 != 0 ||
         far->shape.wire.row_bytes % 16 != 0 || far->num_ranks > NEP_FAR_MAX_RANKS ||
         far->num_nodes > NEP_FAR_MAX_NODES || far->shape.top_k > 32) {
         return nep_fail(NEP_ERR_INVALID,
-                        "far pack: rows of %u bytes at %p to offset %llu (multiples of 16), %u "
-                        "ranks (at most %d), %u nodes (at most %d)",
-                        far->shape.wire.payload_bytes, d->in->x, (unsigned long long)d->out->x,
-                        far->num_ranks, NEP_FAR_MAX_RANKS, far->num_nodes, NEP_FAR_MAX_NODES);
+                        "far pack: rows of %u bytes at %p (multiples of 16), %u ranks (at most "
+                        "%d), %u nodes (at most %d)",
+                        far->shape.wire.payload_bytes, d->in->x, far->num_ranks, NEP_FAR_MAX_RANKS,
+                        far->num_nodes, NEP_FAR_MAX_NODES);
     }
     if (d->in->num_tokens > NEP_FAR_WINDOW * far->tile_rows && d->geometry->blocks < 2) {
         return nep_fail(NEP_ERR_INVALID,

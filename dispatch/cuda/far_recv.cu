@@ -175,9 +175,8 @@ __device__ bool read_all(const dispatch_args &a, const tables &tab, const role &
             for (uint32_t s = threadIdx.x; s < far.num_ranks; s += THREADS) {
                 if (round.rows[s] != 0) {
                     /* Release: read; pairs with the acquire in the proxy's duty. */
-                    nep_st_release_sys(
-                        nep_far_word(far, far.local, far.regions[far.rank].dispatch_read, s),
-                        a.routing.in[s].first_tile + t + 1);
+                    nep_st_release_sys(nep_far_word(far, far.local, far.own.dispatch_read, s),
+                                       a.routing.in[s].first_tile + t + 1);
                 }
             }
         }
@@ -189,7 +188,7 @@ __device__ bool read_all(const dispatch_args &a, const tables &tab, const role &
 __device__ void finish(const dispatch_args &a, uint64_t op)
 {
     const struct nep_far &far = a.far;
-    if (!nep_near_meet(far, far.regions[far.rank].pushed, op + 1, NEP_CUDA_PHASE_PUSHED)) {
+    if (!nep_near_meet(far, far.own.pushed, op + 1, NEP_CUDA_PHASE_PUSHED)) {
         return;
     }
     for (uint32_t n = threadIdx.x; n < far.num_nodes; n += blockDim.x) {
@@ -200,7 +199,7 @@ __device__ void finish(const dispatch_args &a, uint64_t op)
         }
     }
     if (threadIdx.x == 0) {
-        far.state->op = op + 1;
+        far.state->run.op = op + 1;
         /* Release: pairs with the sink's acquire: its window of numbers moves on. */
         nep_st_release_sys(far.completed, op + 1);
         nep_far_stamp(far, NEP_FAR_AT_MET);
@@ -210,13 +209,18 @@ __device__ void finish(const dispatch_args &a, uint64_t op)
 __global__ void __launch_bounds__(THREADS, 1) recv_kernel(const __grid_constant__ dispatch_args a)
 {
     const struct nep_far &far = a.far;
-    if (nep_ld_relaxed_gpu(&far.state->status) != 0) {
+    if (nep_ld_relaxed_gpu(&far.state->run.status) != 0) {
         return;
     }
-    uint64_t op = nep_ld_relaxed_gpu(&far.state->op);
+    uint64_t op = nep_ld_relaxed_gpu(&far.state->run.op);
     __shared__ tables tab;
     load_tables(far, tab);
-    load_binds(far, op, tab);
+    if (a.is_binding && blockIdx.x == 0 && threadIdx.x == 0) {
+        nep_far_bind_own(far, far.own.out_bind, a.out, op);
+    }
+    if (!load_binds(a, op, tab)) {
+        return;
+    }
     if (threadIdx.x == 0 && blockIdx.x == 0) {
         nep_far_stamp(far, NEP_FAR_AT_RECV);
     }
@@ -251,10 +255,16 @@ enum nep_status nep_cuda_load_far_recv(void)
     return nep_cuda_load_kernel((const void *)recv_kernel, "far receive");
 }
 
-extern "C" enum nep_status nep_cuda_far_recv(const struct nep_far_dispatch *d,
+extern "C" enum nep_status nep_cuda_far_recv(const struct nep_far_dispatch *d, unsigned flags,
                                              struct CUstream_st *stream)
 {
+    if (d->out->x % 16 != 0) {
+        return nep_fail(NEP_ERR_INVALID, "far receive: rows at offset %llu; a multiple of 16",
+                        (unsigned long long)d->out->x);
+    }
     dispatch_args args = make_args(d);
+    args.is_binding = (flags & NEP_FAR_BINDS) != 0;
+    args.out = *d->out;
     recv_kernel<<<d->geometry->blocks, THREADS, d->geometry->shared_bytes, stream>>>(args);
     return nep_cuda_check(cudaGetLastError(), "launch of far receive");
 }

@@ -16,10 +16,10 @@ __global__ void __launch_bounds__(THREADS, 1) reduce_kernel(const __grid_constan
 {
     __shared__ const char *base[NEP_FAR_MAX_RANKS];
     __shared__ addend tables[THREADS / 32][MOST_ADDENDS];
-    if (nep_ld_relaxed_gpu(&a.far.state->status) != 0) {
+    if (nep_ld_relaxed_gpu(&a.far.state->run.status) != 0) {
         return;
     }
-    uint64_t op = nep_ld_relaxed_gpu(&a.far.state->op);
+    uint64_t op = nep_ld_relaxed_gpu(&a.far.state->run.op);
     role r = {blockIdx.x, gridDim.x};
     if (threadIdx.x == 0 && blockIdx.x == 0) {
         nep_far_stamp(a.far, NEP_FAR_AT_REDUCE);

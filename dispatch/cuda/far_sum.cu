@@ -35,7 +35,7 @@ __device__ __forceinline__ const char *sums_tile(const combine_args &a, uint32_t
                                                  uint64_t number)
 {
     const struct nep_far &far = a.far;
-    const struct nep_region &region = far.regions[far.rank];
+    const struct nep_region &region = far.own;
     uint64_t idx =
         (uint64_t)nep_far_skip(far.node, node) * NEP_FAR_WINDOW + number % NEP_FAR_WINDOW;
     return far.data[far.local] + region.combine_landing + idx * region.combine_tile_bytes;
@@ -52,8 +52,7 @@ __device__ bool wait_sums(const combine_args &a, const role &r, uint64_t op, uin
     for (uint32_t t = first / far.tile_rows; first < last && t <= (last - 1) / far.tile_rows; t++) {
         uint64_t number = far.state->next_in[node] + t;
         uint64_t idx = (uint64_t)node * NEP_FAR_WINDOW + number % NEP_FAR_WINDOW;
-        const uint64_t *word =
-            nep_far_word(far, far.local, far.regions[far.rank].combine_word, idx);
+        const uint64_t *word = nep_far_word(far, far.local, far.own.combine_word, idx);
         /* Acquire: pairs with the release in raise() of the sink. */
         if (!nep_far_wait_relayed(far, r.block == 0, word, &far.state->sums_seen[node], number + 1,
                                   NEP_FAR_PHASE_SUMS, landing)) {
@@ -123,8 +122,11 @@ __device__ bool sum_chunk(const combine_args &a, const role &r, const char *cons
         __syncwarp();
         uint32_t addend_end = take_token(a, base, token, addends);
         __syncwarp();
-        sum_columns<T>(addends, addend_end, a.y + (uint64_t)token * far.row_bytes,
-                       part_at(a, part, a.own_parts), part_at(a, part + 1, a.own_parts));
+        uint64_t at = (uint64_t)token * far.row_bytes;
+        const char *const bias[2] = {a.bias[0] != nullptr ? a.bias[0] + at : nullptr,
+                                     a.bias[1] != nullptr ? a.bias[1] + at : nullptr};
+        sum_columns<T>(addends, addend_end, a.y + at, part_at(a, part, a.own_parts),
+                       part_at(a, part + 1, a.own_parts), bias);
     }
     if (nep_far_is_last(&a.routing.chunks[chunk], r.num) && threadIdx.x < far.num_nodes &&
         threadIdx.x != far.node) {
@@ -132,7 +134,7 @@ __device__ bool sum_chunk(const combine_args &a, const role &r, const char *cons
         uint32_t rows = rows_before(a, n, end);
         uint32_t tiles = end == a.num_tokens ? nep_far_tiles(far, rows) : rows / far.tile_rows;
         /* Release: these tiles have been read; pairs with the acquire in the proxy's duty. */
-        nep_st_release_sys(nep_far_word(far, far.local, far.regions[far.rank].combine_read, n),
+        nep_st_release_sys(nep_far_word(far, far.local, far.own.combine_read, n),
                            far.state->next_in[n] + tiles);
     }
     return true;
@@ -158,7 +160,7 @@ __device__ void finish(const combine_args &a, uint64_t op)
         }
     }
     if (__syncthreads_and(is_there) == 0 ||
-        !nep_near_meet(far, far.regions[far.rank].pushed, op + 1, NEP_CUDA_PHASE_READ)) {
+        !nep_near_meet(far, far.own.pushed, op + 1, NEP_CUDA_PHASE_READ)) {
         return;
     }
     for (uint32_t n = threadIdx.x; n < far.num_nodes; n += blockDim.x) {
@@ -170,7 +172,7 @@ __device__ void finish(const combine_args &a, uint64_t op)
         far.state->next_send[l] += tiles;
     }
     if (threadIdx.x == 0) {
-        far.state->op = op + 1;
+        far.state->run.op = op + 1;
         /* Release: pairs with the sink's acquire: its window of numbers moves on. */
         nep_st_release_sys(far.completed, op + 1);
         nep_far_stamp(far, NEP_FAR_AT_SUM_MET);
@@ -183,10 +185,10 @@ __global__ void __launch_bounds__(THREADS, 1) sum_kernel(const __grid_constant__
     __shared__ const char *base[NEP_FAR_MAX_RANKS];
     __shared__ addend tables[THREADS / 32][MOST_ADDENDS];
     const struct nep_far &far = a.far;
-    if (nep_ld_relaxed_gpu(&far.state->status) != 0) {
+    if (nep_ld_relaxed_gpu(&far.state->run.status) != 0) {
         return;
     }
-    uint64_t op = nep_ld_relaxed_gpu(&far.state->op);
+    uint64_t op = nep_ld_relaxed_gpu(&far.state->run.op);
     addend *addends = tables[threadIdx.x / 32];
     if (threadIdx.x == 0 && blockIdx.x == 0) {
         nep_far_stamp(far, NEP_FAR_AT_SUM);
@@ -236,14 +238,15 @@ enum nep_status nep_cuda_load_far_sum(void)
 
 enum nep_status nep_cuda_load_far_counts(void);
 enum nep_status nep_cuda_load_far_pack(void);
+enum nep_status nep_cuda_load_far_copy(void);
 enum nep_status nep_cuda_load_far_recv(void);
 enum nep_status nep_cuda_load_far_reduce(void);
 
 extern "C" enum nep_status nep_cuda_far_load(void)
 {
     enum nep_status (*const loads[])(void) = {nep_cuda_load_far_counts, nep_cuda_load_far_pack,
-                                              nep_cuda_load_far_recv, nep_cuda_load_far_reduce,
-                                              nep_cuda_load_far_sum};
+                                              nep_cuda_load_far_recv,   nep_cuda_load_far_reduce,
+                                              nep_cuda_load_far_copy,   nep_cuda_load_far_sum};
     for (auto load : loads) {
         enum nep_status status = load();
         if (status != NEP_OK) {

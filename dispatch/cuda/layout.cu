@@ -55,7 +55,7 @@ static enum nep_status launch(const struct nep_cuda_dispatch *dispatch, bool is_
                               struct CUstream_st *stream)
 {
     const struct nep_cuda_shape *shape = dispatch->shape;
-    uint32_t num_ranks = dispatch->group->num_ranks;
+    uint32_t num_ranks = dispatch->shape->num_ranks;
     if (dispatch->in->num_tokens > shape->max_tokens || shape->top_k == 0 ||
         shape->top_k > NEP_CHOOSE_MAX_K || num_ranks > NEP_CUDA_MAX_RANKS) {
         return nep_fail(NEP_ERR_INVALID,
@@ -96,6 +96,6 @@ extern "C" enum nep_status nep_cuda_is_in(const struct nep_cuda_dispatch *dispat
     const struct nep_cuda_geometry *geometry = dispatch->geometry;
     is_in_kernel<<<geometry->blocks, 256, 0, stream>>>(
         dispatch->routing->slots, dispatch->in->num_tokens, dispatch->shape->top_k,
-        dispatch->group->num_ranks, dispatch->shape->slots_per_rank, is_in);
+        dispatch->shape->num_ranks, dispatch->shape->slots_per_rank, is_in);
     return nep_cuda_check(cudaGetLastError(), "launch of is_in");
 }

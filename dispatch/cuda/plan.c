@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "dispatch/cuda/exec.h"
+#include "dispatch/cuda/far_plan.h"
 
 static uint64_t take(uint64_t *end_p, uint64_t bytes)
 {
@@ -79,12 +80,16 @@ static uint64_t handle_bytes(const struct nep_shape *shape, uint32_t num_ranks, 
 
 void nep_cuda_plan_init(struct nep_cuda_plan *plan, const struct nep_shape *shape,
                         uint32_t num_ranks, uint32_t num_nodes, uint32_t layout_blocks,
-                        uint64_t staging_bytes)
+                        uint64_t staging_bytes, uint64_t far_bytes)
 {
     memset(plan, 0, sizeof *plan);
     plan->words = nep_cuda_words_plan(num_ranks, shape->slots_per_rank, shape->window);
     uint64_t end = plan->words.bytes;
-    plan_staging(plan, shape, num_ranks, staging_bytes, &end);
+    if (num_nodes == 1) {
+        plan_staging(plan, shape, num_ranks, staging_bytes, &end);
+    } else {
+        plan->far = take(&end, far_bytes);
+    }
     plan->pool = (end + 4095) / 4096 * 4096;
     plan->bytes = plan->pool + shape->pool_bytes;
     plan->handle_bytes = handle_bytes(shape, num_ranks, num_nodes, layout_blocks);
@@ -100,11 +105,30 @@ enum nep_status nep_device_memory(const struct nep_plan *plan, const struct nep_
     if (status != NEP_OK) {
         return status;
     }
-    nep_cuda_plan_init(&here, plan->shape, topology->num_ranks, topology->num_nodes, 16,
-                       params->staging_bytes != 0 ? params->staging_bytes : config.staging_bytes);
+    uint64_t staging = params->staging_bytes != 0 ? params->staging_bytes : config.staging_bytes;
+    struct nep_far_plan far = {.near_bytes = 0};
+    struct nep_far_routing routing;
+    if (topology->num_nodes > 1) {
+        status = nep_far_plan_init(&far, plan->shape, topology, staging);
+    }
+    if (status != NEP_OK) {
+        return status;
+    }
+    nep_cuda_plan_init(&here, plan->shape, topology->num_ranks, topology->num_nodes, 16, staging,
+                       far.near_bytes);
     memory->control_bytes = here.words.bytes;
     memory->staging_bytes = here.pool - here.words.bytes;
     memory->region_bytes = here.pool;
     memory->handle_bytes = here.handle_bytes;
+    if (topology->num_nodes > 1) {
+        const struct nep_region *region = &far.plan.regions[topology->rank];
+        memory->dispatch_landing_bytes = region->combine_landing - region->dispatch_landing;
+        memory->combine_landing_bytes = region->send - region->combine_landing;
+        memory->send_bytes = region->home - region->send;
+        memory->control_bytes += region->dispatch_landing;
+        memory->region_bytes += far.words_bytes;
+        memory->handle_bytes += nep_far_plan_handle(&far, topology->rank, NULL, &routing);
+        nep_far_plan_fini(&far);
+    }
     return NEP_OK;
 }

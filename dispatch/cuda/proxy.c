@@ -36,8 +36,12 @@ static void record(struct nep_proxy *proxy, enum nep_proxy_fault_kind kind, uint
 {
     uint64_t *word = &proxy->params.ring.shared->fault;
     if (nep_ring_peek(word) == 0) {
-        nep_warn("proxy: %s %u: %s", kind == NEP_PROXY_PEER_LOST ? "lost rank" : "no post to rank",
-                 who, nep_last_message());
+        /* A peer may also have ended after the last operation: kernels that wait say more. */
+        if (kind == NEP_PROXY_PEER_LOST) {
+            nep_info("proxy: lost rank %u: %s", who, nep_last_message());
+        } else {
+            nep_warn("proxy: no post to rank %u: %s", who, nep_last_message());
+        }
         nep_ring_store(word, NEP_PROXY_FAULT(kind, who));
     }
 }

@@ -557,7 +557,8 @@ extern "C" int nep_cuda_is_few(const struct nep_cuda_dispatch *dispatch)
     uint64_t buckets = shape->layout == NEP_LAYOUT_RANK ? ranks : slots;
     uint64_t words =
         buckets + 2 * ALONE_PAIRS + ranks + shape->num_nodes + slots + PUSH_THREADS / 32 * buckets;
-    return (uint64_t)dispatch->in->num_tokens * shape->top_k <= ALONE_PAIRS &&
+    return shape->num_nodes == 1 &&
+           (uint64_t)dispatch->in->num_tokens * shape->top_k <= ALONE_PAIRS &&
            words * 4 <= dispatch->geometry->shared_bytes;
 }
 

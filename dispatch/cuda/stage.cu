@@ -154,8 +154,9 @@ extern "C" enum nep_status nep_cuda_ready(const struct nep_cuda_combine *combine
                                           struct CUstream_st *stream)
 {
     const struct nep_cuda_shape *shape = combine->shape;
+    const struct nep_cuda_lend lend = {combine->rows, combine->weights};
     ready_kernel<<<1, NEP_CUDA_MAX_RANKS, 0, stream>>>(
-        *combine->group, {combine->rows, combine->weights}, shape->staging,
+        *combine->group, lend, shape->staging,
         combine->hidden * (combine->dtype == NEP_DTYPE_FP32 ? 4 : 2),
         combine->has_weights ? shape->top_k * 4 : 0, combine->routing->cell, is_begun != 0);
     return nep_cuda_check(cudaGetLastError(), "launch of ready");

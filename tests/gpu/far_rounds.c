@@ -134,10 +134,11 @@ void far_draw(struct far_rank *r, uint64_t round)
 
 void far_dispatch(struct far_rank *r)
 {
-    far_must(nep_cuda_far_counts(&r->dispatch, r->stream) != NEP_OK, nep_last_message());
+    far_must(nep_cuda_far_counts(&r->dispatch, NEP_FAR_BINDS, r->stream) != NEP_OK,
+             nep_last_message());
     far_must(nep_cuda_far_pack(&r->dispatch, r->stream) != NEP_OK, nep_last_message());
     far_must(nep_cuda_far_place(&r->dispatch, r->stream) != NEP_OK, nep_last_message());
-    far_must(nep_cuda_far_recv(&r->dispatch, r->stream) != NEP_OK, nep_last_message());
+    far_must(nep_cuda_far_recv(&r->dispatch, 0, r->stream) != NEP_OK, nep_last_message());
 }
 
 void far_combine(struct far_rank *r)
@@ -150,7 +151,7 @@ void far_combine(struct far_rank *r)
 uint64_t far_status(struct far_rank *r)
 {
     far_must((int)cudaStreamSynchronize(r->stream), "kernels");
-    uint64_t *status = fetch(r, &r->far.state->status, 8);
+    uint64_t *status = fetch(r, &r->far.state->run.status, 8);
     uint64_t value = *status;
     free(status);
     return value;

@@ -184,6 +184,9 @@ static void make_tables(struct far_rank *r)
     }
     far->num_controls = own->num_controls;
     far->num_lanes = own->num_lanes;
+    far->own = *own;
+    far->node_begin = plan->node_first[r->topology.node];
+    far->stuck = (uint64_t *)(near[r->topology.local] + own->staged);
     far->node_of_rank = table(r, w->node_of_rank, num * 4);
     far->local_of_rank = table(r, w->local_of_rank, num * 4);
     far->node_first = table(r, plan->node_first, (nodes + 1) * 4);
@@ -258,6 +261,7 @@ static void make_routing(struct far_rank *r)
         .slots = device(r, pairs * 4),
         .index = device(r, pairs * 4),
         .counts = device(r, (w->num_ranks * (1 + slots) + s->num_nodes) * 4),
+        .totals = device(r, w->num_ranks * 8),
         .received = device(r, (2 + slots) * 8),
         .received_rows = device(r, (slots + w->num_ranks) * 4),
     };

@@ -27,10 +27,15 @@ static __device__ __forceinline__ uint64_t *nep_near_word(const struct nep_far &
     return (uint64_t *)(a.near[local] + offset) + idx;
 }
 
+static __device__ __forceinline__ uint32_t nep_far_rank_at(const struct nep_far &a, uint32_t local)
+{
+    return a.node_rank[a.node_begin + local];
+}
+
 static __device__ __forceinline__ const struct nep_region &nep_far_region(const struct nep_far &a,
                                                                           uint32_t local)
 {
-    return a.regions[a.node_rank[a.node_first[a.node] + local]];
+    return a.regions[nep_far_rank_at(a, local)];
 }
 
 static __device__ __forceinline__ uint32_t nep_far_landing(const struct nep_far &a, uint32_t source,
@@ -78,6 +83,22 @@ nep_far_bind_at(const struct nep_far &a, uint32_t local, uint64_t offset, uint64
     return (struct nep_far_bind *)(a.near[local] + offset) + op % NEP_FAR_WINDOW;
 }
 
+/* By one thread: this rank's buffers, and the word. Release: pairs with the acquire of a wait for
+ * bind->word. */
+static __device__ inline void nep_far_bind_own(const struct nep_far &a, uint64_t offset,
+                                               const struct nep_far_output &out, uint64_t op)
+{
+    struct nep_far_bind *bind = nep_far_bind_at(a, a.local, offset, op);
+    bind->capacity = out.capacity;
+    bind->x = out.x;
+    bind->scales = out.scales;
+    bind->topk_slots = out.topk_slots;
+    bind->topk_weights = out.topk_weights;
+    bind->source_rank = out.source_rank;
+    bind->source_token = out.source_token;
+    nep_st_release_sys(&bind->word, op + 1);
+}
+
 /* The word that says that COUNTS of a source are here: near, or in the landing rank's page. */
 static __device__ __forceinline__ uint64_t *nep_far_counts_word(const struct nep_far &a,
                                                                 uint32_t source, uint64_t op)
@@ -110,11 +131,43 @@ static __device__ __forceinline__ void nep_far_stamp(const struct nep_far &a,
 
 /* ---- waiting -------------------------------------------------------------------------------- */
 
-static __device__ inline void nep_far_give_up(const struct nep_far &a, uint64_t status)
+/* Turns when somebody of the node gave up: looked at by all who wait. */
+static __device__ __forceinline__ uint64_t *nep_far_stuck_word(const struct nep_far &a,
+                                                               uint32_t local)
 {
-    if (atomicCAS((unsigned long long *)&a.state->status, 0ull, (unsigned long long)status) == 0 &&
-        a.status_host != nullptr) {
+    return nep_near_word(a, local, nep_far_region(a, local).staged, 0);
+}
+
+/* What this rank gave up with, to its node. An id means something at its own rank alone. */
+static __device__ inline void nep_far_tell(const struct nep_far &a, uint64_t status)
+{
+    if (status >> 56 == NEP_CUDA_BAD_ID) {
+        status = NEP_CUDA_STATUS(NEP_CUDA_BAD_ID, NEP_CUDA_PHASE_COUNTS, a.rank);
+    }
+    for (uint32_t g = 0; g < a.node_size; g++) {
+        nep_st_release_sys(nep_far_stuck_word(a, g), status);
+    }
+}
+
+/* The first cause stays. */
+static __device__ __noinline__ void nep_far_give_up(const struct nep_far &a, uint64_t status)
+{
+    if (atomicCAS((unsigned long long *)&a.state->run.status, 0ull, (unsigned long long)status) !=
+        0) {
+        return;
+    }
+    if (a.status_host != nullptr) {
+        a.status_host[1] = a.state->run.op + 1; /* from 1, as kernels of one node count */
         nep_st_release_sys(a.status_host, status);
+    }
+    nep_far_tell(a, status);
+}
+
+/* By one thread of a rank that gave up: layout does, without knowing the fabric's words. */
+static __device__ inline void nep_far_repeat(const struct nep_far &a)
+{
+    if (nep_ring_peek(a.stuck) == 0) {
+        nep_far_tell(a, nep_ld_relaxed_gpu(&a.state->run.status));
     }
 }
 
@@ -134,8 +187,11 @@ static __device__ inline bool nep_far_ended(const struct nep_far &a, enum nep_ri
     case NEP_RING_EXPIRED:
         nep_far_give_up(a, NEP_CUDA_STATUS(NEP_CUDA_EXPIRED, phase, who));
         break;
-    default:
+    default: { /* stuck: this rank gives up for the same reason */
+        uint64_t status = nep_ring_load(a.stuck);
+        nep_far_give_up(a, status);
         break;
+    }
     }
     return false;
 }
@@ -144,8 +200,7 @@ static __device__ inline bool nep_far_ended(const struct nep_far &a, enum nep_ri
 static __device__ inline bool nep_far_wait(const struct nep_far &a, const uint64_t *word,
                                            uint64_t value, uint32_t phase, uint32_t who)
 {
-    return nep_far_ended(a, nep_ring_wait(&a.ring, word, value, &a.state->status, a.timeout_ns),
-                         phase, who);
+    return nep_far_ended(a, nep_ring_wait(&a.ring, word, value, a.stuck, a.timeout_ns), phase, who);
 }
 
 /* The same for a word in memory of the GPU: of a neighbour, or relayed. */
@@ -153,8 +208,7 @@ static __device__ inline bool nep_near_wait(const struct nep_far &a, const uint6
                                             uint64_t value, uint32_t phase, uint32_t who,
                                             uint64_t timeout_ns)
 {
-    return nep_far_ended(a, nep_ring_wait_near(word, value, &a.state->status, timeout_ns), phase,
-                         who);
+    return nep_far_ended(a, nep_ring_wait_near(word, value, a.stuck, timeout_ns), phase, who);
 }
 
 /*
@@ -181,7 +235,7 @@ static __device__ inline bool nep_far_wait_relayed(const struct nep_far &a, bool
 
 static __device__ inline bool nep_far_post(const struct nep_far &a, uint64_t command)
 {
-    return nep_far_ended(a, nep_ring_post(&a.ring, command, &a.state->status, a.timeout_ns),
+    return nep_far_ended(a, nep_ring_post(&a.ring, command, a.stuck, a.timeout_ns),
                          NEP_FAR_PHASE_POST, a.rank);
 }
 
@@ -194,10 +248,7 @@ static __device__ inline bool nep_far_is_last(uint32_t *counter, uint32_t num)
     __shared__ uint32_t old;
     __syncthreads();
     if (threadIdx.x == 0) {
-        asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-                     : "=r"(old)
-                     : "l"(counter), "r"(num - 1)
-                     : "memory");
+        old = nep_inc_acq_rel_gpu(counter, num - 1);
     }
     __syncthreads();
     bool is_last = old == num - 1;
@@ -216,7 +267,7 @@ static __device__ inline bool nep_near_meet(const struct nep_far &a, uint64_t ow
     }
     for (uint32_t g = threadIdx.x; g < a.node_size; g += blockDim.x) {
         is_there = nep_near_wait(a, nep_near_word(a, a.local, own_offset, g), value, phase,
-                                 a.node_rank[a.node_first[a.node] + g], a.timeout_ns);
+                                 nep_far_rank_at(a, g), a.timeout_ns);
     }
     return __syncthreads_and(is_there) != 0;
 }

@@ -21,12 +21,15 @@ struct dispatch_args {
     const char *x;
     const char *scales;
     const float *weight;
+    const uint64_t *totals;    /* [G] */
+    struct nep_far_output out; /* of recv */
     uint32_t num_tokens;
     uint32_t units;       /* 16-byte pieces of a dispatched payload */
     uint32_t own_parts;   /* of an own row */
     uint32_t tile_parts;  /* of a row of a tile */
     uint32_t pack_blocks; /* of recv: they pack what W slots did not hold */
     bool is_cast;
+    bool is_binding;
 };
 
 /* What every row asks for, in shared memory. */
@@ -45,13 +48,25 @@ __device__ __forceinline__ void load_tables(const struct nep_far &far, tables &t
     }
 }
 
-/* After place, which waited for them. */
-__device__ __forceinline__ void load_binds(const struct nep_far &far, uint64_t op, tables &t)
+/* By a block: outputs of the node, which must hold what place counted. False: gave up. */
+__device__ __forceinline__ bool load_binds(const dispatch_args &a, uint64_t op, tables &t)
 {
+    const struct nep_far &far = a.far;
+    bool is_there = true;
     for (uint32_t g = threadIdx.x; g < far.node_size; g += blockDim.x) {
+        uint32_t rank = nep_far_rank_at(far, g);
+        const struct nep_far_bind *bind =
+            nep_far_bind_at(far, g, nep_far_region(far, g).out_bind, op);
+        is_there =
+            nep_near_wait(far, &bind->word, op + 1, NEP_FAR_PHASE_BIND, rank, far.timeout_ns);
         t.near[g] = far.near[g];
-        t.binds[g] = *nep_far_bind_at(far, g, nep_far_region(far, g).out_bind, op);
+        t.binds[g] = *bind;
+        if (is_there && a.totals[g] > t.binds[g].capacity) {
+            nep_far_give_up(far, NEP_CUDA_STATUS(NEP_CUDA_OVERFLOW, NEP_CUDA_PHASE_BOUND, rank));
+            is_there = false;
+        }
     }
+    return __syncthreads_and(is_there) != 0;
 }
 
 /* Blocks that do the same: this one's number among them. */
@@ -259,8 +274,7 @@ __device__ inline bool may_pack(const dispatch_args &a, const role &r, uint32_t 
     const struct nep_far &far = a.far;
     bool is_first = r.block == 0;
     if (threadIdx.x == 0 && number >= NEP_FAR_WINDOW) {
-        const uint64_t *credit =
-            nep_far_word(far, far.local, far.regions[far.rank].dispatch_credit, node);
+        const uint64_t *credit = nep_far_word(far, far.local, far.own.dispatch_credit, node);
         return nep_far_wait_relayed(far, is_first, credit, &far.state->credit[node],
                                     number - NEP_FAR_WINDOW + 1, NEP_FAR_PHASE_CREDIT,
                                     nep_far_landing(far, far.rank, node));
@@ -278,7 +292,7 @@ __device__ inline bool pack_tile(const dispatch_args &a, const tables &tab, cons
                                  uint64_t op, uint32_t node, uint32_t t, uint32_t rows)
 {
     const struct nep_far &far = a.far;
-    const struct nep_region &region = far.regions[far.rank];
+    const struct nep_region &region = far.own;
     uint32_t ring = nep_far_skip(far.node, node);
     uint64_t number = far.state->next_tile[node] + t;
     uint64_t sequence = far.state->next_send[ring] + t;
@@ -342,7 +356,8 @@ inline dispatch_args make_args(const struct nep_far_dispatch *d)
     args.index = d->routing->index;
     args.x = (const char *)d->in->x;
     args.scales = (const char *)d->in->scales;
-    args.weight = d->in->weight;
+    args.weight = d->routing->weights != nullptr ? d->routing->weights : d->in->weight;
+    args.totals = d->routing->totals;
     args.num_tokens = d->in->num_tokens;
     args.units = wire->payload_bytes / 16;
     args.is_cast = wire->type != wire->dtype && d->in->scales == nullptr;

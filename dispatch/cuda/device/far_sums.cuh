@@ -18,6 +18,7 @@ struct combine_args {
     struct nep_far far;
     struct nep_far_routing routing;
     char *y;
+    const char *bias[2];
     uint32_t num_tokens;
     uint32_t units;
     uint32_t own_parts;
@@ -49,6 +50,15 @@ template <class T> struct levels {
             rank[i] = node[i] = home[i] = 0;
         }
     }
+    __device__ __forceinline__ void add_bias(const uint4 &v)
+    {
+        float x[T::num];
+        T::load(v, x);
+#pragma unroll
+        for (int i = 0; i < T::num; i++) {
+            home[i] = __fadd_rn(home[i], x[i]);
+        }
+    }
     __device__ __forceinline__ void add(const uint4 &v, float weight, uint32_t ends)
     {
         float x[T::num];
@@ -76,14 +86,21 @@ template <class T> struct levels {
     }
 };
 
-/* Columns [begin, end) of one sum, by a warp; eight rows in flight. */
+/* Columns [begin, end) of one sum, by a warp; eight rows in flight. bias: rows that are added at
+ * home before all others, or NULL. */
 template <class T>
 __device__ __forceinline__ void sum_columns(const addend *addends, uint32_t num, char *to,
-                                            uint32_t begin, uint32_t end)
+                                            uint32_t begin, uint32_t end,
+                                            const char *const *bias = nullptr)
 {
     for (uint32_t column = begin + threadIdx.x % 32; column < end; column += 32) {
         levels<T> sum;
         sum.start();
+        for (int b = 0; bias != nullptr && b < 2; b++) {
+            if (bias[b] != nullptr) {
+                sum.add_bias(nep_ld16(bias[b] + 16 * (uint64_t)column));
+            }
+        }
         for (uint32_t first = 0; first < num; first += FLIGHT) {
             uint4 v[FLIGHT];
 #pragma unroll
@@ -111,7 +128,7 @@ __device__ inline bool find_rows(const combine_args &a, uint64_t op, const char 
     for (uint32_t g = threadIdx.x; g < far.node_size; g += blockDim.x) {
         const nep_far_bind *bind = nep_far_bind_at(far, g, nep_far_region(far, g).y_bind, op);
         is_there = nep_near_wait(far, &bind->word, op + 1, NEP_CUDA_PHASE_READY,
-                                 far.node_rank[far.node_first[far.node] + g], far.timeout_ns);
+                                 nep_far_rank_at(far, g), far.timeout_ns);
         base[g] = is_there ? far.near[g] + bind->x : nullptr;
     }
     return __syncthreads_and(is_there) != 0;
@@ -148,8 +165,7 @@ __device__ inline bool may_reduce(const combine_args &a, const role &r, uint32_t
     const struct nep_far &far = a.far;
     bool is_first = r.block == 0;
     if (threadIdx.x == 0 && number >= NEP_FAR_WINDOW) {
-        const uint64_t *credit =
-            nep_far_word(far, far.local, far.regions[far.rank].combine_credit, lane);
+        const uint64_t *credit = nep_far_word(far, far.local, far.own.combine_credit, lane);
         return nep_far_wait_relayed(far, is_first, credit, &far.state->sums_credit[lane],
                                     number - NEP_FAR_WINDOW + 1, NEP_FAR_PHASE_CREDIT, source);
     }
@@ -186,7 +202,7 @@ __device__ inline bool reduce_tile(const combine_args &a, const role &r, const c
                                    addend *addends, uint64_t op, uint32_t lane, uint32_t t)
 {
     const struct nep_far &far = a.far;
-    const struct nep_region &region = far.regions[far.rank];
+    const struct nep_region &region = far.own;
     uint32_t source = far.lane_source[lane];
     uint64_t number = far.state->next_sums[lane] + t;
     uint64_t sequence = far.state->next_send[lane] + t;
@@ -249,8 +265,7 @@ __device__ inline bool is_ready(const combine_args &a, uint32_t lane, uint32_t t
     const struct nep_far &far = a.far;
     uint64_t number = far.state->next_sums[lane] + t;
     uint64_t sequence = far.state->next_send[lane] + t;
-    const uint64_t *credit =
-        nep_far_word(far, far.local, far.regions[far.rank].combine_credit, lane);
+    const uint64_t *credit = nep_far_word(far, far.local, far.own.combine_credit, lane);
     /* Acquire: pairs with raise() of the sink, and with the proxy's page. */
     return nep_ring_load(credit) + NEP_FAR_WINDOW > number &&
            nep_ring_load(&far.page->tiles_free[lane]) + NEP_FAR_WINDOW > sequence;
@@ -281,7 +296,7 @@ __device__ inline bool choose(const combine_args &a, uint64_t op, uint32_t entry
             }
         }
         enum nep_ring_end end = NEP_RING_DONE;
-        if (nep_ld_relaxed_gpu(&far.state->status) != 0) {
+        if (nep_ring_peek(far.stuck) != 0) {
             end = NEP_RING_STUCK;
         } else if (nep_ring_load(&far.ring.shared->fault) != 0) {
             end = NEP_RING_FAULT;
@@ -334,7 +349,8 @@ inline enum nep_status launch(const struct nep_far_combine *c, kernel_fn kernel,
 {
     const struct nep_far *far = c->far;
     const struct nep_cuda_geometry *geometry = c->geometry;
-    if (far->row_bytes % 16 != 0 || ((uintptr_t)c->y | c->rows) % 16 != 0) {
+    uintptr_t all = (uintptr_t)c->y | c->rows | (uintptr_t)c->bias[0] | (uintptr_t)c->bias[1];
+    if ((far->row_bytes | all) % 16 != 0) {
         return nep_fail(NEP_ERR_INVALID,
                         "combine: rows of %u bytes at offset %llu to %p: multiples of 16 are "
                         "needed",
@@ -352,6 +368,8 @@ inline enum nep_status launch(const struct nep_far_combine *c, kernel_fn kernel,
     args.far = *far;
     args.routing = *c->far_routing;
     args.y = (char *)c->y;
+    args.bias[0] = (const char *)c->bias[0];
+    args.bias[1] = (const char *)c->bias[1];
     args.num_tokens = c->num_tokens;
     args.units = far->row_bytes / 16;
     uint32_t chunk = c->num_tokens < far->tile_rows ? c->num_tokens : far->tile_rows;

@@ -29,6 +29,8 @@ struct layout_args {
     struct nep_cuda_routing routing;
     struct nep_cuda_input in;
     struct nep_cuda_output out;
+    uint32_t num_ranks; /* R on all nodes: the group's, if there is one node */
+    uint32_t rank;
     uint32_t slots_per_rank;
     uint32_t top_k;
     uint32_t num_nodes;
@@ -47,17 +49,17 @@ struct layout_tables {
 /* Sections of the counts. */
 __device__ __forceinline__ uint32_t node_section(const layout_args &a)
 {
-    return a.group.num_ranks;
+    return a.num_ranks;
 }
 
 __device__ __forceinline__ uint32_t slot_section(const layout_args &a)
 {
-    return a.group.num_ranks + a.num_nodes;
+    return a.num_ranks + a.num_nodes;
 }
 
 __device__ __forceinline__ uint32_t num_counts(const layout_args &a)
 {
-    return slot_section(a) + a.group.num_ranks * a.slots_per_rank;
+    return slot_section(a) + a.num_ranks * a.slots_per_rank;
 }
 
 __device__ __forceinline__ int32_t take_id(const layout_args &a, uint64_t op, uint64_t at)
@@ -89,8 +91,7 @@ __device__ void route(const layout_args &a, const layout_tables &tb, uint64_t op
         for (uint32_t k = 0; k < a.top_k; k++) {
             ids[k] = take_id(a, op, (uint64_t)t * a.top_k + k);
         }
-        nep_choose_one(&a.in.copies, a.group.rank, t, ids, a.top_k,
-                       tb.slots + (uint64_t)t * a.top_k);
+        nep_choose_one(&a.in.copies, a.rank, t, ids, a.top_k, tb.slots + (uint64_t)t * a.top_k);
     }
     __syncthreads();
 }
@@ -142,7 +143,7 @@ __device__ __forceinline__ pair take_pair(const layout_args &a, const layout_tab
     uint32_t node = is_used && a.num_nodes > 1 ? a.in.copies.node_of_rank[rank] : 0;
     /* Keys of unused lanes differ from all others, and from each other. */
     uint32_t lonely = 0x80000000u + lane;
-    uint32_t rank_mask = same(is_used ? in_step * a.group.num_ranks + rank : lonely);
+    uint32_t rank_mask = same(is_used ? in_step * a.num_ranks + rank : lonely);
     uint32_t node_mask = same(is_used ? in_step * a.num_nodes + node : lonely);
     p.first = __ffs(rank_mask) - 1;
     bool is_first = is_used && p.first == lane;
@@ -232,7 +233,7 @@ __device__ bool count_before(const layout_args &a, uint64_t op, uint64_t epoch, 
     return true;
 }
 
-/* By the last block, which knows all totals: COUNTS to every rank, then their words. */
+/* By the last block, which knows all totals: COUNTS to every rank, then their words. One node. */
 __device__ void send_counts(const layout_args &a, const uint32_t *totals, uint64_t op)
 {
     uint32_t num_ranks = a.group.num_ranks;
@@ -340,7 +341,6 @@ __device__ __forceinline__ void layout_block(const layout_args &a, const layout_
 inline layout_args layout_args_of(const struct nep_cuda_dispatch *dispatch)
 {
     const struct nep_cuda_shape *shape = dispatch->shape;
-    uint32_t num_ranks = dispatch->group->num_ranks;
     layout_args args = {};
     args.group = *dispatch->group;
     args.routing = *dispatch->routing;
@@ -349,11 +349,13 @@ inline layout_args layout_args_of(const struct nep_cuda_dispatch *dispatch)
     if (args.is_bound) {
         args.out = *dispatch->out;
     }
+    args.num_ranks = shape->num_ranks;
+    args.rank = shape->rank;
     args.slots_per_rank = shape->slots_per_rank;
     args.top_k = shape->top_k;
     args.num_nodes = shape->num_nodes;
     args.is_rank_layout = shape->layout == NEP_LAYOUT_RANK;
-    args.num_buckets = args.is_rank_layout ? num_ranks : num_ranks * shape->slots_per_rank;
+    args.num_buckets = shape->num_ranks * (args.is_rank_layout ? 1 : shape->slots_per_rank);
     return args;
 }
 

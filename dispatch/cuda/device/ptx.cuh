@@ -29,6 +29,11 @@ static __device__ __forceinline__ uint64_t nep_ld_relaxed_gpu(const uint64_t *wo
     return value;
 }
 
+static __device__ __forceinline__ void nep_st_relaxed_sys(uint64_t *word, uint64_t value)
+{
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" : : "l"(word), "l"(value) : "memory");
+}
+
 static __device__ __forceinline__ void nep_st_relaxed_gpu(uint64_t *word, uint64_t value)
 {
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" : : "l"(word), "l"(value) : "memory");
@@ -41,6 +46,17 @@ static __device__ __forceinline__ uint32_t nep_add_acq_rel_gpu(uint32_t *word, u
     asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
                  : "=r"(old)
                  : "l"(word), "r"(value)
+                 : "memory");
+    return old;
+}
+
+/* The same, and from `last` back to 0. */
+static __device__ __forceinline__ uint32_t nep_inc_acq_rel_gpu(uint32_t *word, uint32_t last)
+{
+    uint32_t old;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                 : "=r"(old)
+                 : "l"(word), "r"(last)
                  : "memory");
     return old;
 }
