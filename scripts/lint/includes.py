@@ -31,6 +31,7 @@ CONTRACT_CREATE = {
     "dispatch/comm.h": CONTRACT | {"transport/clocks.h", "transport/group.h"},
     "dispatch/ep.c": CONTRACT | {"transport/bootstrap.h"},
     "dispatch/cuda/exec.c": CONTRACT | {"transport/bootstrap.h"},
+    "dispatch/cuda/exec_far.c": CONTRACT | {"transport/bootstrap.h"},
     "dispatch/cuda/windows.c": CONTRACT | {"transport/bootstrap.h"},
     "dispatch/build.c": CONTRACT | {"transport/bootstrap.h"},
     "dispatch/recover.c": CONTRACT | {"transport/bootstrap.h", "transport/topology.h"},
