@@ -174,12 +174,12 @@ part_ring() {
 part_far() { # two hops between emulated nodes
     run 120 "$bin/gpu_far" random "$seed" "$count"
     run 60 "$bin/gpu_far" faults
-    run 60 "$bin/gpu_far" perf 2 4 15 128 bf16
-    run 60 "$bin/gpu_far" perf 2 4 15 128 fp8
-    run 60 "$bin/gpu_far" perf 2 4 15 8 bf16
-    run 60 "$bin/gpu_far" perf 2 4 15 128 bf16 staged
-    run 60 "$bin/gpu_far" perf 4 4 7 128 bf16
-    run 60 "$bin/gpu_far" perf 2 4 15 4096 bf16
+    run 60 "$bin/gpu_far" perf 2 4 14 128 bf16
+    run 60 "$bin/gpu_far" perf 2 4 14 128 fp8
+    run 60 "$bin/gpu_far" perf 2 4 14 8 bf16
+    run 60 "$bin/gpu_far" perf 2 4 14 128 bf16 staged
+    run 60 "$bin/gpu_far" perf 4 4 6 128 bf16
+    run 60 "$bin/gpu_far" perf 2 4 14 4096 bf16
 }
 
 # GPU memory for a NIC, as far as it goes without one.

@@ -98,6 +98,8 @@ struct nep_far_state {
     uint64_t slot[NEP_FAR_MAX_RANKS];
     uint64_t tile_seen[NEP_FAR_MAX_RANKS];
     uint64_t sums_seen[NEP_FAR_MAX_NODES];
+    uint64_t listed; /* within a launch: op + 1 when the lists of tokens are there */
+    uint64_t placed; /* and when positions are */
     uint64_t tokens_local;
     uint64_t stamps[NEP_FAR_NUM_STAMPS];                /* of the last operation, nanoseconds */
     uint32_t arrived;                                   /* of a whole launch */
@@ -216,12 +218,23 @@ enum nep_status nep_cuda_far_copy(const struct nep_far *far,
                                   const struct nep_cuda_routing *routing,
                                   const struct nep_far_copy *copy, uint64_t most,
                                   struct CUstream_st *stream);
+/* All of a dispatch whose outputs are known, in one launch; at least two SMs. */
+enum nep_status nep_cuda_far_dispatch(const struct nep_far_dispatch *d, struct CUstream_st *stream);
 /* COUNTS of a combine, and that this rank's expert outputs may be read. */
 enum nep_status nep_cuda_far_offer(const struct nep_far_combine *c, struct CUstream_st *stream);
 /* Partial sums for the sources that land here, one row per token back. */
 enum nep_status nep_cuda_far_reduce(const struct nep_far_combine *c, struct CUstream_st *stream);
 /* This node's rows and the other nodes' sums of this rank's tokens. */
 enum nep_status nep_cuda_far_sum(const struct nep_far_combine *c, struct CUstream_st *stream);
+/* All of a combine in one launch. */
+enum nep_status nep_cuda_far_combine(const struct nep_far_combine *c, struct CUstream_st *stream);
+
+/* Rows of a tile: small batches go in two, of which one is read while the other travels. */
+static inline uint32_t nep_far_tile_rows(uint32_t max_tokens)
+{
+    uint32_t half = (max_tokens + 1) / 2;
+    return max_tokens <= 32 ? max_tokens : half < 256 ? half : 256;
+}
 
 /* Bytes of a tile's row of numbers: token, K slots, K weights, K indexes. */
 static inline uint32_t nep_far_meta_bytes(uint32_t top_k)

@@ -63,6 +63,7 @@ struct nep_device_handle {
     void *far_memory;
     struct nep_far_routing far;
     struct nep_far_output far_out;
+    bool is_whole;     /* a dispatch in one call: one launch does it */
     uint64_t far_rows; /* of the expert outputs, in the area */
 };
 

@@ -43,6 +43,28 @@ static enum nep_status collect(struct nep_ep *ep, enum nep_status status)
                                 comm->timeout_ns);
 }
 
+/* Collective: each rank of another node reaches its own slots alone. */
+static enum nep_status make_inter_window(struct nep_ep *ep)
+{
+    struct nep_device_far *far = ep->device->far;
+    struct nep_transport *inter = ep->comm->inter;
+    uint32_t num_controls = far->plan.plan.regions[ep->rank].num_controls;
+    void *base = far->words[ep->local];
+    struct nep_grant *grants = calloc(3 * (uint64_t)num_controls, sizeof *grants);
+    enum nep_status status =
+        grants != NULL
+            ? inter->ops->window_grant(inter, ep->number, grants,
+                                       nep_plan_grants(&far->plan.plan, ep->rank, grants))
+            : nep_fail(NEP_ERR_NO_MEMORY, "ep: no memory for %u grants", num_controls);
+    free(grants);
+    status = collect(ep, status);
+    if (status == NEP_OK) {
+        status = inter->ops->window_create(inter, ep->number, &base, far->plan.words_bytes);
+        far->has_inter_window = status == NEP_OK;
+    }
+    return collect(ep, status);
+}
+
 /* Collective: memory that the transports know. */
 static enum nep_status make_window(struct nep_ep *ep)
 {
@@ -61,9 +83,7 @@ static enum nep_status make_window(struct nep_ep *ep)
     }
     status = collect(ep, status);
     if (status == NEP_OK && comm->inter != comm->intra) {
-        status = comm->inter->ops->window_create(comm->inter, ep->number, &base, bytes);
-        far->has_inter_window = status == NEP_OK;
-        status = collect(ep, status);
+        status = make_inter_window(ep);
     }
     return status;
 }
@@ -477,6 +497,9 @@ enum nep_status nep_device_far_send(struct nep_handle *handle, struct CUstream_s
         find_output(handle, &here->far_out);
     }
     enum nep_status status = nep_cuda_count(&layout, stream);
+    if (here->is_whole) {
+        return status;
+    }
     if (status == NEP_OK) {
         status = nep_cuda_far_counts(&dispatch, here->is_known ? NEP_FAR_BINDS : 0, stream);
     }
@@ -529,10 +552,13 @@ enum nep_status nep_device_far_recv(struct nep_handle *handle, struct CUstream_s
     if (!here->is_known) {
         find_output(handle, &here->far_out);
     }
-    if (!here->is_placed) {
+    if (here->is_whole) {
+        here->is_placed = true;
+        status = nep_cuda_far_dispatch(&dispatch, stream);
+    } else if (!here->is_placed) {
         status = nep_device_far_place(handle, stream);
     }
-    if (status == NEP_OK) {
+    if (status == NEP_OK && !here->is_whole) {
         status = nep_cuda_far_recv(&dispatch, here->is_known ? 0 : NEP_FAR_BINDS, stream);
     }
     if (status == NEP_OK && !here->out.is_mapped && here->out.capacity != 0) {
@@ -559,7 +585,8 @@ static struct nep_far_combine combine_of(struct nep_handle *handle)
     };
 }
 
-enum nep_status nep_device_far_combine_send(struct nep_handle *handle, struct CUstream_st *stream)
+enum nep_status nep_device_far_combine_send(struct nep_handle *handle, bool is_whole,
+                                            struct CUstream_st *stream)
 {
     struct nep_device_handle *here = handle->device;
     struct nep_ep *ep = handle->ep;
@@ -578,14 +605,18 @@ enum nep_status nep_device_far_combine_send(struct nep_handle *handle, struct CU
                                    plan->y_rows, stream);
     }
     struct nep_far_combine combine = combine_of(handle);
+    if (is_whole) {
+        return status;
+    }
     if (status == NEP_OK) {
         status = nep_cuda_far_offer(&combine, stream);
     }
     return status == NEP_OK ? nep_cuda_far_reduce(&combine, stream) : status;
 }
 
-enum nep_status nep_device_far_combine_recv(struct nep_handle *handle, struct CUstream_st *stream)
+enum nep_status nep_device_far_combine_recv(struct nep_handle *handle, bool is_whole,
+                                            struct CUstream_st *stream)
 {
     struct nep_far_combine combine = combine_of(handle);
-    return nep_cuda_far_sum(&combine, stream);
+    return is_whole ? nep_cuda_far_combine(&combine, stream) : nep_cuda_far_sum(&combine, stream);
 }

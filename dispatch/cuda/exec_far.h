@@ -41,7 +41,10 @@ void nep_device_far_handle_destroy(struct nep_handle *handle);
 enum nep_status nep_device_far_send(struct nep_handle *handle, struct CUstream_st *stream);
 enum nep_status nep_device_far_place(struct nep_handle *handle, struct CUstream_st *stream);
 enum nep_status nep_device_far_recv(struct nep_handle *handle, struct CUstream_st *stream);
-enum nep_status nep_device_far_combine_send(struct nep_handle *handle, struct CUstream_st *stream);
-enum nep_status nep_device_far_combine_recv(struct nep_handle *handle, struct CUstream_st *stream);
+/* is_whole: recv follows at once and does all that others wait for. */
+enum nep_status nep_device_far_combine_send(struct nep_handle *handle, bool is_whole,
+                                            struct CUstream_st *stream);
+enum nep_status nep_device_far_combine_recv(struct nep_handle *handle, bool is_whole,
+                                            struct CUstream_st *stream);
 
 #endif

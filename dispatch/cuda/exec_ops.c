@@ -161,6 +161,7 @@ enum nep_status nep_device_dispatch_send(struct nep_handle *handle, const struct
         here->is_placed = here->is_pushed = here->is_counted = false;
     }
     if (status == NEP_OK && ep->device->far != NULL) {
+        here->is_whole = out != NULL && ep->device->geometry.blocks > 1;
         status = nep_device_far_send(handle, stream);
     } else if (status == NEP_OK) {
         struct nep_cuda_dispatch dispatch = dispatch_of(handle, here->is_known);
@@ -354,7 +355,7 @@ enum nep_status nep_device_combine_send(struct nep_handle *handle, bool is_whole
     enum nep_status status = nep_device_enter(ep, &was);
     here->is_begun = false;
     if (device->far != NULL) {
-        status = status == NEP_OK ? nep_device_far_combine_send(handle, stream) : status;
+        status = status == NEP_OK ? nep_device_far_combine_send(handle, is_whole, stream) : status;
         nep_device_leave(was);
         return status;
     }
@@ -382,7 +383,7 @@ enum nep_status nep_device_combine_recv(struct nep_handle *handle, bool is_whole
     unsigned flags = (is_whole ? NEP_CUDA_SUM_SAYS : 0) | (here->is_begun ? NEP_CUDA_SUM_BEGUN : 0);
     enum nep_status status = nep_device_enter(handle->ep, &was);
     if (status == NEP_OK && handle->ep->device->far != NULL) {
-        status = nep_device_far_combine_recv(handle, stream);
+        status = nep_device_far_combine_recv(handle, is_whole, stream);
     } else if (status == NEP_OK) {
         status = nep_cuda_sum(&here->combine, flags, stream);
     }

@@ -33,8 +33,7 @@ enum nep_status nep_cuda_load_far_pack(void)
     return nep_cuda_load_kernel((const void *)pack_kernel, "far pack");
 }
 
-extern "C" enum nep_status nep_cuda_far_pack(const struct nep_far_dispatch *d,
-                                             struct CUstream_st *stream)
+enum nep_status nep_cuda_far_check(const struct nep_far_dispatch *d)
 {
     const struct nep_far *far = d->far;
     if (far->shape.wire.payload_bytes % 16 != 0 || (uintptr_t)d->in->x % 16 != 0 ||
@@ -51,6 +50,16 @@ extern "C" enum nep_status nep_cuda_far_pack(const struct nep_far_dispatch *d,
                         "far pack: %u tokens are more than %u tiles of %u, which needs two SMs at "
                         "least: some pack while others receive",
                         d->in->num_tokens, NEP_FAR_WINDOW, far->tile_rows);
+    }
+    return NEP_OK;
+}
+
+extern "C" enum nep_status nep_cuda_far_pack(const struct nep_far_dispatch *d,
+                                             struct CUstream_st *stream)
+{
+    enum nep_status status = nep_cuda_far_check(d);
+    if (status != NEP_OK) {
+        return status;
     }
     dispatch_args args = make_args(d);
     pack_kernel<<<d->geometry->blocks, THREADS, d->geometry->shared_bytes, stream>>>(args);

@@ -8,7 +8,7 @@
 
 #include <string.h>
 
-enum { TILE_ROWS = 256, PAGE = 4096, ALIGN = 256 };
+enum { PAGE = 4096, ALIGN = 256 };
 
 static uint64_t take(uint64_t *end_p, uint64_t bytes)
 {
@@ -84,7 +84,7 @@ enum nep_status nep_far_plan_init(struct nep_far_plan *far, const struct nep_sha
     far->shape.ride_rows = 0;
     far->shape.pool_bytes = 0;
     far->shape.meta_bytes = nep_far_meta_bytes(shape->top_k);
-    far->shape.tile_rows = shape->max_tokens < TILE_ROWS ? shape->max_tokens : TILE_ROWS;
+    far->shape.tile_rows = nep_far_tile_rows(shape->max_tokens);
     status = nep_plan_init(&far->plan, &far->shape, topology);
     if (status != NEP_OK) {
         return status;

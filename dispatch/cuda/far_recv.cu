@@ -6,6 +6,7 @@
  * Tiles of an operation go in rounds, every stream's tile t in round t, in packing and in reading:
  * so a tile waits for credits of earlier rounds alone, and all ranks together never wait in a ring.
  */
+#include "dispatch/cuda/device/far_counts.cuh"
 #include "dispatch/cuda/device/far_rows.cuh"
 
 using namespace far_rows;
@@ -206,15 +207,10 @@ __device__ void finish(const dispatch_args &a, uint64_t op)
     }
 }
 
-__global__ void __launch_bounds__(THREADS, 1) recv_kernel(const __grid_constant__ dispatch_args a)
+/* By all blocks, when positions are known. tab: load_tables. */
+__device__ void receive(const dispatch_args &a, tables &tab, uint64_t op)
 {
     const struct nep_far &far = a.far;
-    if (nep_ld_relaxed_gpu(&far.state->run.status) != 0) {
-        return;
-    }
-    uint64_t op = nep_ld_relaxed_gpu(&far.state->run.op);
-    __shared__ tables tab;
-    load_tables(far, tab);
     if (a.is_binding && blockIdx.x == 0 && threadIdx.x == 0) {
         nep_far_bind_own(far, far.own.out_bind, a.out, op);
     }
@@ -248,23 +244,128 @@ __global__ void __launch_bounds__(THREADS, 1) recv_kernel(const __grid_constant_
     }
 }
 
+__global__ void __launch_bounds__(THREADS, 1) recv_kernel(const __grid_constant__ dispatch_args a)
+{
+    __shared__ tables tab;
+    if (nep_ld_relaxed_gpu(&a.far.state->run.status) != 0) {
+        return;
+    }
+    load_tables(a.far, tab);
+    receive(a, tab, nep_ld_relaxed_gpu(&a.far.state->run.op));
+}
+
+struct whole_args {
+    dispatch_args rows;
+    far_counts::counts_args counts;
+    far_counts::place_args place;
+};
+
+/* By a block: until `word` of the own state, which another block raises, has reached op + 1. */
+__device__ bool wait_own(const struct nep_far &far, const uint64_t *word, uint64_t op,
+                         uint32_t phase)
+{
+    bool is_there =
+        threadIdx.x != 0 || nep_near_wait(far, word, op + 1, phase, far.rank, 2 * far.timeout_ns);
+    return __syncthreads_and(is_there) != 0;
+}
+
+/* By a block. Release: pairs with the acquire in wait_own. */
+__device__ void raise_own(uint64_t *word, uint64_t op)
+{
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        nep_ring_raise_near(word, op + 1);
+    }
+}
+
+/*
+ * A dispatch in one call, in one launch: the first block sends COUNTS and works out positions while
+ * the others pack. Launches of their own for that took as long as the hand-overs to the fabric.
+ */
+__global__ void __launch_bounds__(THREADS, 1) whole_kernel(const __grid_constant__ whole_args a)
+{
+    extern __shared__ uint32_t totals[];
+    __shared__ tables tab;
+    const struct nep_far &far = a.rows.far;
+    if (nep_ld_relaxed_gpu(&far.state->run.status) != 0) {
+        if (blockIdx.x == 0 && threadIdx.x == 0) {
+            nep_far_repeat(far);
+        }
+        return;
+    }
+    uint64_t op = nep_ld_relaxed_gpu(&far.state->run.op);
+    load_tables(far, tab);
+    __syncthreads();
+    if (blockIdx.x == 0) {
+        if (threadIdx.x == 0) {
+            nep_far_stamp(far, NEP_FAR_AT_COUNTS);
+        }
+        far_counts::tell_nodes(a.counts, 0, 1, op);
+        raise_own(&far.state->listed, op);
+        if (!far_counts::place(a.place, op, totals)) {
+            return;
+        }
+        raise_own(&far.state->placed, op);
+        far_counts::count_local(a.counts);
+    } else {
+        role r = {blockIdx.x - 1, gridDim.x - 1};
+        if (!wait_own(far, &far.state->listed, op, NEP_CUDA_PHASE_LAYOUT) ||
+            !pack(a.rows, tab, r, op, 0, NEP_FAR_WINDOW) ||
+            !wait_own(far, &far.state->placed, op, NEP_CUDA_PHASE_COUNTS)) {
+            return;
+        }
+    }
+    receive(a.rows, tab, op);
+}
+
 } // namespace
 
 enum nep_status nep_cuda_load_far_recv(void)
 {
-    return nep_cuda_load_kernel((const void *)recv_kernel, "far receive");
+    enum nep_status status = nep_cuda_load_kernel((const void *)whole_kernel, "far dispatch");
+    return status == NEP_OK ? nep_cuda_load_kernel((const void *)recv_kernel, "far receive")
+                            : status;
 }
 
-extern "C" enum nep_status nep_cuda_far_recv(const struct nep_far_dispatch *d, unsigned flags,
-                                             struct CUstream_st *stream)
+/* Refuses rows that are not aligned; the rest is pack's to refuse. */
+static enum nep_status fill(const struct nep_far_dispatch *d, dispatch_args *args_p)
 {
     if (d->out->x % 16 != 0) {
         return nep_fail(NEP_ERR_INVALID, "far receive: rows at offset %llu; a multiple of 16",
                         (unsigned long long)d->out->x);
     }
-    dispatch_args args = make_args(d);
+    *args_p = make_args(d);
+    args_p->out = *d->out;
+    return NEP_OK;
+}
+
+extern "C" enum nep_status nep_cuda_far_recv(const struct nep_far_dispatch *d, unsigned flags,
+                                             struct CUstream_st *stream)
+{
+    dispatch_args args;
+    enum nep_status status = fill(d, &args);
+    if (status != NEP_OK) {
+        return status;
+    }
     args.is_binding = (flags & NEP_FAR_BINDS) != 0;
-    args.out = *d->out;
     recv_kernel<<<d->geometry->blocks, THREADS, d->geometry->shared_bytes, stream>>>(args);
     return nep_cuda_check(cudaGetLastError(), "launch of far receive");
+}
+
+extern "C" enum nep_status nep_cuda_far_dispatch(const struct nep_far_dispatch *d,
+                                                 struct CUstream_st *stream)
+{
+    whole_args args;
+    enum nep_status status = nep_cuda_far_check(d);
+    if (status == NEP_OK) {
+        status = fill(d, &args.rows);
+    }
+    if (status != NEP_OK) {
+        return status;
+    }
+    args.counts = far_counts::dispatch_counts(d, NEP_FAR_BINDS);
+    args.place = far_counts::place_args_of(d);
+    whole_kernel<<<d->geometry->blocks, THREADS, far_counts::place_bytes(d->far, d->geometry),
+                   stream>>>(args);
+    return nep_cuda_check(cudaGetLastError(), "launch of far dispatch");
 }

@@ -4,6 +4,7 @@
  * are summed in chunks of a tile's rows, so that at most two tiles of each node are needed at once:
  * a tile's slot is free when the chunk that holds its last row is done.
  */
+#include "dispatch/cuda/device/far_counts.cuh"
 #include "dispatch/cuda/device/far_sums.cuh"
 
 using namespace far_sums;
@@ -179,22 +180,14 @@ __device__ void finish(const combine_args &a, uint64_t op)
     }
 }
 
+/* By all blocks. base: find_rows. */
 template <class T>
-__global__ void __launch_bounds__(THREADS, 1) sum_kernel(const __grid_constant__ combine_args a)
+__device__ void sum_all(const combine_args &a, const char *const *base, addend *addends,
+                        uint64_t op)
 {
-    __shared__ const char *base[NEP_FAR_MAX_RANKS];
-    __shared__ addend tables[THREADS / 32][MOST_ADDENDS];
     const struct nep_far &far = a.far;
-    if (nep_ld_relaxed_gpu(&far.state->run.status) != 0) {
-        return;
-    }
-    uint64_t op = nep_ld_relaxed_gpu(&far.state->run.op);
-    addend *addends = tables[threadIdx.x / 32];
     if (threadIdx.x == 0 && blockIdx.x == 0) {
         nep_far_stamp(far, NEP_FAR_AT_SUM);
-    }
-    if (!find_rows(a, op, base)) {
-        return;
     }
     bool is_done = true;
     if (blockIdx.x < a.reduce_blocks) {
@@ -209,6 +202,69 @@ __global__ void __launch_bounds__(THREADS, 1) sum_kernel(const __grid_constant__
     }
     if (is_done && nep_far_is_last(&far.state->arrived, gridDim.x)) {
         finish(a, op);
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(THREADS, 1) sum_kernel(const __grid_constant__ combine_args a)
+{
+    __shared__ const char *base[NEP_FAR_MAX_RANKS];
+    __shared__ addend tables[THREADS / 32][MOST_ADDENDS];
+    if (nep_ld_relaxed_gpu(&a.far.state->run.status) != 0) {
+        return;
+    }
+    uint64_t op = nep_ld_relaxed_gpu(&a.far.state->run.op);
+    if (find_rows(a, op, base)) {
+        sum_all<T>(a, base, tables[threadIdx.x / 32], op);
+    }
+}
+
+struct whole_args {
+    combine_args sums;
+    far_counts::counts_args counts;
+};
+
+/* A combine in one call, in one launch: the first block says that rows may be read. */
+template <class T>
+__global__ void __launch_bounds__(THREADS, 1) whole_kernel(const __grid_constant__ whole_args a)
+{
+    __shared__ const char *base[NEP_FAR_MAX_RANKS];
+    __shared__ addend tables[THREADS / 32][MOST_ADDENDS];
+    const struct nep_far &far = a.sums.far;
+    if (nep_ld_relaxed_gpu(&far.state->run.status) != 0) {
+        return;
+    }
+    uint64_t op = nep_ld_relaxed_gpu(&far.state->run.op);
+    role r = {blockIdx.x, gridDim.x};
+    addend *addends = tables[threadIdx.x / 32];
+    if (blockIdx.x == 0) {
+        if (threadIdx.x == 0) {
+            nep_far_stamp(far, NEP_FAR_AT_OFFER);
+        }
+        far_counts::tell_controls(a.counts, 0, 1, op);
+    }
+    if (!find_rows(a.sums, op, base)) {
+        return;
+    }
+    if (threadIdx.x == 0 && blockIdx.x == 0) {
+        nep_far_stamp(far, NEP_FAR_AT_ROWS_HERE);
+    }
+    if (reduce_first<T>(a.sums, r, base, addends, op)) {
+        sum_all<T>(a.sums, base, addends, op);
+    }
+}
+
+using whole_fn = void (*)(whole_args);
+
+whole_fn find_whole(enum nep_dtype dtype)
+{
+    switch (dtype) {
+    case NEP_DTYPE_FP16:
+        return whole_kernel<nep_fp16>;
+    case NEP_DTYPE_FP32:
+        return whole_kernel<nep_fp32>;
+    default:
+        return whole_kernel<nep_bf16>;
     }
 }
 
@@ -232,6 +288,9 @@ enum nep_status nep_cuda_load_far_sum(void)
     enum nep_status status = NEP_OK;
     for (uint32_t i = 0; status == NEP_OK && i < 3; i++) {
         status = nep_cuda_load_kernel((const void *)find_kernel(dtypes[i]), "far sum");
+        if (status == NEP_OK) {
+            status = nep_cuda_load_kernel((const void *)find_whole(dtypes[i]), "far combine");
+        }
     }
     return status;
 }
@@ -260,4 +319,18 @@ extern "C" enum nep_status nep_cuda_far_sum(const struct nep_far_combine *c,
                                             struct CUstream_st *stream)
 {
     return launch(c, find_kernel(c->far->dtype), stream);
+}
+
+extern "C" enum nep_status nep_cuda_far_combine(const struct nep_far_combine *c,
+                                                struct CUstream_st *stream)
+{
+    whole_args args = {};
+    enum nep_status status = fill(c, &args.sums);
+    if (status != NEP_OK) {
+        return status;
+    }
+    args.counts = far_counts::combine_counts(c);
+    auto kernel = find_whole(c->far->dtype);
+    kernel<<<c->geometry->blocks, THREADS, c->geometry->shared_bytes, stream>>>(args);
+    return nep_cuda_check(cudaGetLastError(), "launch of far combine");
 }

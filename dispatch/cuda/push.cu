@@ -261,6 +261,13 @@ push_beside(const push_args &a, const warp_item &w, const nep_target &t, uint32_
     }
 }
 
+/* Pieces of a row that a part has. Cast: blocks of one scale stay together. */
+template <bool kCast> __device__ __forceinline__ uint32_t part_units(const push_args &a)
+{
+    uint32_t units = (a.units + a.parts - 1) / a.parts;
+    return kCast ? (units + 7) / 8 * 8 : units;
+}
+
 template <bool kCast>
 __device__ __forceinline__ void push_item(const push_args &a, const warp_item &w,
                                           const uint32_t *first_rows,
@@ -280,10 +287,7 @@ __device__ __forceinline__ void push_item(const push_args &a, const warp_item &w
     if (rows == 0 && more == nullptr) {
         return;
     }
-    uint32_t per_part = (a.units + a.parts - 1) / a.parts;
-    if (kCast) {
-        per_part = (per_part + 7) / 8 * 8; /* blocks of one scale stay together */
-    }
+    uint32_t per_part = part_units<kCast>(a);
     uint32_t begin = min(a.units, w.part * per_part);
     uint32_t end = min(a.units, begin + per_part);
     const char *from = a.x + (uint64_t)w.token * (kCast ? a.wire.in_bytes : a.wire.payload_bytes);
@@ -378,6 +382,21 @@ __device__ __forceinline__ bool prepare(const push_args &a, bool is_begun, uint6
     return !b.is_short;
 }
 
+/* By a warp that is about to wait: the memory has nothing else to do meanwhile. */
+template <bool kCast>
+__device__ __forceinline__ void prefetch_item(const push_args &a, const warp_item &w)
+{
+    const uint32_t kLine = 128;
+    uint32_t unit_bytes = kCast ? a.wire.in_bytes / a.units : 16;
+    uint32_t row_bytes = kCast ? a.wire.in_bytes : a.wire.payload_bytes;
+    uint32_t begin = min(row_bytes, w.part * part_units<kCast>(a) * unit_bytes);
+    uint32_t end = min(row_bytes, begin + part_units<kCast>(a) * unit_bytes);
+    const char *row = a.x + (uint64_t)w.token * row_bytes;
+    for (uint32_t at = begin + threadIdx.x % 32 * kLine; at < end; at += 32 * kLine) {
+        nep_prefetch(row + at);
+    }
+}
+
 /* From where positions can be worked out to the end. */
 template <bool kCast>
 __device__ __forceinline__ void push_rows(const push_args &a, const layout_tables &tables,
@@ -389,6 +408,9 @@ __device__ __forceinline__ void push_rows(const push_args &a, const layout_table
     uint64_t num_items = (uint64_t)a.num_tokens * a.parts;
     uint64_t item = (uint64_t)(threadIdx.x / 32) * gridDim.x + blockIdx.x;
     warp_item next = item_at(a, tables, item); /* while others are waited for */
+    if (item < num_items) {
+        prefetch_item<kCast>(a, next);
+    }
     if (!prepare(a, is_begun, op, first_rows, b)) {
         return;
     }

@@ -81,7 +81,11 @@ static void nic_progress(struct nep_transport *transport)
     if (nic->num_flights == 0) {
         return;
     }
-    uint64_t done = __atomic_load_n(&world->queues[nic->rank].done, __ATOMIC_ACQUIRE);
+    uint64_t done = UINT64_MAX;
+    for (int h = 0; h < FAKE_NIC_HALVES; h++) {
+        uint64_t here = __atomic_load_n(&world->queues[nic->rank].done[h], __ATOMIC_ACQUIRE);
+        done = here < done ? here : done;
+    }
     for (uint32_t i = 0; i < nic->num_flights;) {
         struct flight *flight = &nic->flights[i];
         if (flight->entry > done || (flight->hold != 0 && flight->hold-- != 0)) {

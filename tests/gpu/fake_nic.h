@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * A fake NIC: a transport whose puts are copies between ranks' memory on one GPU, done by a
- * resident kernel of one block per rank (about 50 GB/s: a port of 400 Gb/s) that is fed by a queue
+ * resident kernel, two blocks per rank held to 50 GB/s (a port of 400 Gb/s), that is fed by a queue
  * in pinned memory, as a NIC is. Its completions come back as a pinned word; then the receiver's
  * sink is called, as a completion queue's poller would. With a seed, announcements of one sender
  * are held back and overtake each other. One thread per rank calls it: the proxy.
@@ -14,7 +14,7 @@
 
 #include <stdint.h>
 
-enum { FAKE_NIC_QUEUE = 256 };
+enum { FAKE_NIC_QUEUE = 256, FAKE_NIC_HALVES = 2 };
 
 /* A copy to do; seq is its number plus one, stored last. */
 struct fake_nic_entry {
@@ -27,8 +27,8 @@ struct fake_nic_entry {
 /* Of one rank, in pinned memory. */
 struct fake_nic_queue {
     struct fake_nic_entry entries[FAKE_NIC_QUEUE];
-    uint64_t done; /* copies finished, in order */
-    uint64_t pad[15];
+    uint64_t done[FAKE_NIC_HALVES]; /* copies finished by each block, in order */
+    uint64_t pad[14];
     uint64_t stop;
     uint64_t pad2[15];
 };
@@ -37,7 +37,8 @@ struct fake_nic_queue {
 extern "C" {
 #endif
 struct CUstream_st;
-/* Starts the resident kernel: block r serves queues[r] until its stop, or for life_ns. */
+/* Starts the resident kernel: blocks 2r and 2r + 1 serve queues[r] until its stop, or for life_ns.
+ */
 int fake_nic_launch(struct fake_nic_queue *queues, uint32_t num_ranks, uint64_t life_ns,
                     struct CUstream_st *stream);
 #ifdef __cplusplus

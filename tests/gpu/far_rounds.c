@@ -134,6 +134,10 @@ void far_draw(struct far_rank *r, uint64_t round)
 
 void far_dispatch(struct far_rank *r)
 {
+    if (r->world->shape.is_whole) {
+        far_must(nep_cuda_far_dispatch(&r->dispatch, r->stream) != NEP_OK, nep_last_message());
+        return;
+    }
     far_must(nep_cuda_far_counts(&r->dispatch, NEP_FAR_BINDS, r->stream) != NEP_OK,
              nep_last_message());
     far_must(nep_cuda_far_pack(&r->dispatch, r->stream) != NEP_OK, nep_last_message());
@@ -143,6 +147,10 @@ void far_dispatch(struct far_rank *r)
 
 void far_combine(struct far_rank *r)
 {
+    if (r->world->shape.is_whole) {
+        far_must(nep_cuda_far_combine(&r->combine, r->stream) != NEP_OK, nep_last_message());
+        return;
+    }
     far_must(nep_cuda_far_offer(&r->combine, r->stream) != NEP_OK, nep_last_message());
     far_must(nep_cuda_far_reduce(&r->combine, r->stream) != NEP_OK, nep_last_message());
     far_must(nep_cuda_far_sum(&r->combine, r->stream) != NEP_OK, nep_last_message());

@@ -286,8 +286,8 @@ static void make_routing(struct far_rank *r)
     far_must((int)cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0), "SMs");
     far_must((int)cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0),
              "shared memory");
-    /* One SM per rank is the fake NIC's. */
-    struct nep_cuda_limits limits = {.device_sms = (uint32_t)sms - w->num_ranks,
+    /* Two SMs per rank are the fake NIC's. */
+    struct nep_cuda_limits limits = {.device_sms = (uint32_t)sms - FAKE_NIC_HALVES * w->num_ranks,
                                      .ranks_on_device = w->num_ranks,
                                      .shared_bytes = (uint32_t)shared - 20 * 1024};
     far_must(nep_cuda_geometry(&limits, s->num_sms, 1, 1, &r->geometry) != NEP_OK,

@@ -88,6 +88,7 @@ static struct far_shape random_shape(uint64_t key)
     s.is_staged = nep_ref_rng_below(&rng, 4) == 0;
     s.nic_seed = nep_ref_rng_below(&rng, 2);
     s.is_graph = nep_ref_rng_below(&rng, 2);
+    s.is_whole = nep_ref_rng_below(&rng, 2);
     return s;
 }
 
@@ -98,10 +99,11 @@ static void print_shape(const struct far_shape *s)
         printf(" %u", s->node_ranks[n]);
     }
     printf(": %u SMs, L %u, K %u, H %u, M %u, tiles of %u, align %u, layout %d, type %d wire "
-           "%d%s%s%s\n",
+           "%d%s%s%s%s\n",
            s->num_sms, s->slots_per_rank, s->top_k, s->hidden, s->max_tokens, s->tile_rows,
            s->alignment, (int)s->layout, (int)s->dtype, (int)s->wire, s->is_staged ? " staged" : "",
-           s->nic_seed ? " reordered" : "", s->is_graph ? " graph" : "");
+           s->nic_seed ? " reordered" : "", s->is_graph ? " graph" : "",
+           s->is_whole ? " whole" : "");
 }
 
 static int check_random(uint64_t seed, uint32_t count)
@@ -315,7 +317,8 @@ static int perf(char **argv, int argc)
         .top_k = 8,
         .hidden = 7168,
         .max_tokens = (uint32_t)atoi(argv[5]),
-        .tile_rows = 256,
+        .tile_rows = nep_far_tile_rows((uint32_t)atoi(argv[5])),
+        .is_whole = true,
         .num_sms = (uint32_t)atoi(argv[4]),
         .layout = NEP_LAYOUT_RANK,
         .dtype = NEP_DTYPE_BF16,

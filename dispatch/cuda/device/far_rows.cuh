@@ -345,6 +345,14 @@ __device__ inline bool pack(const dispatch_args &a, const tables &tab, const rol
     return true;
 }
 
+} // namespace far_rows
+
+/* Whether rows and group are such that kernels can move them (far_pack.cu). */
+enum nep_status nep_cuda_far_check(const struct nep_far_dispatch *d);
+
+namespace far_rows
+{
+
 inline dispatch_args make_args(const struct nep_far_dispatch *d)
 {
     dispatch_args args = {};

@@ -344,8 +344,7 @@ __device__ inline bool reduce_rest(const combine_args &a, const role &r, const c
 
 using kernel_fn = void (*)(combine_args);
 
-inline enum nep_status launch(const struct nep_far_combine *c, kernel_fn kernel,
-                              struct CUstream_st *stream)
+inline enum nep_status fill(const struct nep_far_combine *c, combine_args *args_p)
 {
     const struct nep_far *far = c->far;
     const struct nep_cuda_geometry *geometry = c->geometry;
@@ -376,7 +375,19 @@ inline enum nep_status launch(const struct nep_far_combine *c, kernel_fn kernel,
     args.own_parts = nep_cuda_row_parts(geometry, chunk, args.units, 32);
     args.tile_parts = args.own_parts;
     args.reduce_blocks = is_long ? geometry->blocks / 2 : 0;
-    kernel<<<geometry->blocks, THREADS, geometry->shared_bytes, stream>>>(args);
+    *args_p = args;
+    return NEP_OK;
+}
+
+inline enum nep_status launch(const struct nep_far_combine *c, kernel_fn kernel,
+                              struct CUstream_st *stream)
+{
+    combine_args args;
+    enum nep_status status = fill(c, &args);
+    if (status != NEP_OK) {
+        return status;
+    }
+    kernel<<<c->geometry->blocks, THREADS, c->geometry->shared_bytes, stream>>>(args);
     return nep_cuda_check(cudaGetLastError(), "launch of far combine");
 }
 

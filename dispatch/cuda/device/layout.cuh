@@ -252,9 +252,15 @@ __device__ void send_counts(const layout_args &a, const uint32_t *totals, uint64
         }
     }
     __syncthreads();
-    nep_tell_all(a.group, a.group.words.counts, op);
-    if (a.is_bound) {
-        nep_tell_all(a.group, a.group.words.bound, op);
+    /* Both words at once, by different warps: a second release would wait for the first's store. */
+    for (uint32_t i = threadIdx.x; i < 2 * NEP_CUDA_MAX_RANKS; i += blockDim.x) {
+        uint32_t rank = i % NEP_CUDA_MAX_RANKS;
+        bool is_counts = i < NEP_CUDA_MAX_RANKS;
+        uint64_t offset = is_counts ? a.group.words.counts : a.group.words.bound;
+        if (rank < num_ranks && (is_counts || a.is_bound)) {
+            /* Release: pairs with the acquire in nep_wait_word there. */
+            nep_st_release_sys(nep_word_at(a.group, rank, offset, op, a.group.rank), op);
+        }
     }
 }
 

@@ -61,6 +61,12 @@ static __device__ __forceinline__ uint32_t nep_inc_acq_rel_gpu(uint32_t *word, u
     return old;
 }
 
+/* Into the second-level cache, for later. */
+static __device__ __forceinline__ void nep_prefetch(const void *from)
+{
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(from));
+}
+
 /* 16 bytes that are not read again soon by this SM. Coherent, weak. */
 static __device__ __forceinline__ uint4 nep_ld16(const void *from)
 {

@@ -48,6 +48,10 @@ static inline uint32_t nep_inc_acq_rel_gpu(uint32_t *word, uint32_t last)
     return old;
 }
 
+static inline void nep_prefetch(const void *)
+{
+}
+
 static inline uint4 nep_ld16(const void *from)
 {
     return *(const uint4 *)from; /* which must be aligned here, too */
