@@ -160,8 +160,8 @@ struct nep_transport_ops {
      */
     enum nep_status (*peer_status)(struct nep_transport *transport, uint32_t rank);
     /*
-     * The group goes on without this rank: destroy and close wait for nothing to or from it, whether
-     * it is dead, unreachable, or only slow. Not collective.
+     * The group goes on without this rank: destroy and close wait for nothing to or from it,
+     * whether it is dead, unreachable, or only slow. Not collective.
      */
     void (*abandon)(struct nep_transport *transport, uint32_t rank);
     void (*stats)(struct nep_transport *transport, struct nep_transport_stats *stats);

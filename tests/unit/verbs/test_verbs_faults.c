@@ -203,7 +203,8 @@ static void test_verbs_lost_peer_is_named_and_others_go_on(void **state)
     world_free(&world);
 }
 
-/* Rank 0 gives rank 1 up while puts to it are under way: they are over at once, 2 is not touched. */
+/* Rank 0 gives rank 1 up while puts to it are under way: they are over at once, 2 is not touched.
+ */
 static void give_one_up(struct seat *seat)
 {
     const struct nep_transport_ops *ops = seat->transport->ops;
