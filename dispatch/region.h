@@ -104,6 +104,7 @@ struct nep_region_head {
     _Atomic uint64_t fault;     /* 0, or culprit rank + 1: this rank gave up, and whom it blames */
     _Alignas(64) _Atomic uint64_t duplicates;
     _Atomic uint64_t stale;
+    _Atomic uint64_t looked_ns; /* when this rank last looked, in a wait, at what is missing */
 };
 
 static inline _Atomic uint64_t *nep_word(void *base, uint64_t offset, uint64_t idx)

@@ -166,13 +166,33 @@ static bool lose(const struct nep_ep *ep, struct loss *loss, uint32_t culprit)
 }
 
 /*
+ * Whom to blame for what is missing: the rank that the step named, or the rank of this node by
+ * which its messages come, when that one has not looked at anything for most of the deadline: it is
+ * stopped, or does something else, and what came for this rank may lie with it.
+ */
+static uint32_t suspect(const struct nep_ep *ep)
+{
+    uint32_t rank = ep->missing.rank;
+    if (rank >= ep->plan.topology->num_ranks || ep->plan.topology->node_of_rank[rank] == ep->node) {
+        return rank;
+    }
+    uint32_t landing = nep_plan_landing(&ep->plan, rank, ep->node);
+    if (landing == ep->rank) {
+        return rank;
+    }
+    struct nep_region_head *head = (struct nep_region_head *)ep->window[landing];
+    uint64_t looked_ns = atomic_load_explicit(&head->looked_ns, memory_order_relaxed);
+    return nep_now_ns() > looked_ns + ep->timeout_ns / 4 * 3 ? landing : rank;
+}
+
+/*
  * Another rank blames this one, which only waits itself: for half a deadline at least, and looking
  * all the time (a rank that was stopped, or came late, is rightly blamed). Its own deadline would
  * have passed next, so the blame goes on to whom it waits for.
  */
 static bool pass_on(const struct nep_ep *ep, struct loss *loss, uint64_t idle_ns)
 {
-    uint32_t rank = ep->missing.rank;
+    uint32_t rank = suspect(ep);
     if (ep->missing.phase == NULL || rank == ep->rank || idle_ns < ep->timeout_ns / 2 ||
         loss->was_away) {
         return false;
@@ -251,9 +271,10 @@ static void end_idle(struct nep_ep *ep, const struct nep_handle *handle,
 static enum nep_status time_out(struct nep_ep *ep, struct nep_handle *handle, uint64_t idle_ns)
 {
     char cause[128];
+    uint32_t culprit = suspect(ep);
     snprintf(cause, sizeof cause, "rank %u is slow or stuck: the timeout of %.3f s passed",
-             nep_ep_name(ep, ep->missing.rank), (double)ep->timeout_ns / 1e9);
-    return give_up(ep, handle, NEP_ERR_TIMEOUT, ep->missing.rank, idle_ns, cause);
+             nep_ep_name(ep, culprit), (double)ep->timeout_ns / 1e9);
+    return give_up(ep, handle, NEP_ERR_TIMEOUT, culprit, idle_ns, cause);
 }
 
 enum nep_status nep_wait(struct nep_ep *ep, struct nep_handle *handle, nep_step_fn step)
@@ -290,6 +311,9 @@ enum nep_status nep_wait(struct nep_ep *ep, struct nep_handle *handle, nep_step_
             return give_up(ep, handle, NEP_ERR_PEER_LOST, loss.culprit, idle_ns, loss.cause);
         }
         bool in_time = nep_backoff_pause(&backoff);
+        if (backoff.slow) {
+            atomic_store_explicit(&ep->head->looked_ns, nep_now_ns(), memory_order_relaxed);
+        }
         if ((backoff.slow || !in_time) && find_loss(ep, idle_ns, !in_time, &loss)) {
             is_lost = true;
             continue;
