@@ -44,10 +44,7 @@ case $form in
         --harms $alive,$wire "$@" ;;
     soak)
         "${guest[@]}" python3 $chaos "$perf" "${long[@]}" "${in_guest[@]}" --harms $alive,$wire "$@" &
-        if tests/hosts/hosts.sh check; then
-            fabrics=$fabrics,hosts:ucx
-        fi
-        $chaos "$perf" "${long[@]}" --inter $fabrics --timeout 5 --patience 20 "$@" || status=1
+        $chaos "$perf" "${long[@]}" --inter $fabrics,hosts:ucx --timeout 5 --patience 20 "$@" || status=1
         wait $! || status=1
         ;;
     kills)

@@ -18,6 +18,7 @@ import time
 
 import groups
 import jobs
+import worlds
 from common import Harm, counts, segments
 
 NAMES = [*jobs.HARMS, *("+" + name for name in groups.HARMS)]
@@ -132,6 +133,9 @@ def main():
     unknown = set(args.harms.split(",")) - set(NAMES)
     if unknown:
         parser.error(f"no such harm: {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    if "hosts:" in args.inter and worlds.without_hosts():
+        print("without hosts:", worlds.without_hosts())
+        args.inter = ",".join(i for i in args.inter.split(",") if not i.startswith("hosts:"))
     random.seed(args.seed)
     print(f"chaos: seed {args.seed}, {args.rounds} rounds over {args.inter}", flush=True)
     plan = Plan(args)

@@ -162,6 +162,8 @@ class Group:
 
     def fill(self, ranks):
         """Newcomers in those seats; all have done a step with them."""
+        if not ranks:
+            return 0
         start_ns = time.monotonic_ns()
         for rank in ranks:
             self.start(rank, "--joins")

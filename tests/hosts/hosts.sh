@@ -18,8 +18,8 @@ usage: hosts.sh check                     whether this machine permits it: 0, or
                                           shared memory inside; NEP_RENDEZVOUS is set
        hosts.sh counters                  a line for each host: bytes sent, packets dropped to and from
        hosts.sh link I up|down            pulls and plugs the cable of host I
-       hosts.sh slow I none|NETEM...      what host I sends is late or lost (tc netem: delay 5ms loss
-                                          1%); its rate has no limit until none
+       hosts.sh slow I none|QDISC...      what host I sends is late or lost (a queueing discipline of
+                                          tc: netem delay 5ms loss 1%), until none
        hosts.sh down                      removes everything, running commands included
 
 environment: HOSTS_GROUP  the name of the group, so that several can be up at once (nep)
@@ -101,13 +101,13 @@ up() {
     printf '%s\n' "${queue[@]}" > "$state/queue"
 }
 
-slow() { # I none|NETEM...
+slow() { # I none|QDISC...
     local i=$1 queue=()
     shift
     if [ "$1" = none ]; then
         mapfile -t queue < "$state/queue"
     else
-        queue=(netem "$@")
+        queue=("$@")
     fi
     ip netns exec "$group-h$i" tc qdisc replace dev eth0 root "${queue[@]}"
 }
