@@ -197,6 +197,80 @@ def sglang(rank, ranks):
     dist.barrier()
 
 
+# ---- V2: vLLM and SGLang ----------------------------------------------------------------------------
+
+
+def expert_of_rows(x, ids, weights, first):
+    """[rows, H] of rows with local ids [rows, K'] (-1 = none, whatever the row holds then)."""
+    found = torch.zeros(x.shape[0], H, dtype=torch.float64)
+    for k in range(ids.shape[1]):
+        is_here = ids[:, k:k + 1] >= 0
+        term = weights[:, k:k + 1].double() * (1 + ids[:, k:k + 1].double() + first) * x.double()
+        found += torch.where(is_here, term, torch.zeros((), dtype=torch.float64))
+    return found.bfloat16()
+
+
+def vllm_v2(rank, ranks):
+    """prepare_finalize/deepep_v2.py: prefill expands and waits, decode does neither and reads the sums."""
+    experts = 2 * ranks
+    with torch.inference_mode():
+        buffer = deep_ep.ElasticBuffer(
+            group=dist.group.WORLD, num_max_tokens_per_rank=64, hidden=H, num_topk=K, use_fp8_dispatch=False,
+            allow_hybrid_mode=True, prefer_overlap_with_compute=True, allow_multiple_reduction=True,
+            num_cpu_timeout_secs=1800, num_gpu_timeout_secs=1800, explicitly_destroy=True)
+        buffer.get_theoretical_num_sms(num_experts=experts, num_topk=K)
+        for step, decodes in enumerate((False, True, False, True)):
+            mine = world(ranks, [(7 + 5 * r) * (step < 3 or r > 0) for r in range(ranks)], H, experts, K,
+                         salt=step)[rank]
+            x, ids, weights, handle, event = buffer.dispatch(
+                x=mine.x, topk_idx=mine.ids, topk_weights=mine.weights, num_experts=experts,
+                num_max_tokens_per_rank=16 if decodes else None, do_expand=not decodes, do_cpu_sync=not decodes,
+                async_with_compute_stream=False)
+            must(event.event is None, "synchronous")
+            listed = handle.num_recv_tokens_per_expert_list
+            if decodes:
+                must(not listed and x.shape[0] == 16 * ranks, "rows for the largest batch that was said")
+                num = int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
+                ids = torch.where(torch.arange(x.shape[0])[:, None] < num, ids, torch.full_like(ids, -1))
+            else:
+                must(ids is None and sum(listed) == x.shape[0] == weights.shape[0], "expanded rows")
+                ids = torch.repeat_interleave(torch.arange(2), torch.tensor(listed))[:, None]
+                weights = weights[:, None]
+            y, _, event = buffer.combine(x=expert_of_rows(x, ids, weights, 2 * rank), handle=handle, topk_weights=None,
+                                         async_with_compute_stream=True, allocate_on_comm_stream=True)
+            event.current_stream_wait()
+            close(y, *combined(mine, lambda e: 1 + e), f"vLLM V2, step {step}", roundings=4)
+        dist.barrier()
+        buffer.destroy()
+
+
+def sglang_v2(rank, ranks):
+    """token_dispatcher/deepep_v2.py: expanded with alignment, without a wait, and by token with one."""
+    experts = 2 * ranks
+    buffer = deep_ep.ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=32, hidden=H, num_topk=K,
+                                   use_fp8_dispatch=False, allow_hybrid_mode=True, sl_idx=0,
+                                   prefer_overlap_with_compute=False)
+    must(buffer.num_bytes > 0, "num_bytes")
+    for step, (expands, waits) in enumerate(((True, False), (True, True), (False, True))):
+        mine = world(ranks, [1 + 9 * r for r in range(ranks)], H, experts, K, salt=step)[rank]
+        x, ids, weights, handle, event = buffer.dispatch(
+            mine.x, topk_idx=mine.ids, topk_weights=mine.weights, num_experts=experts, num_max_tokens_per_rank=32,
+            expert_alignment=128, num_sms=0, use_tma_aligned_col_major_sf=False, do_cpu_sync=waits, do_expand=expands)
+        must(event.event is None, "synchronous")
+        if expands:
+            ends = handle.psum_num_recv_tokens_per_expert.tolist()
+            used = handle.num_unaligned_recv_tokens_per_expert.tolist()
+            must(weights.shape == (x.shape[0],) and all(end % 128 == 0 for end in ends), "aligned slots")
+            must(x.shape[0] >= ends[-1], "room")
+            ids = torch.full((x.shape[0], 1), -1)
+            for local, (begin, num) in enumerate(zip([0] + ends, used)):
+                ids[begin:begin + num] = local
+            weights = weights[:, None]
+        y = buffer.combine(expert_of_rows(x, ids, weights, 2 * rank), handle)[0]
+        close(y, *combined(mine, lambda e: 1 + e), f"SGLang V2, step {step}", roundings=4)
+    dist.barrier()
+
+
 # ---- Megatron --------------------------------------------------------------------------------------
 
 
@@ -319,7 +393,36 @@ def tensorrt_llm(rank, ranks):
     y, event, hook = buffer.low_latency_combine(x, mine.ids, mine.weights, handle)
     must(event.event is None and hook is None, "synchronous low-latency combine")
     close(y, *combined(mine, lambda e: 1), "TensorRT-LLM low latency", roundings=4)
+    tensorrt_llm_fork(buffer, mine, rank, ranks, experts)
     dist.barrier()
+
+
+def tensorrt_llm_fork(buffer, mine, rank, ranks, experts):
+    """Rows that were quantised before: nvfp4 with its scales, and fp8 as half as many bf16; rows of the whole
+    hidden size come back, in low precision where the fork would."""
+    tokens = world(ranks, [9] * ranks, H, experts, K, dtype=torch.int32)
+    packed = [given.x.view(torch.uint8)[:, :H // 2].contiguous() for given in tokens]
+    scales = [given.x.view(torch.uint8)[:, H:H + H // 16].contiguous() for given in tokens]
+    x, recv_scales, count, handle, event, hook = buffer.low_latency_dispatch_fp4(
+        packed[rank], scales[rank], mine.ids, M, experts)
+    must(event.event is None and hook is None, "synchronous")
+    must(x.shape == (2, ranks * M, H // 2) and recv_scales.shape == (2, ranks * M, H // 16), "shapes of nvfp4")
+    for local in range(2):
+        rows = [(s, int(t)) for s, given in enumerate(tokens)
+                for t in torch.nonzero((given.ids == 2 * rank + local).any(1))[:, 0]]
+        must(int(count[local]) == len(rows), "rows of nvfp4")
+        for i, (s, t) in enumerate(rows):
+            must(bool((x[local, i] == packed[s][t]).all() and (recv_scales[local, i] == scales[s][t]).all()),
+                 "bytes of nvfp4")
+    ones = torch.ones(2, ranks * M, H).bfloat16()
+    total = ((mine.ids >= 0) * mine.weights).sum(1, keepdim=True).double().expand(-1, H)
+    y, event, hook = buffer.low_latency_combine_low_precision("nvfp4", ones, None, mine.ids, mine.weights, handle)
+    close(y, total, total, "combine after nvfp4", roundings=4)
+    halves = mine.x.view(torch.uint8)[:, :H].contiguous().view(torch.bfloat16)
+    x, count, handle, _, _ = buffer.low_latency_dispatch(halves, mine.ids, M, experts, use_fp8=False)
+    must(x.shape == (2, ranks * M, H // 2), "half as many bf16")
+    y, _, _ = buffer.low_latency_combine_low_precision("fp8", ones, None, mine.ids, mine.weights, handle)
+    close(y, total, total, "combine of whole rows", roundings=4)
 
 
 # ---- placement -------------------------------------------------------------------------------------
@@ -360,6 +463,12 @@ class CallersTest(unittest.TestCase):
 
     def test_sglang(self):
         run(2, sglang)
+
+    def test_vllm_v2(self):
+        run(2, vllm_v2)
+
+    def test_sglang_v2(self):
+        run(2, sglang_v2)
 
     def test_megatron(self):
         run(3, megatron)

@@ -76,6 +76,38 @@ def one(buffer, rank, ranks, experts, tokens, expand, sync, alignment, bias):
           roundings=3)
 
 
+def fp8(buffer, rank, ranks, experts, number):
+    """Rows of fp8 bytes with scales, by token and expanded; ids by reference or copied; each way to wait."""
+    tokens = world(ranks, [5 + 3 * r for r in range(ranks)], H, experts, K, salt=100 + number)
+    mine, per_rank, expand = tokens[rank], experts // ranks, number % 2 == 1
+    parts = [(given.x.view(torch.uint8)[:, :H].contiguous(), given.x.float()[:, :H // 128]) for given in tokens]
+    flags = dict(previous_event=buffer.capture()) if number % 4 < 2 else {}
+    waits = number % 3 != 0
+    (x, scales), ids, weights, handle, event = buffer.dispatch(
+        parts[rank], topk_idx=mine.ids, topk_weights=mine.weights, num_experts=experts, do_expand=expand,
+        do_handle_copy=number % 8 < 4, expert_alignment=(1, 128)[number % 5 == 0], do_cpu_sync=waits,
+        async_with_compute_stream=number % 4 == 0, allocate_on_comm_stream=number % 4 == 0, **flags)
+    if number % 4 == 0:
+        event.current_stream_wait()
+    alignment = handle.expert_alignment
+    rows = [(row, s, t) for row, s, t, _ in expanded_rows(tokens, rank, per_rank, alignment)[0]] if expand else \
+        [(row, s, t) for row, (s, t) in enumerate(arrivals(tokens, rank, per_rank))]
+    for row, s, t in rows:
+        equal(x[row], parts[s][0][t], "fp8 bytes")
+        equal(scales[row], parts[s][1][t], "their scales")
+    y_in = torch.zeros(x.shape[0], H).bfloat16()
+    for row, s, t in rows:
+        y_in[row] = tokens[s].x[t]
+    biases = (mine.x, mine.x.flip(1).contiguous())
+    y = buffer.combine(y_in, handle, bias=biases)[0]
+    owner = torch.where(mine.ids >= 0, torch.div(mine.ids, per_rank, rounding_mode="floor"),
+                        torch.full_like(mine.ids, -1))
+    num = (mine.ids >= 0).sum(1, keepdim=True) if expand else \
+        torch.stack([(owner == r).any(1) for r in range(ranks)], 1).sum(1, keepdim=True)
+    want = mine.x.double() * num + sum(bias.double() for bias in biases)
+    close(y, want, mine.x.double().abs() * (num + 1) + biases[1].double().abs(), "combine after fp8", roundings=3)
+
+
 def matrix(rank, ranks, nodes):
     experts = 3 * ranks
     buffer = on_device(deep_ep.ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=64, hidden=H, num_topk=K,
@@ -86,6 +118,8 @@ def matrix(rank, ranks, nodes):
         sizes = [0 if r == number % ranks else max(1, 9 - r) for r in range(ranks)]
         tokens = world(ranks, sizes, H, experts, K, salt=number)
         one(buffer, rank, ranks, experts, tokens, expand, sync, alignment, bias)
+    for number in range(16):
+        fp8(buffer, rank, ranks, experts, number)
     try:
         mine = world(ranks, [17] * ranks, H, experts, K)[rank]
         buffer.dispatch(mine.x, topk_idx=mine.ids, topk_weights=mine.weights, num_experts=experts,

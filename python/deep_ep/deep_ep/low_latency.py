@@ -126,16 +126,6 @@ class LowLatency:
     def _init_low_latency(self) -> None:
         self._masked: set = set()
 
-    def low_latency_dispatch_fp4(self, *_: Any, **__: Any) -> None:
-        """Of TensorRT-LLM's fork; not there."""
-        raise NotImplementedError("deep_ep: low_latency_dispatch_fp4 belongs to a fork of DeepEP; use "
-                                  "low_latency_dispatch with fp8 or bf16")
-
-    def low_latency_combine_low_precision(self, *_: Any, **__: Any) -> None:
-        """Of TensorRT-LLM's fork; not there."""
-        raise NotImplementedError("deep_ep: low_latency_combine_low_precision belongs to a fork of DeepEP; use "
-                                  "low_latency_combine")
-
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Nothing to do: the calls of both modes have memory of their own."""
 
@@ -189,7 +179,37 @@ class LowLatency:
             settle(seat, 1)
             stats = (cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
             handle = self._ll_handle(seat, shape, topk_idx, topk_weights)
-            return self._ll_dispatch(seat, handle, x.contiguous(), stats, async_finish, return_recv_hook)
+            return self._ll_dispatch(seat, handle, (x.contiguous(), None), stats, async_finish, return_recv_hook)
+
+    @shrinking
+    def low_latency_dispatch_fp4(self, x: torch.Tensor, scales: torch.Tensor, topk_idx: torch.Tensor,
+                                 num_max_dispatch_tokens_per_rank: int, num_experts: int,
+                                 async_finish: bool = False, return_recv_hook: bool = False
+                                 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor, LowLatencyHandle, EventOverlap,
+                                            Hook]:
+        """Of TensorRT-LLM's fork: rows that the caller has quantised to nvfp4 travel as they are.
+
+        x: uint8 [T <= M, H/2], scales: uint8 [T, H/16]; topk_idx [T, K], -1 = none. Returns (recv_x uint8
+        [L, R*M, H/2], recv_scales uint8 [L, R*M, H/16], packed_recv_count i32[L], handle, EventOverlap, hook
+        or None); combine takes bf16 rows of H.
+        """
+        if async_finish and return_recv_hook:
+            raise ValueError("deep_ep: async_finish and return_recv_hook exclude each other")
+        most, tokens = num_max_dispatch_tokens_per_rank, topk_idx.shape[0]
+        if x.dim() != 2 or x.shape[1] % 16 or x.shape[0] != tokens or tokens > most or x.dtype != torch.uint8 or \
+                scales.dtype != torch.uint8 or tuple(scales.shape) != (tokens, x.shape[1] // 8):
+            raise ValueError(f"deep_ep: x has shape {tuple(x.shape)} of {x.dtype}, scales {tuple(scales.shape)} of "
+                             f"{scales.dtype}, for {tokens} rows of topk_idx; they must be uint8 [T, H/2] and "
+                             f"[T, H/16] with H a multiple of 32 and T at most {most}")
+        with self._lock:
+            self._check_alive()
+            shape = (most, 2 * x.shape[1], num_experts)
+            seat = self._seats.low_latency(shape, topk_idx.shape[1], ("nvfp4", None), executor_of(x))
+            settle(seat, 1)
+            handle = self._ll_handle(seat, shape, topk_idx, None)
+            rows, count, handle, event, hook = self._ll_dispatch(
+                seat, handle, (x.contiguous(), scales.contiguous()), (None, None), async_finish, return_recv_hook)
+            return rows[0], rows[1], count, handle, event, hook
 
     def _ll_handle(self, seat: Seat, shape: Shape, topk_idx: torch.Tensor, weights: Optional[torch.Tensor]
                    ) -> LowLatencyHandle:
@@ -203,9 +223,10 @@ class LowLatency:
         handle.weights = (weights, _place_of(weights)) if weights is not None else None
         return handle
 
-    def _ll_dispatch(self, seat: Seat, handle: LowLatencyHandle, x: torch.Tensor,
+    def _ll_dispatch(self, seat: Seat, handle: LowLatencyHandle, rows: Tuple[torch.Tensor, Optional[torch.Tensor]],
                      stats: Tuple[Optional[torch.Tensor], Optional[torch.Tensor]], is_async: bool, wants_hook: bool
                      ) -> Tuple[Any, torch.Tensor, LowLatencyHandle, EventOverlap, Hook]:
+        x, given_scales = rows
         ep, owned, ids = seat.ep, handle.owned, handle.ids
         seat.turn ^= 1
         raw, raw_scales = seat.landing[seat.turn]
@@ -217,8 +238,8 @@ class LowLatency:
             if x.is_cuda:
                 ep.bind_raw(owned.handle, _pointer(raw), seat.rows, _pointer(raw_scales),
                             _pointer(handle.source_rank), _pointer(handle.source_token))
-            ep.send_raw(owned.handle, x.shape[0], _pointer(x), None, ids.data_ptr() or 8, _ID_TYPES[ids.dtype],
-                        _pointer(weights), 0, scope.pointer)
+            ep.send_raw(owned.handle, x.shape[0], _pointer(x), _pointer(given_scales), ids.data_ptr() or 8,
+                        _ID_TYPES[ids.dtype], _pointer(weights), 0, scope.pointer)
 
         @shrinking
         def receive(self: LowLatency) -> None:
@@ -227,21 +248,23 @@ class LowLatency:
                 self._ll_receive(seat, handle, (raw, raw_scales), scales, stats, here)
         half = _Half(seat, True, functools.partial(receive, self))
         handle.complete = half.finish
-        kind = torch.bfloat16 if ep.wire == "bf16" else FP8
-        recv_x = raw.view(kind).view(ep.slots_per_rank, -1, handle.shape[1])
+        kind = {"bf16": torch.bfloat16, "fp8": FP8, "opaque": torch.uint8}[ep.wire]
+        recv_x = raw.view(kind).view(ep.slots_per_rank, seat.rows // ep.slots_per_rank, -1)
         result = recv_x if scales is None else (recv_x, scales)
         if wants_hook:
             return result, handle.counts, handle, EventOverlap(), half.finish
         half.finish()
-        scope.keep(x, ids, weights, handle.counts, handle.source_token)
+        scope.keep(x, given_scales, ids, weights, handle.counts, handle.source_token)
         return result, handle.counts, handle, scope.finish(), None
 
     @staticmethod
     def _ll_scales(ep: Any, raw_scales: Optional[torch.Tensor], rows: int, device: torch.device
                    ) -> Optional[torch.Tensor]:
-        """Tokens contiguous, as grouped matrix multiplies with TMA read them."""
+        """Tokens contiguous, as grouped matrix multiplies with TMA read them; those of nvfp4 as they lie."""
         if raw_scales is None:
             return None
+        if ep.wire == "opaque":
+            return raw_scales.view(ep.slots_per_rank, rows // ep.slots_per_rank, -1)
         slots, blocks = ep.slots_per_rank, ep.hidden // 128
         is_packed = ep.scale_row_bytes == blocks
         stored = torch.empty(slots, blocks // 4 if is_packed else blocks, rows // slots, device=device,
@@ -267,7 +290,7 @@ class LowLatency:
                 count.copy_(owned.handle.device_count)
             else:
                 count.copy_(torch.tensor(ep.dispatch_counts(owned.handle).rows_per_slot, dtype=torch.int32))
-            if scales is not None and raw_scales is not None:
+            if scales is not None and raw_scales is not None and ep.wire == "fp8":
                 scales.copy_(raw_scales.view(scales.dtype).view(scales.shape))
             if received is not None:
                 received += count
@@ -285,14 +308,15 @@ class LowLatency:
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
         """[L, R*M, H] bf16: write the experts' outputs here, then combine with zero_copy=True."""
         with self._lock:
-            return self._seats.combine_buffer(self._ll_combine_seat(handle))
+            return self._seats.combine_buffer(self._ll_combine_seat(handle, handle.shape[1]))
 
-    def _ll_combine_seat(self, handle: LowLatencyHandle) -> Seat:
-        """That of the dispatch, or of the ep that carries weights before it combines."""
-        seat = handle.owned.seat
-        if self._seats.weighs_late or handle.weights is not None:
+    def _ll_combine_seat(self, handle: LowLatencyHandle, hidden: int) -> Seat:
+        """That of the dispatch, or of the ep that carries weights before it combines. TensorRT-LLM dispatches
+        bytes of fp8 as half as many bf16 and combines whole rows: those are of another ep as well."""
+        seat, (most, its_hidden, experts) = handle.owned.seat, handle.shape
+        if hidden == its_hidden and (self._seats.weighs_late or handle.weights is not None):
             return seat
-        return self._seats.low_latency_weights(handle.shape, seat.ep.top_k, seat.ep.executor)
+        return self._seats.low_latency_weights((most, hidden, experts), seat.ep.top_k, seat.ep.executor)
 
     def _late_weights(self, handle: LowLatencyHandle, topk_idx: torch.Tensor, weights: torch.Tensor
                       ) -> torch.Tensor:
@@ -312,8 +336,8 @@ class LowLatency:
                             ) -> Tuple[torch.Tensor, EventOverlap, Hook]:
         """Sums each token's rows: over k, weight times row, in fp32, rounded once a level.
 
-        x: [L, R*M, H] bf16, rows beyond an expert's count may hold anything; topk_idx [T, K] of the
-        dispatch, topk_weights f32 [T, K]. zero_copy: x was written into
+        x: [L, R*M, H] bf16, rows beyond an expert's count may hold anything (H may be another one than the
+        dispatch's); topk_idx [T, K] of the dispatch, topk_weights f32 [T, K]. zero_copy: x was written into
         get_next_low_latency_combine_buffer(handle). use_logfmt: accepted; rows travel as bf16, which loses
         less. out: [T, H] bf16. Returns (combined_x [T, H], EventOverlap, hook or None).
         """
@@ -322,7 +346,7 @@ class LowLatency:
         _refuse("low_latency_combine", fork)
         if use_logfmt and zero_copy:
             raise ValueError("deep_ep: use_logfmt and zero_copy exclude each other")
-        tokens, hidden, _ = handle.shape
+        tokens, hidden = handle.shape[0], handle.shape[1] if zero_copy else x.shape[-1]
         _check_combine(x, (handle.owned.seat.ep.slots_per_rank, self.group_size * tokens, hidden), topk_idx,
                        topk_weights, zero_copy, out)
         if handle.weights is not None and handle.weights[1] != _place_of(topk_weights):
@@ -332,13 +356,24 @@ class LowLatency:
             self._check_alive()
             if handle.complete is not None:
                 handle.complete()
-            seat = self._ll_combine_seat(handle)
+            seat = self._ll_combine_seat(handle, hidden)
             settle(seat, 0 if seat is not handle.owned.seat else 1)
             y = out if out is not None else torch.empty(topk_idx.shape[0], hidden, dtype=x.dtype, device=x.device)
             source = self._seats.combine_buffer(seat) if zero_copy else x
             seat.out_turn ^= 1
             return self._ll_combine(seat, handle, (source, topk_idx, topk_weights, y), combine_wait_recv_cost_stats,
                                     async_finish, return_recv_hook)
+
+    def low_latency_combine_low_precision(self, precision: str, x: torch.Tensor,
+                                          global_scales: Optional[torch.Tensor], topk_idx: torch.Tensor,
+                                          topk_weights: torch.Tensor, handle: LowLatencyHandle, **more: Any
+                                          ) -> Tuple[torch.Tensor, EventOverlap, Hook]:
+        """Of TensorRT-LLM's fork, which sends rows of "fp8" or "nvfp4" back. Here they travel as bf16, which
+        loses less and moves more; global_scales are not needed. x [L, R*M, H] and the others as
+        low_latency_combine's."""
+        if precision not in ("fp8", "nvfp4"):
+            raise ValueError(f"deep_ep: precision is {precision!r}; it must be 'fp8' or 'nvfp4'")
+        return self.low_latency_combine(x, topk_idx, topk_weights, handle, **more)
 
     def _ll_combine_send(self, seat: Seat, handle: LowLatencyHandle, x: torch.Tensor, topk_idx: torch.Tensor,
                          weights: torch.Tensor, scope: Any) -> Tuple[Owned, List[torch.Tensor]]:

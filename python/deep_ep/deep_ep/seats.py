@@ -171,16 +171,20 @@ class Seats:
     # ---- low latency --------------------------------------------------------------------------
 
     def low_latency(self, shape: Shape, top_k: int, wire: Tuple[str, Optional[str]], executor: str) -> Seat:
-        """wire: (type, scale)."""
+        """wire: (type, scale): of bf16 and fp8 rows, made on the way, or of nvfp4 rows as they are given."""
         key = ("low latency", shape, top_k, wire, executor)
         seat = self._seats.get(key)
         if seat is None:
             tokens, hidden, experts = shape
             rows = self.slots(experts) * self.comm.num_ranks * tokens
             kind, scale = wire
-            row = 2 * hidden if kind == "bf16" else hidden + 4 * -(-hidden // 128)
+            row = {"bf16": 2 * hidden, "fp8": hidden + 4 * -(-hidden // 128),
+                   "nvfp4": hidden // 2 + hidden // 16}[kind]
             back = 2 * rows * 2 * hidden if self.weighs_late else 0
             extra: Dict[str, Any] = {"staging_bytes": back} if executor == "cuda" and back else {}
+            if kind == "nvfp4":
+                kind = "opaque"
+                extra.update(row_bytes=hidden // 2, scale_bytes=hidden // 16)
             ep = self.comm.ep(num_experts=experts, top_k=top_k, hidden=hidden, max_tokens=tokens,
                               layout="front", wire=kind, scale=scale, outstanding=2, map=self.placement,
                               pool_bytes=2 * (rows * row + 16384) + back + 16384, executor=executor,
