@@ -125,7 +125,8 @@ struct nep_ucx_peer {
     _Atomic int failure;     /* ucs_status_t, written before the state becomes FAILED */
     _Atomic bool misbehaved; /* sent a put that was refused */
     _Atomic uint64_t heard_ns;
-    _Atomic uint32_t num_silent; /* own heartbeats since then */
+    _Atomic uint32_t num_silent;    /* own heartbeats since then */
+    _Atomic uint64_t said_heard_ns; /* heard_ns of the silence that the log has named */
     uint32_t piece_bytes; /* longer puts are cut; a piece is sent eagerly where puts are cut */
     struct nep_ucx_partial *partials; /* holder only */
     uint32_t num_partials;

@@ -29,7 +29,7 @@
 
 enum { OLDEST_MAJOR = 1, OLDEST_MINOR = 13, MAX_ADDRESS = 1 << 16 };
 /* A piece and its headers fit into UCX_TCP_RX_SEG_SIZE, 64 KiB by default. */
-enum { TCP_PIECE_BYTES = 56 << 10 };
+enum { TCP_PIECE_BYTES = 56 << 10, MAX_KEEPIDLE = 32767 }; /* seconds, of TCP */
 static const uint64_t LEAVE_NS = 1 * NEP_S;
 
 /* ---- context and worker ------------------------------------------------------------------- */
@@ -43,23 +43,37 @@ static enum nep_status fail_ucs(const struct nep_ucx *ux, const char *what, ucs_
                     ux->rank, what, ux->lib.ucs_status_string(status));
 }
 
+static void config_set(struct nep_ucx *ux, ucp_config_t *config, const char *name,
+                       const char *value)
+{
+    /* The name without the transport is UCX 1.13's, the whole one that of UCX 1.22. */
+    ucs_status_t status = ux->lib.ucp_config_modify(config, name + strlen("TCP_"), value);
+    if (status != UCS_OK) {
+        status = ux->lib.ucp_config_modify(config, name, value);
+    }
+    if (status != UCS_OK) {
+        nep_info("transport ucx: UCX %s did not take UCX_%s=%s: %s",
+                 ux->lib.ucp_get_version_string(), name, value, ux->lib.ucs_status_string(status));
+    }
+}
+
 /*
  * Over TCP every piece is sent "short": written to the socket, what does not fit is copied. The
  * default leaves all above 8 KiB to zero-copy sends, which UCX 1.13 may complete twice when the
  * connection is reset meanwhile, and then ends the process by an assertion (found by killing ranks,
- * tests/multi/test_ucx.c).
+ * tests/multi/test_ucx.c). An idle connection is probed after the timeout only: UCX's own 16 s are
+ * within what a starved host may be silent, and peer_status (ucx.c) judges that.
  */
 static void config_adapt(struct nep_ucx *ux, ucp_config_t *config)
 {
-    /* The name without the transport is UCX 1.13's, the other one that of UCX 1.22. */
-    ucs_status_t status = ux->lib.ucp_config_modify(config, "TX_SEG_SIZE", "64k");
-    if (status != UCS_OK) {
-        status = ux->lib.ucp_config_modify(config, "TCP_TX_SEG_SIZE", "64k");
-    }
-    if (status != UCS_OK) {
-        nep_info("transport ucx: UCX %s did not take UCX_TCP_TX_SEG_SIZE=64k: %s",
-                 ux->lib.ucp_get_version_string(), ux->lib.ucs_status_string(status));
-    }
+    char idle[32];
+    uint64_t seconds = ux->params.timeout_ns / NEP_S + 1;
+    snprintf(idle, sizeof idle, "%us",
+             (unsigned)(seconds < 10             ? 10
+                        : seconds > MAX_KEEPIDLE ? MAX_KEEPIDLE
+                                                 : seconds));
+    config_set(ux, config, "TCP_TX_SEG_SIZE", "64k");
+    config_set(ux, config, "TCP_KEEPIDLE", idle);
 }
 
 static enum nep_status context_open(struct nep_ucx *ux)

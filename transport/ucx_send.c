@@ -13,8 +13,9 @@
  *
  * Liveness. UCX reports what the system reports (a closed or reset connection). A pulled cable
  * leaves a TCP connection silent for many minutes, so each rank sends a heartbeat a second and
- * peer_status (ucx.c) looks at the age of what was heard last. It counts in heartbeats of this
- * rank's own: a machine that was suspended or starved says nothing about its peers.
+ * peer_status (ucx.c) looks at the age of what was heard last: after 5 s a peer is called slow,
+ * after the communicator's timeout lost. It counts in heartbeats of this rank's own, too: a machine
+ * that was suspended or starved says nothing about its peers.
  */
 #if NEP_HAVE_UCX
 

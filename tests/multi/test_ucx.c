@@ -39,7 +39,7 @@ static int put_bytes(struct rank *rank, struct nep_transport *transport,
 
 static int wait_lost(struct rank *rank, struct nep_transport *transport, uint32_t peer)
 {
-    uint64_t deadline_ns = nep_deadline_ns(20 * NEP_S);
+    uint64_t deadline_ns = nep_deadline_ns(60 * NEP_S);
     while (transport->ops->peer_status(transport, peer) == NEP_OK) {
         RANK_CHECK(rank, nep_now_ns() < deadline_ns, "rank %u is dead and nobody noticed", peer);
         usleep(1000);
@@ -148,12 +148,12 @@ static void test_ucx_killed_rank_is_named_and_others_go_on(void **state)
 static int stopped_body(struct rank *rank)
 {
     struct nep_transport *transport;
-    enum nep_status status = conformance_open(rank, "ucx", 30 * NEP_S, &transport);
+    enum nep_status status = conformance_open(rank, "ucx", 15 * NEP_S, &transport);
     RANK_CHECK(rank, status == NEP_OK, "%s", nep_last_message());
     atomic_int *victim = rank->scratch;
     if (rank->rank == VICTIM) {
         atomic_store(victim, (int)getpid());
-        usleep(60000000); /* stopped meanwhile, and killed at the end */
+        usleep(100000000); /* stopped meanwhile, and killed at the end */
         return 1;
     }
     while (atomic_load(victim) == 0) {
@@ -182,8 +182,44 @@ static void test_ucx_stopped_rank_misses_heartbeats(void **state)
 {
     (void)state;
     struct ranks_params params = {
-        .ranks_per_node = (uint32_t[]){1, 1, 1}, .num_nodes = 3, .seconds = 60, .num_spare = 1};
+        .ranks_per_node = (uint32_t[]){1, 1, 1}, .num_nodes = 3, .seconds = 120, .num_spare = 1};
     assert_int_equal(ranks_run(&params, stopped_body, NULL), 0);
+}
+
+extern const struct nep_transport_ops nep_ucx_ops;
+
+/* Silence is no proof of death before the timeout, nor is it one when this rank itself stood still.
+ */
+static void test_ucx_silent_rank_is_slow_before_it_is_lost(void **state)
+{
+    (void)state;
+    static const struct {
+        uint64_t silent_s;
+        uint32_t own_beats; /* since it was heard */
+        bool is_said;       /* in the log, as slow */
+        enum nep_status status;
+    } cases[] = {
+        {4, 4, false, NEP_OK},  {6, 6, true, NEP_OK},   {50, 50, true, NEP_OK},
+        {50, 2, false, NEP_OK}, {70, 2, false, NEP_OK}, {70, 70, false, NEP_ERR_PEER_LOST},
+    };
+    struct nep_ucx *ux = calloc(1, sizeof *ux);
+    ux->rank = 1;
+    ux->num_ranks = NUM_RANKS;
+    ux->params.timeout_ns = 60 * NEP_S;
+    ux->peers = calloc(NUM_RANKS, sizeof *ux->peers);
+    struct nep_ucx_peer *peer = &ux->peers[0];
+    atomic_store(&peer->state, NEP_UCX_ALIVE);
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        uint64_t heard_ns = nep_now_ns() - cases[i].silent_s * NEP_S;
+        atomic_store(&peer->heard_ns, heard_ns);
+        atomic_store(&peer->num_silent, cases[i].own_beats);
+        assert_int_equal(nep_ucx_ops.peer_status(&ux->transport, 0), cases[i].status);
+        assert_int_equal(atomic_load(&peer->said_heard_ns) == heard_ns, cases[i].is_said);
+        assert_true(cases[i].status == NEP_OK ||
+                    strstr(nep_last_message(), "rank 0 is lost: nothing heard") != NULL);
+    }
+    free(ux->peers);
+    free(ux);
 }
 
 /* ---- a rank leaves ------------------------------------------------------------------------ */
@@ -467,6 +503,7 @@ int main(void)
         cmocka_unit_test(test_ucx_pieces_out_of_order_announce_once),
         cmocka_unit_test(test_ucx_killed_rank_is_named_and_others_go_on),
         cmocka_unit_test(test_ucx_stopped_rank_misses_heartbeats),
+        cmocka_unit_test(test_ucx_silent_rank_is_slow_before_it_is_lost),
         cmocka_unit_test(test_ucx_leaving_rank_delivers_and_is_named),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
