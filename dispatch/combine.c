@@ -162,6 +162,9 @@ static enum nep_status sum_for_all(struct nep_ep *ep, struct nep_handle *handle,
             }
         }
         *progress_p |= is_moving;
+        if (is_moving) {
+            nep_send_turn(ep);
+        }
     }
     return status;
 }

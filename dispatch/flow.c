@@ -3,6 +3,8 @@
  * tiles. */
 #include "dispatch/flow.h"
 
+#include <sched.h>
+
 #include "dispatch/ep.h"
 
 void nep_flow_begin(struct nep_flow *flow, uint64_t op, uint32_t window, uint32_t num_tiles)
@@ -58,6 +60,14 @@ uint8_t *nep_send_slot(struct nep_ep *ep, uint32_t ring)
     }
     uint64_t idx = (uint64_t)ring * ep->shape.tile_slots + slot;
     return (uint8_t *)ep->head + ep->region->send + idx * ep->region->send_tile_bytes;
+}
+
+void nep_send_turn(const struct nep_ep *ep)
+{
+    const struct nep_transport *inter = ep->comm->inter;
+    if (ep->comm->spin_limit == 0 && (inter->ops->caps & NEP_CAP_THREAD) != 0) {
+        sched_yield();
+    }
 }
 
 enum nep_status nep_send_post(struct nep_ep *ep, uint32_t ring, uint32_t dst, uint64_t offset,

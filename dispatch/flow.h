@@ -74,6 +74,12 @@ bool nep_inflow_is_settled(struct nep_ep *ep, const struct nep_inflow *inflow, u
 
 /* The next slot of a send ring, or NULL while its last put is not complete. */
 uint8_t *nep_send_slot(struct nep_ep *ep, uint32_t ring);
+/*
+ * After a round of tiles: where cores are shared, the fabric's thread and the other ranks get a
+ * turn. A rank that packs or sums a whole operation first holds its core for milliseconds, in which
+ * what is posted does not leave, and others post nothing.
+ */
+void nep_send_turn(const struct nep_ep *ep);
 /* Puts what lies in that slot. */
 enum nep_status nep_send_post(struct nep_ep *ep, uint32_t ring, uint32_t dst, uint64_t offset,
                               uint64_t bytes, uint32_t imm);

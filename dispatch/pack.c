@@ -140,6 +140,9 @@ enum nep_status nep_pack_send(struct nep_ep *ep, struct nep_handle *handle, bool
             status = send_to_node(ep, handle, (ep->node + i) % num_nodes, &is_moving);
         }
         *progress_p |= is_moving;
+        if (is_moving) {
+            nep_send_turn(ep);
+        }
     }
     return status;
 }
