@@ -289,6 +289,7 @@ void nep_ep_free_window(struct nep_ep *ep)
         comm->inter->ops->window_destroy(comm->inter, ep->number);
     }
     nep_pool_fini(&ep->pool);
+    nep_buffers_fini(ep);
     if (ep->has_intra_window) {
         comm->intra->ops->window_destroy(comm->intra, ep->number);
     }
@@ -315,6 +316,7 @@ static void retire_window(struct nep_ep *ep)
     if (ep->has_inter_window) {
         comm->inter->ops->window_destroy(comm->inter, ep->number);
     }
+    nep_buffers_fini(ep);
     retired->pool = *pool;
     retired->memory = pool->base;
     retired->bytes = last->offset + last->bytes;

@@ -3,6 +3,7 @@
 #ifndef NEP_DISPATCH_EP_H
 #define NEP_DISPATCH_EP_H
 
+#include "dispatch/buffers.h"
 #include "dispatch/comm.h"
 #include "dispatch/events.h"
 #include "dispatch/flow.h"
@@ -81,6 +82,8 @@ struct nep_ep {
     struct nep_map *first_map;   /* of a newcomer, until it is let in */
     struct nep_slot_at *slot_at; /* [R * L] where each physical slot is */
     struct nep_pool pool;
+    struct nep_registered *registered; /* [num_registered] */
+    uint32_t num_registered;
     /* who publishes source s's COUNTS on this node */
     struct nep_word_at *counts_at; /* [R] */
     uint32_t *control_rank;        /* [controls] the rank behind each own control */

@@ -15,7 +15,7 @@
 #include "dispatch/positions.h"
 
 /* In nep_tile_msg.reserved of a home tile. */
-enum { HOME_MODE, HOME_OFFSET };
+enum { HOME_MODE, HOME_OFFSET, HOME_SPACE };
 enum { ROWS_IN_TILE, ROWS_BY_TOKEN, ROWS_NOT_NEEDED };
 
 /* The binding of a local rank's output, NULL while it is not published. */
@@ -134,13 +134,12 @@ static void find_push_bases(struct nep_ep *ep, const struct nep_handle *handle)
 {
     for (uint32_t g = 0; g < ep->node_size; g++) {
         const struct nep_bind *bind = find_bind(ep, g, handle->op.number);
-        uint32_t rank = nep_ep_rank_at(ep, g);
         struct nep_push_at *at = &ep->push_at[g];
         if (g == ep->local) {
             *at = (struct nep_push_at){handle->op.out.x, handle->op.out.scales};
         } else if (bind->mode == NEP_BIND_MAPPED) {
-            *at = (struct nep_push_at){ep->window[rank] + bind->offset,
-                                       ep->window[rank] + bind->extra_offset};
+            *at = (struct nep_push_at){nep_buffers_at(ep, g, bind->rows),
+                                       nep_buffers_at(ep, g, bind->extra)};
         } else {
             *at = (struct nep_push_at){NULL, NULL};
         }
@@ -157,8 +156,9 @@ static enum nep_status publish_tile(struct nep_ep *ep, struct nep_handle *handle
     uint8_t *tile = (uint8_t *)ep->head + ep->region->home + slot * ep->region->dispatch_tile_bytes;
     /* Rows with scales are packed, also where x is mapped: cast once, and found in one piece. */
     uint64_t x_bytes = (uint64_t)handle->num_tokens * ep->shape.format.payload_bytes;
+    struct nep_place x = {0};
     bool is_mapped =
-        ep->shape.format.scale_bytes == 0 && nep_pool_holds(&ep->pool, handle->op.in.x, x_bytes);
+        ep->shape.format.scale_bytes == 0 && nep_buffers_find(ep, handle->op.in.x, x_bytes, &x);
     struct nep_tile_msg msg = {
         .op = handle->op.number,
         .number = flow->next,
@@ -168,8 +168,8 @@ static enum nep_status publish_tile(struct nep_ep *ep, struct nep_handle *handle
         .num_rows = num,
     };
     msg.reserved[HOME_MODE] = !pull ? ROWS_NOT_NEEDED : is_mapped ? ROWS_BY_TOKEN : ROWS_IN_TILE;
-    msg.reserved[HOME_OFFSET] =
-        is_mapped ? (uint64_t)((const uint8_t *)handle->op.in.x - (uint8_t *)ep->head) : 0;
+    msg.reserved[HOME_OFFSET] = x.offset;
+    msg.reserved[HOME_SPACE] = x.space;
     memcpy(tile, &msg, sizeof msg);
     nep_pack_meta(ep, handle, ep->node, first, num, tile + sizeof msg);
     if (msg.reserved[HOME_MODE] == ROWS_IN_TILE) {
@@ -254,7 +254,8 @@ enum nep_status nep_home_read(struct nep_ep *ep, struct nep_handle *handle, uint
         memcpy(&msg, tile, sizeof msg);
         struct nep_payload payload = {NULL, ep->shape.wire_row_bytes, false};
         if (!is_pushed && msg.reserved[HOME_MODE] == ROWS_BY_TOKEN) {
-            payload.base = base + msg.reserved[HOME_OFFSET];
+            struct nep_place x = {msg.reserved[HOME_OFFSET], (uint32_t)msg.reserved[HOME_SPACE], 0};
+            payload.base = nep_buffers_at(ep, ep->plan.topology->local_of_rank[source], x);
             payload.stride = ep->shape.format.payload_bytes;
             payload.by_token = true;
         } else if (!is_pushed) {

@@ -76,16 +76,22 @@ struct nep_directory {
     uint32_t reserved;
 };
 
-/* A buffer that this rank published for one operation: word = op + 1, then mode and offset are
+/* A byte of memory that the node reaches, by a name that is the same on all its ranks. */
+struct nep_place {
+    uint64_t offset; /* in the window of the rank that published it, or in its registered buffer */
+    uint32_t space;  /* 0: the window; else 1 + the number of the buffer (dispatch/buffers.h) */
+    uint32_t reserved;
+};
+
+/* A buffer that this rank published for one operation: word = op + 1, then mode and places are
  * valid. */
 enum { NEP_BIND_PRIVATE = 0, NEP_BIND_MAPPED = 1 };
 struct nep_bind {
     _Atomic uint64_t word;
     uint64_t mode;
-    uint64_t offset; /* of rows, in the window of the rank that published it */
-    uint64_t
-        extra_offset; /* of scales (outputs) or weights (expert outputs), where there are any */
-    uint64_t reserved[4];
+    struct nep_place rows;
+    struct nep_place extra; /* scales (outputs) or weights (expert outputs), where there are any */
+    uint64_t reserved[2];
 };
 
 #define NEP_REGION_MAGIC 0x6e65702d72656731ull

@@ -16,17 +16,16 @@ void nep_combine_bind(struct nep_ep *ep, struct nep_handle *handle)
 {
     const void *y = handle->op.rows.y;
     const float *weights = handle->op.rows.topk_weights;
+    struct nep_place rows = {0}, extra = {0};
     bool is_mapped =
-        nep_pool_holds(&ep->pool, y, handle->num_rows * ep->shape.row_bytes) &&
+        nep_buffers_find(ep, y, handle->num_rows * ep->shape.row_bytes, &rows) &&
         (weights == NULL ||
-         nep_pool_holds(&ep->pool, weights, handle->num_rows * ep->shape.weights_bytes));
+         nep_buffers_find(ep, weights, handle->num_rows * ep->shape.weights_bytes, &extra));
     struct nep_bind *bind = (struct nep_bind *)((uint8_t *)ep->head + ep->region->y_bind) +
                             handle->op.number % ep->shape.window;
     bind->mode = is_mapped ? NEP_BIND_MAPPED : NEP_BIND_PRIVATE;
-    bind->offset = is_mapped ? (uint64_t)((const uint8_t *)y - (uint8_t *)ep->head) : 0;
-    bind->extra_offset = is_mapped && weights != NULL
-                             ? (uint64_t)((const uint8_t *)weights - (uint8_t *)ep->head)
-                             : 0;
+    bind->rows = rows;
+    bind->extra = extra;
     handle->op.out_is_mapped = is_mapped;
     handle->op.is_bound = true;
     /* Release: pairs with the acquire in nep_stage_find_lent; the caller's rows are complete. */
@@ -51,10 +50,9 @@ bool nep_stage_find_lent(struct nep_ep *ep, const struct nep_handle *handle)
         if (g == ep->local) {
             *lent = (struct nep_lent){handle->op.rows.y, handle->op.rows.topk_weights};
         } else if (bind->mode == NEP_BIND_MAPPED) {
-            const uint8_t *base = ep->window[rank];
             *lent = (struct nep_lent){
-                base + bind->offset,
-                has_weights ? (const float *)(base + bind->extra_offset) : NULL,
+                nep_buffers_at(ep, g, bind->rows),
+                has_weights ? (const float *)nep_buffers_at(ep, g, bind->extra) : NULL,
             };
         }
     }

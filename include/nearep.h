@@ -333,6 +333,38 @@ NEP_API enum nep_status nep_ep_memory(const struct nep_ep_params *params,
 NEP_API enum nep_status nep_buffer_alloc(struct nep_ep *ep, size_t bytes, void **buffer_p);
 NEP_API void nep_buffer_free(struct nep_ep *ep, void *buffer);
 
+/*
+ * Memory of the caller's own that the ranks of the node are to reach, so that rows in it move once,
+ * as they do in memory of nep_buffer_alloc: any part of it may then be an input, an output or
+ * expert outputs.
+ *
+ * Other processes can map a file and nothing else. So fd is that of memory made by memfd_create (of
+ * huge pages too) or shm_open and mapped MAP_SHARED, for reading and writing; where in the file it
+ * lies is looked up. The library needs fd during the call alone. Memory without a file (fd -1: from
+ * malloc, or a framework's) works where all ranks of every node are threads of one process; else it
+ * is refused with NEP_ERR_UNSUPPORTED, on every rank: use nep_buffer_alloc. Between nodes rows
+ * travel in tiles of the ep's own, whatever memory they come from; no fabric needs this call.
+ */
+struct nep_buffer_params {
+    size_t size;
+    void *base;   /* NULL and 0 bytes: this rank takes part and has nothing */
+    size_t bytes; /* may differ between ranks, 0 too */
+    int fd;
+};
+/*
+ * Collective over the ep's ranks, which register and deregister in the same order (found and named
+ * when they do not), with no operation outstanding (NEP_ERR_BUSY). A failure of one rank is a
+ * failure on all, and changes nothing. *buffer_p: the number of the buffer. The memory must stay
+ * mapped, and the file as long as it is, until it is deregistered or the ep is destroyed;
+ * nep_comm_recover deregisters all, and a rank that was lost but still runs may keep its mapping:
+ * register other memory then if it must not be written. Executor cuda: NEP_ERR_UNSUPPORTED. Not on
+ * the path of a token.
+ */
+NEP_API enum nep_status
+nep_buffer_register(struct nep_ep *ep, const struct nep_buffer_params *params, uint32_t *buffer_p);
+/* Every rank calls it; waits for nobody. No operation may be outstanding here (NEP_ERR_BUSY). */
+NEP_API enum nep_status nep_buffer_deregister(struct nep_ep *ep, uint32_t buffer);
+
 /* ---- handles, dispatch, combine ----------------------------------------------------------- */
 
 /* Where the rows of one dispatch went. Made ahead; reusable; one dispatch at a time. */

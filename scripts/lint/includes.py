@@ -34,6 +34,8 @@ CONTRACT_CREATE = {
     "dispatch/cuda/exec_far.c": CONTRACT | {"transport/bootstrap.h"},
     "dispatch/cuda/windows.c": CONTRACT | {"transport/bootstrap.h"},
     "dispatch/build.c": CONTRACT | {"transport/bootstrap.h"},
+    "dispatch/buffers.h": CONTRACT | {"transport/share.h"},
+    "dispatch/buffers.c": CONTRACT | {"transport/bootstrap.h"},
     "dispatch/recover.c": CONTRACT | {"transport/bootstrap.h", "transport/topology.h"},
 }
 # Headers of others that only one place may know.
