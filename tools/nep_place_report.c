@@ -93,13 +93,17 @@ static void draw_bars(FILE *file, const double *before, const double *after, uin
 
 /* ---- the parts ---- */
 
+/* In percent of the rows before. */
+static double change_of(const struct report *r, const struct nep_score *score)
+{
+    double before = r->before.score.remote_nodes_per_token;
+    return before > 0.0 ? 100.0 * (score->remote_nodes_per_token / before - 1.0) : 0.0;
+}
+
 static void part_summary(const struct report *r)
 {
     const struct nep_score *b = &r->before.score;
     const struct nep_score *a = &r->after.score;
-    double change = b->remote_nodes_per_token > 0.0
-                        ? 100.0 * (a->remote_nodes_per_token / b->remote_nodes_per_token - 1.0)
-                        : 0.0;
     fprintf(r->file,
             "<p class=\"big\">%+.1f %% rows between nodes</p>\n<table><tr><th></th><th>before</th>"
             "<th>after</th></tr>\n"
@@ -109,9 +113,9 @@ static void part_summary(const struct report *r)
             "<tr><td>ranks per token</td><td>%.3f</td><td>%.3f</td></tr>\n"
             "<tr><td>busiest node over mean</td><td>%.3f</td><td>%.3f</td></tr>\n"
             "<tr><td>busiest rank over mean</td><td>%.3f</td><td>%.3f</td></tr></table>\n",
-            change, b->remote_nodes_per_token, a->remote_nodes_per_token, 100.0 * b->local_share,
-            100.0 * a->local_share, b->ranks_per_token, a->ranks_per_token, b->imbalance_node,
-            a->imbalance_node, b->imbalance_rank, a->imbalance_rank);
+            change_of(r, a), b->remote_nodes_per_token, a->remote_nodes_per_token,
+            100.0 * b->local_share, 100.0 * a->local_share, b->ranks_per_token, a->ranks_per_token,
+            b->imbalance_node, a->imbalance_node, b->imbalance_rank, a->imbalance_rank);
 }
 
 static void part_traffic(const struct report *r)
@@ -195,43 +199,109 @@ static void part_bars(const struct report *r)
     free(b);
 }
 
-/* Solves anew at several limits on load and draws what each gives. */
+/* ---- what the limit on load costs ---- */
+
+struct point {
+    double limit; /* 0: the map of the report */
+    double change;
+    double imbalance;
+};
+
+static double scale(double value, double least, double most, double length)
+{
+    return most > least ? (value - least) / (most - least) * length : 0.5 * length;
+}
+
+/* Busiest node across, rows between nodes up; the limit beside each point, the map of the report in
+ * red. */
+static void draw_curve(FILE *file, const struct point *points, uint32_t num)
+{
+    const double width = 520.0;
+    const double height = 200.0;
+    struct point least = points[0];
+    struct point most = points[0];
+    for (uint32_t i = 1; i < num; i++) {
+        least.change = points[i].change < least.change ? points[i].change : least.change;
+        most.change = points[i].change > most.change ? points[i].change : most.change;
+        least.imbalance =
+            points[i].imbalance < least.imbalance ? points[i].imbalance : least.imbalance;
+        most.imbalance =
+            points[i].imbalance > most.imbalance ? points[i].imbalance : most.imbalance;
+    }
+    fprintf(file,
+            "<svg width=\"640\" height=\"270\"><path d=\"M60 15V235H600\" fill=\"none\" "
+            "stroke=\"#555\"/><text x=\"2\" y=\"30\">%+.1f %%</text><text x=\"2\" "
+            "y=\"229\">%+.1f %%</text><text x=\"60\" y=\"255\">%.3f</text><text x=\"560\" "
+            "y=\"255\">%.3f</text><text x=\"220\" y=\"255\">busiest node over mean</text>",
+            most.change, least.change, least.imbalance, most.imbalance);
+    for (uint32_t i = 0; i < num; i++) {
+        double x = 70.0 + scale(points[i].imbalance, least.imbalance, most.imbalance, width);
+        double y = 225.0 - scale(points[i].change, least.change, most.change, height);
+        char name[32] = "this map";
+        if (points[i].limit > 0.0) {
+            snprintf(name, sizeof name, "%.2f", points[i].limit);
+        }
+        fprintf(file,
+                "<circle cx=\"%.1f\" cy=\"%.1f\" r=\"4\" fill=\"%s\"><title>%s: %+.1f %% rows, "
+                "busiest node %.3f</title></circle><text x=\"%.1f\" y=\"%.1f\">%s</text>\n",
+                x, y, points[i].limit > 0.0 ? "#2b6cb0" : "#c53030", name, points[i].change,
+                points[i].imbalance, x - (x > 540.0 ? 62.0 : -7.0), y - 5.0, name);
+    }
+    fprintf(file, "</svg>");
+}
+
+/* Solved anew on this trace under a limit; 0: it cannot be kept, and the page says so. */
+static enum nep_status solve_at(const struct report *r, const struct place_args *args, double limit,
+                                struct point *point_p, int *is_solved_p)
+{
+    const struct nep_solve_params params = {.size = sizeof params,
+                                            .shape = &r->shape,
+                                            .max_imbalance = limit,
+                                            .seed = args->seed,
+                                            .max_tokens = 8192};
+    struct nep_map *map = NULL;
+    struct nep_score score;
+    enum nep_status status = nep_map_solve(r->all.trace, &params, &map);
+    *is_solved_p = status == NEP_OK;
+    if (status == NEP_ERR_INVALID) {
+        fprintf(r->file, "<p>%.2f: ", limit);
+        put_text(r->file, nep_last_message());
+        fprintf(r->file, "</p>\n");
+        return NEP_OK;
+    }
+    uint32_t *homes = calloc((size_t)r->all.num + 1, sizeof *homes);
+    if (status == NEP_OK) {
+        status = homes == NULL ? NEP_ERR_NO_MEMORY : nep_homes_predict(&r->all, map, homes);
+    }
+    if (status == NEP_OK) {
+        status = nep_score_map(&r->all, map, homes, &score, NULL);
+    }
+    if (status == NEP_OK) {
+        *point_p = (struct point){limit, change_of(r, &score), score.imbalance_node};
+    }
+    nep_map_destroy(map);
+    free(homes);
+    return status;
+}
+
 static enum nep_status part_sweep(const struct report *r, const struct place_args *args)
 {
-    static const double caps[] = {1.02, 1.05, 1.10, 1.20, 1.40};
-    enum { NUM = sizeof caps / sizeof caps[0] };
-    uint32_t *homes = calloc((size_t)r->all.num + 1, sizeof *homes);
-    enum nep_status status = homes == NULL ? NEP_ERR_NO_MEMORY : NEP_OK;
-    fprintf(r->file, "<h2>What the limit on load costs: solved anew on this trace</h2><table><tr>"
-                     "<th>limit</th><th>remote nodes per token</th><th>busiest node over "
-                     "mean</th></tr>\n");
+    static const double limits[] = {1.02, 1.05, 1.10, 1.20, 1.40};
+    enum { NUM = sizeof limits / sizeof limits[0] };
+    struct point points[NUM + 1] = {
+        {0.0, change_of(r, &r->after.score), r->after.score.imbalance_node}};
+    uint32_t num = 1;
+    enum nep_status status = NEP_OK;
+    fprintf(r->file, "<h2>What the limit on load costs</h2><p>Rows between nodes against before; "
+                     "each point solved anew on this trace, the limit beside it.</p>\n");
     for (int i = 0; i < NUM && status == NEP_OK; i++) {
-        struct nep_solve_params params = {.size = sizeof params,
-                                          .shape = &r->shape,
-                                          .max_imbalance = caps[i],
-                                          .seed = args->seed,
-                                          .max_tokens = 8192};
-        struct nep_map *map = NULL;
-        struct nep_score score;
-        /* A limit that this router cannot keep is no failure of the report. */
-        if (nep_map_solve(r->all.trace, &params, &map) != NEP_OK) {
-            fprintf(r->file, "<tr><td>%.2f</td><td colspan=\"2\">", caps[i]);
-            put_text(r->file, nep_last_message());
-            fprintf(r->file, "</td></tr>\n");
-            continue;
-        }
-        status = nep_homes_predict(&r->all, map, homes);
-        if (status == NEP_OK) {
-            status = nep_score_map(&r->all, map, homes, &score, NULL);
-        }
-        nep_map_destroy(map);
-        if (status == NEP_OK) {
-            fprintf(r->file, "<tr><td>%.2f</td><td>%.3f %s</td><td>%.3f</td></tr>\n", caps[i],
-                    score.remote_nodes_per_token, "", score.imbalance_node);
-        }
+        int is_solved = 0;
+        status = solve_at(r, args, limits[i], &points[num], &is_solved);
+        num += (uint32_t)is_solved;
     }
-    fprintf(r->file, "</table>\n");
-    free(homes);
+    if (status == NEP_OK) {
+        draw_curve(r->file, points, num);
+    }
     return status;
 }
 

@@ -67,6 +67,9 @@ cmp "$dir/map.1" "$dir/map.2" && cmp "$dir/map.1" "$dir/map.3" || failed=1
 check warm "r['moved_copies']" "0 < x <= 14"
 "$place" report --trace "$dir/test" --map "$dir/map.1" -o "$dir/report.html" > /dev/null
 grep -q '</html>' "$dir/report.html" || { echo "FAILED: the report has no end" >&2; failed=1; }
+# the sweep over limits on load: five points and the map itself
+[ "$(grep -c '<circle' "$dir/report.html")" -eq 6 ] ||
+    { echo "FAILED: the report's curve has not six points" >&2; failed=1; }
 "$place" queue --trace "$dir/test" --map "$dir/map.1" --json "$dir/queue.json" > /dev/null
 check queue "r['rules']['nearep']['rows_over_oracle_pct'] - \
 r['rules']['fcfs']['rows_over_oracle_pct']" "x < -3"
