@@ -20,6 +20,10 @@
 #include "placement/copy_swap.h"
 
 #define MOST_SWEEPS 64u
+/* With a limit on moves: the first gain per copy that is taken, in units of the least one, and the
+ * step down. */
+#define FIRST_GAIN 8.0
+#define GAIN_STEP  8.0
 
 struct adjust {
     const struct nep_adjust_params *params;
@@ -146,42 +150,64 @@ static uint32_t make_replacement(struct adjust *a, const struct replacement *r)
     return 1;
 }
 
-static void exchange_slots(struct adjust *a, uint32_t x, uint32_t x_node, uint32_t y,
-                           uint32_t y_node)
+/* The search has swapped x and y (its group[] is after that): the table and the cover follow. */
+static void make_swap(struct adjust *a, const struct nep_copy_swap *cs, uint32_t x, uint32_t y)
 {
-    uint32_t x_slot = find_slot(a, x, x_node);
-    uint32_t y_slot = find_slot(a, y, y_node);
-    a->table[x_slot] = y;
-    a->table[y_slot] = x;
+    uint32_t x_node = cs->swap.group[y];
+    uint32_t y_node = cs->swap.group[x];
+    uint32_t x_slot = find_slot(a, cs->label[x], x_node);
+    uint32_t y_slot = find_slot(a, cs->label[y], y_node);
+    a->table[x_slot] = cs->label[y];
+    a->table[y_slot] = cs->label[x];
+    /* Added before removed: an expert is never without a copy. */
+    nep_cover_add(&a->cover, cs->label[x], y_node);
+    nep_cover_add(&a->cover, cs->label[y], x_node);
+    nep_cover_remove(&a->cover, cs->label[x], x_node);
+    nep_cover_remove(&a->cover, cs->label[y], y_node);
 }
 
-/* group[] is after the swap: x is where y was. */
-static void note_swap(struct adjust *a, const struct nep_copy_swap *cs, uint32_t x, uint32_t y,
-                      uint32_t *moved_p)
+/* Every copy that is not its expert's last gives way, in turn, to the one that is worth most there,
+ * if that gains; empty slots are filled. */
+static void replace_in_turn(struct adjust *a, double least, uint32_t *moved_p)
 {
-    exchange_slots(a, cs->label[x], cs->swap.group[y], cs->label[y], cs->swap.group[x]);
-    *moved_p += 2;
-}
-
-/* Without a limit the order of the swaps does not matter: every copy in turn takes its best, which
- * is many times faster than the best of all. */
-static void swap_in_turn(struct adjust *a, struct nep_copy_swap *cs, uint32_t *moved_p)
-{
-    int is_better = 1;
-    for (uint32_t sweep = 0; is_better && sweep < MOST_SWEEPS; sweep++) {
-        is_better = 0;
-        for (uint32_t x = 0; x < a->copies.num; x++) {
-            uint32_t y;
-            if (nep_swap_best_of(&cs->swap, x, 2.0 * a->params->least_gain, &y)) {
-                note_swap(a, cs, x, y, moved_p);
-                is_better = 1;
+    struct nep_cover *cover = &a->cover;
+    uint32_t nodes = cover->params.num_nodes;
+    uint32_t all = cover->params.sets->num_items * nodes;
+    for (uint32_t i = 0; i < all && *moved_p < a->params->max_moves; i++) {
+        uint32_t expert = i / nodes;
+        uint32_t node = i % nodes;
+        if (!cover->has[i] || cover->num_copies[expert] < 2) {
+            continue;
+        }
+        double before = nep_cover_total(cover);
+        nep_cover_remove(cover, expert, node);
+        uint32_t other = expert;
+        double lost = nep_cover_total(cover) - before;
+        if (nep_cover_best(cover, node, expert, &other) >= lost + least) {
+            nep_cover_add(cover, other, node);
+            if (before - nep_cover_total(cover) >= least) {
+                a->table[find_slot(a, expert, node)] = other;
+                (*moved_p)++;
+                continue;
             }
+            nep_cover_remove(cover, other, node);
+        }
+        nep_cover_add(cover, expert, node);
+    }
+    for (uint32_t n = 0; n < nodes; n++) {
+        uint32_t other = 0;
+        while (*moved_p < a->params->max_moves &&
+               nep_cover_best(cover, n, NEP_SLOT_EMPTY, &other) >= least) {
+            a->table[find_slot(a, NEP_SLOT_EMPTY, n)] = other;
+            nep_cover_add(cover, other, n);
+            (*moved_p)++;
         }
     }
 }
 
-/* Swaps alone, in one run of the search, as long as each pays. */
-static enum nep_status swap_many(struct adjust *a, uint32_t *moved_p)
+/* Every copy in turn is swapped with its best partner, if that gains `least` per copy moved. The
+ * best swap of all first would take many times longer for the same rows. */
+static enum nep_status swap_in_turn(struct adjust *a, double least, uint32_t *moved_p)
 {
     struct nep_copy_swap cs;
     nep_cover_get(&a->cover, &a->copies);
@@ -190,22 +216,36 @@ static enum nep_status swap_many(struct adjust *a, uint32_t *moved_p)
     if (status != NEP_OK) {
         return status;
     }
-    uint32_t x;
-    uint32_t y;
-    double value;
-    if (a->params->max_moves == UINT32_MAX) {
-        swap_in_turn(a, &cs, moved_p);
-        nep_copy_swap_fini(&cs);
-        return NEP_OK;
-    }
-    while (*moved_p + 2 <= a->params->max_moves && nep_swap_best(&cs.swap, &x, &y, &value)) {
-        if (-value < 2.0 * a->params->least_gain) {
-            break;
+    int is_better = 1;
+    for (uint32_t sweep = 0; is_better && sweep < MOST_SWEEPS; sweep++) {
+        is_better = 0;
+        for (uint32_t x = 0; x < a->copies.num && a->params->max_moves - *moved_p >= 2; x++) {
+            uint32_t y;
+            if (nep_swap_best_of(&cs.swap, x, 2.0 * least, &y)) {
+                make_swap(a, &cs, x, y);
+                *moved_p += 2;
+                is_better = 1;
+            }
         }
-        note_swap(a, &cs, x, y, moved_p);
     }
     nep_copy_swap_fini(&cs);
     return NEP_OK;
+}
+
+/* With a limit on moves, what gains most per copy comes first: in steps of the gain. */
+static enum nep_status adjust_in_turn(struct adjust *a, uint32_t *moved_p)
+{
+    enum nep_status status = NEP_OK;
+    double least = a->params->least_gain;
+    double gain = a->params->max_moves == UINT32_MAX ? least : least * FIRST_GAIN;
+    for (; status == NEP_OK && gain >= least; gain /= GAIN_STEP) {
+        replace_in_turn(a, gain, moved_p);
+        status = swap_in_turn(a, gain, moved_p);
+    }
+    if (status == NEP_OK) {
+        replace_in_turn(a, least, moved_p);
+    }
+    return status;
 }
 
 /* One step: the better of a swap and a replacement. *is_done_p: nothing pays any more. */
@@ -228,14 +268,7 @@ static enum nep_status one_step(struct adjust *a, uint32_t *moved_p, int *is_don
                   -value / 2.0 > a->params->least_gain;
     *is_done_p = 1;
     if (is_swap) {
-        uint32_t x_node = cs.swap.group[y];
-        uint32_t y_node = cs.swap.group[x];
-        exchange_slots(a, cs.label[x], x_node, cs.label[y], y_node);
-        /* Added before removed: an expert is never without a copy. */
-        nep_cover_add(&a->cover, cs.label[x], y_node);
-        nep_cover_add(&a->cover, cs.label[y], x_node);
-        nep_cover_remove(&a->cover, cs.label[x], x_node);
-        nep_cover_remove(&a->cover, cs.label[y], y_node);
+        make_swap(a, &cs, x, y);
         *moved_p += 2;
         *is_done_p = 0;
     } else if (r.gain > a->params->least_gain) {
@@ -254,7 +287,7 @@ enum nep_status nep_adjust_layer(const struct nep_adjust_params *params, uint32_
     uint32_t moved = 0;
     int is_done = params->sets->num_tokens == 0;
     if (status == NEP_OK && !params->tries_copies) {
-        status = swap_many(&a, &moved);
+        status = adjust_in_turn(&a, &moved);
         is_done = 1;
     }
     while (status == NEP_OK && !is_done && moved < params->max_moves) {
@@ -263,6 +296,21 @@ enum nep_status nep_adjust_layer(const struct nep_adjust_params *params, uint32_
     adjust_fini(&a);
     *moved_p = moved;
     return status;
+}
+
+void nep_adjust_copies(const struct nep_map *map, uint32_t layer, struct nep_layer_copies *list)
+{
+    struct nep_copies copies;
+    nep_map_copies(map, layer, &copies);
+    list->num = 0;
+    for (uint32_t e = 0; e < copies.num_experts; e++) {
+        for (uint32_t c = copies.begin[e]; c < copies.begin[e + 1]; c++) {
+            if (c == copies.begin[e] || copies.node[c] != copies.node[c - 1]) {
+                list->expert[list->num] = (uint16_t)e;
+                list->node[list->num++] = (uint16_t)copies.node[c];
+            }
+        }
+    }
 }
 
 void nep_adjust_table(const struct nep_map *map, uint32_t layer, uint32_t *expert_of_slot)

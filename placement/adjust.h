@@ -22,6 +22,8 @@ struct nep_adjust_params {
 /* expert_of_slot: [num_ranks * slots_per_rank], changed in place. *moved_p: slots that changed. */
 enum nep_status nep_adjust_layer(const struct nep_adjust_params *params, uint32_t *expert_of_slot,
                                  uint32_t *moved_p);
+/* The copies of a layer, one per expert and node; the list must have room for every slot. */
+void nep_adjust_copies(const struct nep_map *map, uint32_t layer, struct nep_layer_copies *list);
 /* The table of a layer, and a map of the tables of all layers ([num_layers][slots]). Weights are
  * those of `map` for copies that stay. */
 void nep_adjust_table(const struct nep_map *map, uint32_t layer, uint32_t *expert_of_slot);

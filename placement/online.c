@@ -183,23 +183,16 @@ static enum nep_status measure(const struct nep_balance *b, uint32_t layer,
                                const struct nep_sets *sets, double *remote_p, double *imbalance_p)
 {
     const struct nep_map_shape *shape = &b->map->shape;
-    struct nep_copies copies;
-    nep_map_copies(b->map, layer, &copies);
     double *load = calloc(shape->num_nodes, sizeof *load);
     uint32_t *slots = calloc(shape->num_nodes, sizeof *slots);
     struct nep_layer_copies list;
-    enum nep_status status = nep_layer_copies_init(&list, copies.begin[copies.num_experts]);
+    enum nep_status status = nep_layer_copies_init(&list, shape->num_ranks * shape->slots_per_rank);
     struct nep_cover cover;
     if (status == NEP_OK && (load == NULL || slots == NULL)) {
         status = nep_fail(NEP_ERR_NO_MEMORY, "balance: no memory");
     }
-    for (uint32_t e = 0; status == NEP_OK && e < copies.num_experts; e++) {
-        for (uint32_t c = copies.begin[e]; c < copies.begin[e + 1]; c++) {
-            if (c == copies.begin[e] || copies.node[c] != copies.node[c - 1]) {
-                list.expert[list.num] = (uint16_t)e;
-                list.node[list.num++] = (uint16_t)copies.node[c];
-            }
-        }
+    if (status == NEP_OK) {
+        nep_adjust_copies(b->map, layer, &list);
     }
     const struct nep_cover_params params = {sets, shape->num_nodes, slots, load, 0.0};
     if (status == NEP_OK) {

@@ -28,7 +28,9 @@
 
 #define DEFAULT_IMBALANCE  1.10
 #define DEFAULT_MAX_TOKENS 32768u
-#define ROUNDS             4
+/* From a running map: few copies move, and they are soon found. */
+#define WARM_MAX_TOKENS 6144u
+#define ROUNDS          4
 /* Rows that a pair above a node's limit is worth: in swaps it is as good as a wall, copies may buy.
  */
 #define SWAP_PRICE 8.0
@@ -435,7 +437,17 @@ static enum nep_status solve_cold(struct nep_solver *s, int is_paper)
 
 /* ---- from a running map ---- */
 
-/* Homes by what the sample would cost now; then each layer's share of the moves, the best first. */
+/* What each home would cost now. */
+static enum nep_status warm_costs(void *ctx, uint32_t idx)
+{
+    const struct round *round = ctx;
+    struct nep_solver_layer *layer = &round->solver->layers[idx];
+    set_homes(round->solver, &layer->sets);
+    nep_adjust_copies(round->solver->warm, idx, &layer->copies);
+    return cost_homes(round->solver, layer);
+}
+
+/* A layer's share of the moves, those that gain most first. */
 static enum nep_status warm_layer(void *ctx, uint32_t idx)
 {
     const struct round *round = ctx;
@@ -487,7 +499,10 @@ static enum nep_status solve_warm(struct nep_solver *s)
                         shape->slots_per_rank, s->shape.num_layers, s->shape.num_experts,
                         s->shape.num_nodes, s->shape.num_ranks, s->shape.slots_per_rank);
     }
-    enum nep_status status = nep_homes_predict(&s->requests, s->warm, s->homes);
+    enum nep_status status = step(s, warm_costs, &round, 0.2);
+    if (status == NEP_OK) {
+        status = assign_homes(s);
+    }
     return status == NEP_OK ? step(s, warm_layer, &round, 1.0) : status;
 }
 
@@ -528,8 +543,9 @@ static enum nep_status solve(const struct nep_trace *trace, const struct nep_sol
     if (status == NEP_OK) {
         status = set_shape(&s, p.shape);
     }
+    uint32_t max_tokens = s.warm != NULL ? WARM_MAX_TOKENS : DEFAULT_MAX_TOKENS;
     if (status == NEP_OK) {
-        status = alloc_solver(&s, p.max_tokens == 0 ? DEFAULT_MAX_TOKENS : p.max_tokens);
+        status = alloc_solver(&s, p.max_tokens == 0 ? max_tokens : p.max_tokens);
     }
     if (status == NEP_OK) {
         status = nep_parallel_run(s.num_threads, s.shape.num_layers, load_layer, &s);

@@ -8,8 +8,7 @@
 #include "placement/rng.h"
 #include "placement/schedule.h"
 #include "tests/unit/cmocka_all.h"
-
-static struct nep_trace *trace;
+#include "tests/unit/placement/demo.h"
 
 static void check_balance(const uint32_t *homes, const struct nep_map_shape *shape)
 {
@@ -159,19 +158,6 @@ static void test_schedule_impossible_arguments_are_refused(void **state)
     free(homes);
 }
 
-static int set_up(void **state)
-{
-    (void)state;
-    return nep_trace_open("data/demo256.nept", &trace) != NEP_OK;
-}
-
-static int tear_down(void **state)
-{
-    (void)state;
-    nep_trace_close(trace);
-    return 0;
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -180,5 +166,5 @@ int main(void)
         cmocka_unit_test(test_schedule_remote_rows_are_counted),
         cmocka_unit_test(test_schedule_impossible_arguments_are_refused),
     };
-    return cmocka_run_group_tests(tests, set_up, tear_down);
+    return cmocka_run_group_tests(tests, open_demo, close_demo);
 }

@@ -10,8 +10,7 @@
 #include "placement/score.h"
 #include "placement/swap.h"
 #include "tests/unit/cmocka_all.h"
-
-static struct nep_trace *trace;
+#include "tests/unit/placement/demo.h"
 
 static struct nep_map *solve(const struct nep_map_shape *shape, uint32_t threads, uint64_t seed)
 {
@@ -179,6 +178,60 @@ static void test_solve_one_request_of_one_token_works(void **state)
     nep_trace_close(single);
 }
 
+static double remote_of(const struct nep_requests *requests, const struct nep_map *map)
+{
+    uint32_t homes[84];
+    struct nep_score score;
+    assert_int_equal(nep_homes_predict(requests, map, homes), NEP_OK);
+    assert_int_equal(nep_score_map(requests, map, homes, &score, NULL), NEP_OK);
+    return score.remote_nodes_per_token;
+}
+
+/* A running map meets a domain that it never saw: a few copies moved bring most of what there is,
+ * and the others stay in their slots. */
+static void test_solve_warm_follows_a_new_domain(void **state)
+{
+    (void)state;
+    uint32_t others[84];
+    uint32_t domain[84];
+    uint32_t num_others = 0;
+    struct nep_requests fresh = {trace, domain, 0};
+    for (uint32_t i = 0; i < nep_trace_num_requests(trace); i++) {
+        const char *name = nep_trace_domain(trace, nep_trace_request_at(trace, i)->domain);
+        if (strcmp(name, "chinese") == 0) {
+            domain[fresh.num++] = i;
+        } else {
+            others[num_others++] = i;
+        }
+    }
+    const uint32_t sizes[] = {1, 1, 1, 1};
+    const struct nep_map_shape shape = {sizeof shape, 0, 0, 4, 0, 72, sizes};
+    struct nep_solve_params params = {
+        .size = sizeof params, .shape = &shape, .requests = others, .num_requests = num_others};
+    struct nep_map *running = NULL;
+    assert_int_equal(nep_map_solve(trace, &params, &running), NEP_OK);
+    params.requests = domain;
+    params.num_requests = fresh.num;
+    params.warm = running;
+    double before = remote_of(&fresh, running);
+    static const uint64_t limits[] = {200, 0}; /* 0: no limit */
+    for (int i = 0; i < 2; i++) {
+        uint64_t limit = limits[i];
+        struct nep_map *next = NULL;
+        uint64_t moved = 0;
+        params.max_moves = limit;
+        assert_int_equal(nep_map_solve(trace, &params, &next), NEP_OK);
+        nep_map_diff(running, next, NULL, 0, &moved);
+        double after = remote_of(&fresh, next);
+        print_message("%.3f remote nodes, after %llu of %u copies moved %.3f\n", before,
+                      (unsigned long long)moved, 7 * 4 * 72, after);
+        assert_true(moved > 0 && (limit == 0 || moved <= limit));
+        assert_true(after < 0.9 * before);
+        nep_map_destroy(next);
+    }
+    nep_map_destroy(running);
+}
+
 static void refuse(const struct nep_solve_params *params, const char *words)
 {
     struct nep_map *map = NULL;
@@ -275,19 +328,6 @@ static void test_swap_tables_stay_exact(void **state)
     nep_sets_fini(&sets);
 }
 
-static int set_up(void **state)
-{
-    (void)state;
-    return nep_trace_open("data/demo256.nept", &trace) != NEP_OK;
-}
-
-static int tear_down(void **state)
-{
-    (void)state;
-    nep_trace_close(trace);
-    return 0;
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -297,7 +337,8 @@ int main(void)
         cmocka_unit_test(test_solve_odd_shapes_work),
         cmocka_unit_test(test_solve_collapsed_router_is_spread_or_refused),
         cmocka_unit_test(test_solve_one_request_of_one_token_works),
+        cmocka_unit_test(test_solve_warm_follows_a_new_domain),
         cmocka_unit_test(test_solve_impossible_arguments_are_refused),
     };
-    return cmocka_run_group_tests(tests, set_up, tear_down);
+    return cmocka_run_group_tests(tests, open_demo, close_demo);
 }

@@ -16,10 +16,10 @@
 #include "placement/score.h"
 #include "placement/spectral.h"
 #include "tests/unit/cmocka_all.h"
+#include "tests/unit/placement/demo.h"
 
 enum { NODES = 4, LAYERS = 7, EXPERTS = 256 };
 
-static struct nep_trace *trace;
 static const uint32_t sizes[NODES] = {1, 1, 1, 1};
 static const struct nep_map_shape shape = {sizeof shape, LAYERS,          EXPERTS, NODES,
                                            NODES,        EXPERTS / NODES, sizes};
@@ -216,19 +216,6 @@ static void test_metis_solver_goes_below_it(void **state)
 #endif
 }
 
-static int set_up(void **state)
-{
-    (void)state;
-    return nep_trace_open("data/demo256.nept", &trace) != NEP_OK;
-}
-
-static int tear_down(void **state)
-{
-    (void)state;
-    nep_trace_close(trace);
-    return 0;
-}
-
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -237,5 +224,5 @@ int main(void)
         cmocka_unit_test(test_ranks_inside_nodes_a_token_needs_fewer),
         cmocka_unit_test(test_metis_solver_goes_below_it),
     };
-    return cmocka_run_group_tests(tests, set_up, tear_down);
+    return cmocka_run_group_tests(tests, open_demo, close_demo);
 }
