@@ -440,6 +440,7 @@ static int recover(struct seat *seat, uint32_t num_joining, bool is_new)
             say("out", ", \"step\": %" PRIu64, seat->step);
             return OUT;
         }
+        params.num_joining = 0; /* it may have died: who is there is let in all the same */
         say("again", ", \"status\": %d", (int)status);
         fprintf(stderr, "rank %u: nep_comm_recover: %s\n", seat->options.rank, nep_last_message());
         if (nep_left_ns(deadline_ns) == 0) {
@@ -596,8 +597,10 @@ int main(int argc, char **argv)
         say("ready", ", \"rank\": %u", seat.options.rank);
         rc = run(&seat);
     }
-    if (rc == 0) {
+    if (rc == 0 || rc == OUT) {
         close_seat(&seat);
+    }
+    if (rc == 0) {
         say("end", ", \"steps\": %" PRIu64 ", \"generation\": %" PRIu64, seat.step,
             seat.generation);
     }

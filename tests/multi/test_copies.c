@@ -208,21 +208,23 @@ static enum nep_status run_step(struct rank_state *state, uint32_t step, struct 
     return status == NEP_OK ? nep_combine(state->ep, state->handle, &back, &sum, NULL) : status;
 }
 
-/* Nobody can have completed the fatal step: the victim's part was missing. */
-static bool recover(struct rank_state *state)
+/* The step that all do again: a message of the one before may have been lost with the victim. */
+static bool recover(struct rank_state *state, uint32_t *step_p)
 {
     struct nep_fault fault = {.size = sizeof fault};
     struct nep_recovery recovery = {.size = sizeof recovery};
+    uint64_t first = 0, next = 0;
     nep_comm_fault(state->comm, &fault);
     if (fault.rank != state->plan->victim) {
         return nep_multi_fail(state->rank, "names rank %u: %s", fault.rank, fault.message);
     }
     if (nep_comm_recover(state->comm, NULL, &recovery) != NEP_OK ||
-        recovery.num_live != RANKS - 1) {
+        recovery.num_live != RANKS - 1 || nep_ep_resume(state->ep, &first, &next) != NEP_OK) {
         return nep_multi_fail(state->rank, "no recovery: %s", nep_last_message());
     }
     state->is_lost = true;
-    return true;
+    *step_p = (uint32_t)(first / 2);
+    return *step_p <= FATAL_STEP || nep_multi_fail(state->rank, "step %u is next", *step_p);
 }
 
 static bool run_rank(struct nep_multi_rank *rank)
@@ -235,8 +237,8 @@ static bool run_rank(struct nep_multi_rank *rank)
         struct nep_counts counts = {.size = sizeof counts};
         enum nep_status status = run_step(state, step, &counts);
         if (status != NEP_OK) {
-            is_fine = !state->is_lost && step == FATAL_STEP
-                          ? recover(state)
+            is_fine = !state->is_lost && step <= FATAL_STEP
+                          ? recover(state, &step)
                           : nep_multi_fail(rank, "step %u: %s", step, nep_last_message());
             continue;
         }
