@@ -382,16 +382,21 @@ __device__ __forceinline__ bool prepare(const push_args &a, bool is_begun, uint6
     return !b.is_short;
 }
 
-/* By a warp that is about to wait: the memory has nothing else to do meanwhile. */
-template <bool kCast>
-__device__ __forceinline__ void prefetch_item(const push_args &a, const warp_item &w)
+/* The row that a warp moves first, into the cache: the memory has nothing else to do while ranks
+ * wait for each other. */
+template <bool kCast> __device__ __forceinline__ void prefetch_first(const push_args &a)
 {
     const uint32_t kLine = 128;
-    uint32_t unit_bytes = kCast ? a.wire.in_bytes / a.units : 16;
+    uint64_t item = (uint64_t)(threadIdx.x / 32) * gridDim.x + blockIdx.x;
+    uint32_t token = (uint32_t)(item / a.parts);
+    if (token >= a.num_tokens) {
+        return;
+    }
     uint32_t row_bytes = kCast ? a.wire.in_bytes : a.wire.payload_bytes;
-    uint32_t begin = min(row_bytes, w.part * part_units<kCast>(a) * unit_bytes);
-    uint32_t end = min(row_bytes, begin + part_units<kCast>(a) * unit_bytes);
-    const char *row = a.x + (uint64_t)w.token * row_bytes;
+    uint32_t part_bytes = part_units<kCast>(a) * (row_bytes / a.units);
+    uint32_t begin = min(row_bytes, (uint32_t)(item % a.parts) * part_bytes);
+    uint32_t end = min(row_bytes, begin + part_bytes);
+    const char *row = a.x + (uint64_t)token * row_bytes;
     for (uint32_t at = begin + threadIdx.x % 32 * kLine; at < end; at += 32 * kLine) {
         nep_prefetch(row + at);
     }
@@ -408,9 +413,6 @@ __device__ __forceinline__ void push_rows(const push_args &a, const layout_table
     uint64_t num_items = (uint64_t)a.num_tokens * a.parts;
     uint64_t item = (uint64_t)(threadIdx.x / 32) * gridDim.x + blockIdx.x;
     warp_item next = item_at(a, tables, item); /* while others are waited for */
-    if (item < num_items) {
-        prefetch_item<kCast>(a, next);
-    }
     if (!prepare(a, is_begun, op, first_rows, b)) {
         return;
     }
@@ -446,6 +448,7 @@ __global__ void __launch_bounds__(PUSH_THREADS, 1) push_kernel(const __grid_cons
     __shared__ block b;
     uint64_t op = 0;
     nep_wait_for_previous();
+    prefetch_first<kCast>(a);
     bool is_begun = nep_begin(a.group, a.routing.cell, &op);
     push_rows<kCast>(a, {a.routing.slots, a.routing.index}, is_begun, false, op, first_rows, b);
 }
@@ -463,6 +466,7 @@ __global__ void __launch_bounds__(PUSH_THREADS, 1)
     const layout_tables tables = {first_rows + a.num_buckets,
                                   first_rows + a.num_buckets + ALONE_PAIRS};
     uint64_t op = 0;
+    prefetch_first<kCast>(a);
     bool is_begun = nep_begin_next(a.group, &op);
     for (uint32_t i = threadIdx.x; args.layout.in.ids == nullptr && i < pairs; i += blockDim.x) {
         tables.slots[i] = a.routing.slots[i];
