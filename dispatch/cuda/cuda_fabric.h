@@ -98,8 +98,8 @@ struct nep_far_state {
     uint64_t slot[NEP_FAR_MAX_RANKS];
     uint64_t tile_seen[NEP_FAR_MAX_RANKS];
     uint64_t sums_seen[NEP_FAR_MAX_NODES];
-    uint64_t listed; /* within a launch: op + 1 when the lists of tokens are there */
-    uint64_t placed; /* and when positions are */
+    uint64_t listed[NEP_FAR_MAX_NODES]; /* within a launch: op + 1 when a node's list is there */
+    uint64_t placed;                    /* and when positions are */
     uint64_t tokens_local;
     uint64_t stamps[NEP_FAR_NUM_STAMPS];                /* of the last operation, nanoseconds */
     uint32_t arrived;                                   /* of a whole launch */

@@ -260,27 +260,48 @@ struct whole_args {
     far_counts::place_args place;
 };
 
-/* By a block: until `word` of the own state, which another block raises, has reached op + 1. */
-__device__ bool wait_own(const struct nep_far &far, const uint64_t *word, uint64_t op,
-                         uint32_t phase)
+/* By a block: until positions are there, which the own node's block works out. */
+__device__ bool wait_placed(const struct nep_far &far, uint64_t op)
 {
     bool is_there =
-        threadIdx.x != 0 || nep_near_wait(far, word, op + 1, phase, far.rank, 2 * far.timeout_ns);
+        threadIdx.x != 0 || nep_near_wait(far, &far.state->placed, op + 1, NEP_CUDA_PHASE_COUNTS,
+                                          far.rank, 2 * far.timeout_ns);
     return __syncthreads_and(is_there) != 0;
 }
 
-/* By a block. Release: pairs with the acquire in wait_own. */
-__device__ void raise_own(uint64_t *word, uint64_t op)
+/* By a block: until the lists of all nodes are there, which a block each makes. */
+__device__ bool wait_listed(const struct nep_far &far, uint64_t op)
 {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        nep_ring_raise_near(word, op + 1);
+    bool is_there = true;
+    for (uint32_t n = threadIdx.x; n < far.num_nodes; n += blockDim.x) {
+        is_there =
+            n == far.node || nep_near_wait(far, &far.state->listed[n], op + 1,
+                                           NEP_CUDA_PHASE_LAYOUT, far.rank, 2 * far.timeout_ns);
     }
+    return __syncthreads_and(is_there) != 0;
 }
 
 /*
- * A dispatch in one call, in one launch: the first block sends COUNTS and works out positions while
- * the others pack. Launches of their own for that took as long as the hand-overs to the fabric.
+ * By one block, before it waits for lists: one look across PCIe at every credit and send slot. What
+ * was there is then known near when pack asks for it, which is the rule.
+ */
+__device__ void look_ahead(const struct nep_far &far)
+{
+    uint32_t n = threadIdx.x / 32;
+    if (threadIdx.x % 32 != 0 || n >= far.num_nodes || n == far.node) {
+        return;
+    }
+    uint32_t ring = nep_far_skip(far.node, n);
+    /* Acquire: pairs with raise() of the sink, and with the proxy's page; the raise hands it on. */
+    nep_ring_raise_near(&far.state->credit[n],
+                        nep_ring_load(nep_far_word(far, far.local, far.own.dispatch_credit, n)));
+    nep_ring_raise_near(&far.state->slot[ring], nep_ring_load(&far.page->tiles_free[ring]));
+}
+
+/*
+ * A dispatch in one call, in one launch: a block per node sends COUNTS; the own node's block then
+ * works out positions while the others pack. Launches of their own for that took as long as the
+ * hand-overs to the fabric; one block for all of it took longer still.
  */
 __global__ void __launch_bounds__(THREADS, 1) whole_kernel(const __grid_constant__ whole_args a)
 {
@@ -296,22 +317,28 @@ __global__ void __launch_bounds__(THREADS, 1) whole_kernel(const __grid_constant
     uint64_t op = nep_ld_relaxed_gpu(&far.state->run.op);
     load_tables(far, tab);
     __syncthreads();
-    if (blockIdx.x == 0) {
-        if (threadIdx.x == 0) {
-            nep_far_stamp(far, NEP_FAR_AT_COUNTS);
-        }
-        far_counts::tell_nodes(a.counts, 0, 1, op);
-        raise_own(&far.state->listed, op);
+    uint32_t placer = far.node % gridDim.x;
+    if (blockIdx.x == placer && threadIdx.x == 0) {
+        nep_far_stamp(far, NEP_FAR_AT_COUNTS);
+    }
+    far_counts::tell_nodes(a.counts, blockIdx.x, gridDim.x, op);
+    if (blockIdx.x == placer) {
         if (!far_counts::place(a.place, op, totals)) {
             return;
         }
-        raise_own(&far.state->placed, op);
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            /* Release: pairs with the acquire in wait_placed. */
+            nep_ring_raise_near(&far.state->placed, op + 1);
+        }
         far_counts::count_local(a.counts);
     } else {
-        role r = {blockIdx.x - 1, gridDim.x - 1};
-        if (!wait_own(far, &far.state->listed, op, NEP_CUDA_PHASE_LAYOUT) ||
-            !pack(a.rows, tab, r, op, 0, NEP_FAR_WINDOW) ||
-            !wait_own(far, &far.state->placed, op, NEP_CUDA_PHASE_COUNTS)) {
+        role r = {blockIdx.x - (blockIdx.x > placer), gridDim.x - 1};
+        if (r.block == gridDim.x - 2) {
+            look_ahead(far);
+        }
+        if (!wait_listed(far, op) || !pack(a.rows, tab, r, op, 0, NEP_FAR_WINDOW) ||
+            !wait_placed(far, op)) {
             return;
         }
     }

@@ -219,12 +219,24 @@ __global__ void __launch_bounds__(THREADS, 1) sum_kernel(const __grid_constant__
     }
 }
 
+/* By one block: one look across PCIe at every credit and send slot, before it is asked for. */
+__device__ void look_ahead(const struct nep_far &far)
+{
+    for (uint32_t l = threadIdx.x; l < far.num_lanes; l += blockDim.x) {
+        /* Acquire: pairs with raise() of the sink, and with the proxy's page; handed on here. */
+        nep_ring_raise_near(&far.state->sums_credit[l],
+                            nep_ring_load(nep_far_word(far, far.local, far.own.combine_credit, l)));
+        nep_ring_raise_near(&far.state->slot[l], nep_ring_load(&far.page->tiles_free[l]));
+    }
+}
+
 struct whole_args {
     combine_args sums;
     far_counts::counts_args counts;
 };
 
-/* A combine in one call, in one launch: the first block says that rows may be read. */
+/* A combine in one call, in one launch: a block per control offers; the first one says that rows
+ * may be read. */
 template <class T>
 __global__ void __launch_bounds__(THREADS, 1) whole_kernel(const __grid_constant__ whole_args a)
 {
@@ -237,11 +249,12 @@ __global__ void __launch_bounds__(THREADS, 1) whole_kernel(const __grid_constant
     uint64_t op = nep_ld_relaxed_gpu(&far.state->run.op);
     role r = {blockIdx.x, gridDim.x};
     addend *addends = tables[threadIdx.x / 32];
-    if (blockIdx.x == 0) {
-        if (threadIdx.x == 0) {
-            nep_far_stamp(far, NEP_FAR_AT_OFFER);
-        }
-        far_counts::tell_controls(a.counts, 0, 1, op);
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        nep_far_stamp(far, NEP_FAR_AT_OFFER);
+    }
+    far_counts::tell_controls(a.counts, blockIdx.x, gridDim.x, op);
+    if (blockIdx.x == gridDim.x - 1) {
+        look_ahead(far);
     }
     if (!find_rows(a.sums, op, base)) {
         return;

@@ -73,6 +73,7 @@ __device__ inline uint32_t list_tokens(const counts_args &a, uint32_t node)
     if (threadIdx.x == 0) {
         a.routing.node_rows[node] = num;
     }
+    __syncthreads();
     return num;
 }
 
@@ -159,14 +160,16 @@ __device__ inline void count_local(const counts_args &a)
     }
 }
 
+/* By a block, which all look at once: a loop would load one after the other. */
 __device__ inline uint32_t rank_of_control(const nep_far &far, uint32_t control)
 {
-    for (uint32_t r = 0; r < far.num_ranks; r++) {
-        if (far.control[far.rank * far.num_ranks + r] == control) {
-            return r;
-        }
+    __shared__ uint32_t found;
+    if (threadIdx.x < far.num_ranks &&
+        far.control[far.rank * far.num_ranks + threadIdx.x] == control) {
+        found = threadIdx.x;
     }
-    return far.rank;
+    __syncthreads();
+    return found;
 }
 
 /* To a rank of another node; false: gave up. */
@@ -446,6 +449,9 @@ __device__ inline void tell_nodes(const counts_args &a, uint32_t first, uint32_t
         }
         uint32_t rows = list_tokens(a, node);
         if (threadIdx.x == 0) {
+            /* Release, after a barrier: pairs with the acquire in wait_listed of the same launch.
+             */
+            nep_ring_raise_near(&far.state->listed[node], op + 1);
             nep_far_stamp(far, NEP_FAR_AT_LISTED);
         }
         send(a, nep_far_landing(far, far.rank, node), op, rows, far.state->next_tile[node]);
