@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # usage: scripts/gpu-test.sh [PART...]: tests and figures on a machine with an NVIDIA GPU.
-# Parts: build threads faults processes sanitizer perf staged decode sweep tool ring far dmabuf;
+# Parts: build threads faults processes sanitizer perf staged decode sweep tool nodes ring far dmabuf;
 # without arguments all. It starts and ends an MPS daemon of its own. Part ring runs the litmus test
 # for NEP_GPU_LITMUS seconds (60).
 #   NEP_GPU_BIN    where gpu_check, gpu_perf and nep-perf are: then nothing is built here
@@ -157,6 +157,19 @@ part_tool() { # nep-perf itself: every element, halves and several operations ou
     mps stop
 }
 
+part_nodes() { # the same over emulated nodes
+    mps start
+    run 60 "$bin/nep-perf" ep --executor cuda --ranks 8 --ranks-per-node 4 --tokens 64 \
+        --layout rank --num-sms 14 --iters 3 --warmup 1 --verify
+    run 60 "$bin/nep-perf" ep --executor cuda --ranks 8 --ranks-per-node 4 --tokens 64 --wire fp8 \
+        --memory private --num-sms 14 --iters 3 --warmup 1 --verify
+    run 60 "$bin/nep-perf" ep --executor cuda --ranks 16 --ranks-per-node 4 --tokens 32 \
+        --hidden 2048 --layout rank --num-sms 8 --iters 3 --warmup 1 --verify
+    mps stop
+    CUDA_DEVICE_MAX_CONNECTIONS=32 run 60 "$bin/nep-perf" ep --executor cuda --ranks 8 --threads \
+        --ranks-per-node 4 --tokens 64 --layout rank --num-sms 14 --iters 3 --warmup 1 --verify
+}
+
 part_decode() {
     mps start
     run 60 "$bin/gpu_perf" 8 16 128 bf16 rank mapped
@@ -197,7 +210,7 @@ if [ "${1:-}" = pack ]; then
 fi
 parts=("$@")
 if [ $# -eq 0 ]; then
-    parts=(build threads faults processes sanitizer perf staged decode sweep tool ring far dmabuf)
+    parts=(build threads faults processes sanitizer perf staged decode sweep tool nodes ring far dmabuf)
 fi
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader || true
 for part in "${parts[@]}"; do
