@@ -34,6 +34,26 @@ static bool find_fault(struct nep_comm *comm)
     return comm->fault.status != NEP_OK;
 }
 
+/* The fault that was kept last goes into the trace, and the trace where it is wanted. */
+static void trace_fault(struct nep_comm *comm)
+{
+    nep_event_put(comm->events, NEP_EVENT_FAULT, 0, comm->fault.rank, comm->fault.op,
+                  (uint32_t)comm->fault.status);
+    nep_events_dump_configured(comm);
+}
+
+bool nep_comm_look(struct nep_comm *comm)
+{
+    pthread_mutex_lock(&comm->lock);
+    bool was_harmed = comm->fault.status != NEP_OK;
+    bool is_harmed = find_fault(comm);
+    pthread_mutex_unlock(&comm->lock);
+    if (is_harmed && !was_harmed) {
+        trace_fault(comm);
+    }
+    return is_harmed;
+}
+
 enum nep_status nep_comm_check(struct nep_comm *comm)
 {
     if (comm == NULL) {
@@ -67,9 +87,7 @@ enum nep_status nep_comm_fail(struct nep_comm *comm, const struct nep_fault *fau
     pthread_mutex_unlock(&comm->lock);
     nep_log(NEP_LOG_ERROR, "rank %u: %s", comm->world.rank, fault->message);
     if (is_first) {
-        nep_event_put(comm->events, NEP_EVENT_FAULT, 0, named.rank, fault->op,
-                      (uint32_t)fault->status);
-        nep_events_dump_configured(comm);
+        trace_fault(comm);
     }
     return nep_fail(fault->status, "%s", fault->message);
 }

@@ -58,6 +58,9 @@ enum nep_status nep_comm_check(struct nep_comm *comm);
 /* Keeps the first fault and says it; its rank is a member, whose seat and node are filled in.
  * Returns fault->status, with the message set. */
 enum nep_status nep_comm_fail(struct nep_comm *comm, const struct nep_fault *fault);
+/* Whether there is a fault; one that a kernel left behind is said, and its trace written. Any
+ * thread. */
+bool nep_comm_look(struct nep_comm *comm);
 /* Collective: the lowest ep number that is free on every rank, claimed. */
 enum nep_status nep_comm_claim_ep(struct nep_comm *comm, uint32_t *number_p);
 void nep_comm_release_ep(struct nep_comm *comm, uint32_t number);

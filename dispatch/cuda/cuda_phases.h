@@ -81,7 +81,8 @@ enum nep_cuda_status_kind {
     NEP_CUDA_BAD_ID = 2,   /* who: index into topk_ids, 48 bits */
     NEP_CUDA_OVERFLOW = 3, /* who: the rank whose output (phase STAGE: staging) is too small */
     NEP_CUDA_DISAGREE = 4, /* who: the rank whose COUNTS are of another operation or map */
-    NEP_CUDA_CROWDED = 5   /* who: the rank that has a slot with more rows than it has room for */
+    NEP_CUDA_CROWDED = 5,  /* who: the rank that has a slot with more rows than it has room for */
+    NEP_CUDA_LOST = 15     /* who: the rank that the host found gone */
 };
 
 /* Device memory of a rank, zeroed before its first operation. */

@@ -34,6 +34,7 @@ static void find_all(void)
     find("cuMemSetAccess", &table.set_access);
     find("cuMemGetAllocationGranularity", &table.granularity);
     find("cuDeviceGetAttribute", &table.attribute);
+    find("cuStreamWriteValue64", &table.write_value64);
     find("cuGetErrorName", &table.error_name);
 }
 

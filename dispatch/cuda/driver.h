@@ -21,6 +21,7 @@ struct nep_cuda_driver {
     __typeof__(&cuMemSetAccess) set_access;
     __typeof__(&cuMemGetAllocationGranularity) granularity;
     __typeof__(&cuDeviceGetAttribute) attribute;
+    __typeof__(&cuStreamWriteValue64) write_value64;
     __typeof__(&cuGetErrorName) error_name;
 };
 

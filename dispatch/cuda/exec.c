@@ -180,6 +180,9 @@ static enum nep_status make(struct nep_ep *ep, const struct nep_ep_params *param
     if (status == NEP_OK) {
         status = nep_handle_create_for(ep, &device->scratch);
     }
+    if (status == NEP_OK) {
+        status = nep_device_watch_start(ep);
+    }
     return nep_bootstrap_common(&comm->bootstrap, ep->rank, topology->num_ranks, status,
                                 comm->timeout_ns);
 }
@@ -211,6 +214,7 @@ void nep_device_destroy(struct nep_ep *ep, bool is_child)
     if (device == NULL) {
         return;
     }
+    nep_device_watch_stop(ep, is_child);
     if (device->scratch != NULL) {
         nep_device_handle_destroy(device->scratch, is_child);
         free(device->scratch);
@@ -514,6 +518,12 @@ static void fill_fault(const struct nep_ep *ep, uint64_t status, struct nep_faul
             "rank %u is lost, slow or stuck: the timeout of %.3f s passed; a kernel of rank %u "
             "waited in operation %llu for %s of rank %u",
             fault->rank, (double)ep->timeout_ns / 1e9, ep->rank, op, fault->phase, fault->rank);
+        break;
+    case NEP_CUDA_LOST:
+        fault->status = NEP_ERR_PEER_LOST;
+        snprintf(fault->message, sizeof fault->message,
+                 "rank %u is lost: it ended; a kernel of rank %u waited for it in operation %llu",
+                 fault->rank, ep->rank, op);
         break;
     case NEP_CUDA_BAD_ID:
         fault->status = NEP_ERR_INVALID;

@@ -26,6 +26,7 @@ struct nep_device_map {
 };
 
 struct nep_device_far;
+struct nep_device_watch;
 
 struct nep_device {
     int ordinal;
@@ -38,6 +39,7 @@ struct nep_device {
     uint32_t shared_bytes;      /* most that a block may ask for */
     uint64_t *status_host;      /* pinned */
     struct nep_device_far *far; /* NULL: one node */
+    struct nep_device_watch *watch;
     struct nep_device_map maps[1 + NEP_MAX_STAGED];
     struct nep_handle *scratch; /* for nep_ep_layout */
 };
@@ -70,6 +72,10 @@ struct nep_device_handle {
 /* Makes the ep's device current for this thread until the end; -1 as *was_p: it was already. */
 enum nep_status nep_device_enter(const struct nep_ep *ep, int *was_p);
 void nep_device_leave(int was);
+
+/* While no call of the host looks: a rank that is gone, a kernel that gave up. Not collective. */
+enum nep_status nep_device_watch_start(struct nep_ep *ep);
+void nep_device_watch_stop(struct nep_ep *ep, bool is_child);
 
 /* Rows of output that a dispatch can bring at most. */
 uint64_t nep_device_max_rows(const struct nep_shape *shape, uint32_t num_ranks);

@@ -96,6 +96,12 @@ CUresult attribute(int *value_p, CUdevice_attribute, CUdevice)
     return CUDA_SUCCESS;
 }
 
+CUresult write_value(CUstream stream, CUdeviceptr to, cuuint64_t value, unsigned)
+{
+    emu::enqueue(stream, [=] { __atomic_store_n((uint64_t *)to, value, __ATOMIC_RELEASE); });
+    return CUDA_SUCCESS;
+}
+
 CUresult error_name(CUresult, const char **name_p)
 {
     *name_p = "an error of the emulation";
@@ -114,6 +120,7 @@ const std::map<std::string, void *> driver = {
     {"cuMemSetAccess", (void *)set_access},
     {"cuMemGetAllocationGranularity", (void *)granularity},
     {"cuDeviceGetAttribute", (void *)attribute},
+    {"cuStreamWriteValue64", (void *)write_value},
     {"cuGetErrorName", (void *)error_name},
 };
 
