@@ -11,94 +11,155 @@
 
 /* ---- calls that are refused leave everything usable ------------------------------------------ */
 
-static bool refused_calls(struct nep_multi_rank *rank)
-{
-    uint64_t seed = *(const uint64_t *)rank->arg;
-    struct seat *seat = calloc(1, sizeof *seat);
-    struct nep_ep_params params = {.outstanding = 1};
-    struct nep_handle *other = NULL;
-    if (seat == NULL || !seat_open(rank, &params, seat) ||
-        nep_handle_create(seat->ep, &other) != NEP_OK) {
-        return false;
-    }
-    seat_route(seed, rank->rank, seat->ids, seat->weights);
-    uint16_t *x = calloc(SEAT_TOKENS * SEAT_HIDDEN, 2), *out = calloc(SEAT_ROWS * SEAT_HIDDEN, 2);
-    struct nep_tokens in = seat_tokens(seat, x, NULL);
-    struct nep_rows rows = seat_rows(seat, out, NULL);
-    struct nep_expert_rows y = {.size = sizeof y, .y = out};
-    struct nep_tokens_out sum = {.size = sizeof sum, .num_tokens = SEAT_TOKENS, .y = x};
-    struct nep_counts counts;
-    int32_t kept = seat->ids[5];
-#define REFUSED(call, want)                                                                        \
-    do {                                                                                           \
-        enum nep_status got = (call);                                                              \
-        if (got != (want)) {                                                                       \
-            return nep_multi_fail(rank, "%s: %d, not %d: %s", #call, (int)got, (int)(want),        \
-                                  nep_last_message());                                             \
-        }                                                                                          \
-    } while (0)
-    REFUSED(nep_combine_send(seat->ep, seat->handle, &y, NULL), NEP_ERR_INVALID);
-    REFUSED(nep_dispatch_recv(seat->ep, seat->handle, &rows, NULL), NEP_ERR_INVALID);
-    REFUSED(nep_dispatch_counts(seat->ep, seat->handle, &counts), NEP_ERR_INVALID);
-    seat->ids[5] = SEAT_EXPERTS;
-    REFUSED(nep_dispatch_send(seat->ep, seat->handle, &in, NULL), NEP_ERR_INVALID);
-    seat->ids[5] = -2;
-    REFUSED(nep_dispatch_send(seat->ep, seat->handle, &in, NULL), NEP_ERR_INVALID);
-    seat->ids[5] = kept;
-    in.num_tokens = SEAT_TOKENS + 1;
-    REFUSED(nep_dispatch_send(seat->ep, seat->handle, &in, NULL), NEP_ERR_INVALID);
-    in.num_tokens = SEAT_TOKENS;
-    in.layer = 1;
-    REFUSED(nep_dispatch_send(seat->ep, seat->handle, &in, NULL), NEP_ERR_INVALID);
-    in.layer = 0;
-    in.scales = x;
-    REFUSED(nep_dispatch_send(seat->ep, seat->handle, &in, NULL), NEP_ERR_INVALID);
-    in.scales = NULL;
-    REFUSED(nep_dispatch_send(seat->ep, seat->handle, &in, x), NEP_ERR_UNSUPPORTED);
-    in.size = 4;
-    REFUSED(nep_dispatch_send(seat->ep, seat->handle, &in, NULL), NEP_ERR_INVALID);
-    in.size = sizeof in;
+/* What a step passes in: a copy of what is right, then one thing spoiled. */
+struct arguments {
+    struct nep_handle *handle;
+    struct nep_tokens in;
+    struct nep_rows rows;
+    struct nep_expert_rows y;
+    struct nep_tokens_out sum;
+    void *stream;
+};
 
-    REFUSED(nep_dispatch_send(seat->ep, seat->handle, &in, NULL), NEP_OK);
-    REFUSED(nep_dispatch_send(seat->ep, other, &in, NULL), NEP_ERR_BUSY);
-    REFUSED(nep_dispatch_send(seat->ep, seat->handle, &in, NULL), NEP_ERR_BUSY);
-    REFUSED(nep_dispatch_counts(seat->ep, seat->handle, &counts), NEP_OK);
-    rows.capacity = counts.num_rows - 1;
-    REFUSED(nep_dispatch_recv(seat->ep, seat->handle, &rows, NULL), NEP_ERR_OVERFLOW);
-    rows.capacity = counts.num_rows;
-    REFUSED(nep_dispatch_recv(seat->ep, seat->handle, &rows, NULL), NEP_OK);
-    y.topk_weights = seat->weights;
-    REFUSED(nep_combine_send(seat->ep, seat->handle, &y, NULL), NEP_ERR_INVALID);
-    y.topk_weights = NULL;
-    y.token_weights = seat->weights; /* several nodes */
-    REFUSED(nep_combine_send(seat->ep, seat->handle, &y, NULL), NEP_ERR_UNSUPPORTED);
-    y.token_weights = NULL;
-    REFUSED(nep_combine_send(seat->ep, seat->handle, &y, NULL), NEP_OK);
-    sum.num_tokens = SEAT_TOKENS - 1;
-    REFUSED(nep_combine_recv(seat->ep, seat->handle, &sum, NULL), NEP_ERR_INVALID);
-    sum.num_tokens = SEAT_TOKENS;
-    REFUSED(nep_combine_recv(seat->ep, seat->handle, &sum, NULL), NEP_OK);
+enum call { SEND, COUNTS, RECV, COMBINE_SEND, COMBINE_RECV };
+enum spoiled {
+    NOTHING,
+    HANDLE,       /* another one of the same ep */
+    ID_TOO_LARGE, /* the first that does not exist */
+    ID_NEGATIVE,  /* -2 */
+    TOKENS,       /* one more than M */
+    LAYER,        /* the ep has one */
+    SCALES,       /* of rows that have none */
+    STREAM,       /* on host memory */
+    SIZE,         /* of a caller that knows no field */
+    CAPACITY,     /* one row too few */
+    WEIGHTS,      /* that come back, in an expert layout */
+    SUM_TOKENS    /* one fewer than were dispatched */
+};
+
+static const struct step {
+    enum call call;
+    enum spoiled spoiled;
+    enum nep_status want;
+} steps[] = {
+    {COMBINE_SEND, NOTHING, NEP_ERR_INVALID}, /* nothing was dispatched */
+    {RECV, NOTHING, NEP_ERR_INVALID},
+    {COUNTS, NOTHING, NEP_ERR_INVALID},
+    {SEND, ID_TOO_LARGE, NEP_ERR_INVALID},
+    {SEND, ID_NEGATIVE, NEP_ERR_INVALID},
+    {SEND, TOKENS, NEP_ERR_INVALID},
+    {SEND, LAYER, NEP_ERR_INVALID},
+    {SEND, SCALES, NEP_ERR_INVALID},
+    {SEND, STREAM, NEP_ERR_UNSUPPORTED},
+    {SEND, SIZE, NEP_ERR_INVALID},
+    {SEND, NOTHING, NEP_OK},
+    {SEND, HANDLE, NEP_ERR_BUSY},
+    {SEND, NOTHING, NEP_ERR_BUSY},
+    {COUNTS, NOTHING, NEP_OK},
+    {RECV, CAPACITY, NEP_ERR_OVERFLOW},
+    {RECV, NOTHING, NEP_OK},
+    {COMBINE_SEND, WEIGHTS, NEP_ERR_INVALID},
+    {COMBINE_SEND, NOTHING, NEP_OK},
+    {COMBINE_RECV, SUM_TOKENS, NEP_ERR_INVALID},
+    {COMBINE_RECV, NOTHING, NEP_OK},
+};
+
+struct calls {
+    struct seat *seat;
+    struct nep_handle *other;
+    struct nep_counts counts;
+    uint16_t x[SEAT_TOKENS * SEAT_HIDDEN], rows[SEAT_ROWS * SEAT_HIDDEN];
+    int32_t ids[SEAT_TOKENS * SEAT_TOP_K]; /* the seat's with one that is wrong */
+};
+
+static struct arguments arguments_with(struct calls *calls, enum spoiled spoiled)
+{
+    struct seat *seat = calls->seat;
+    struct arguments a = {
+        .handle = spoiled == HANDLE ? calls->other : seat->handle,
+        .in = seat_tokens(seat, calls->x, spoiled == SCALES ? calls->x : NULL),
+        .rows = seat_rows(seat, calls->rows, NULL),
+        .y = {.size = sizeof a.y, .y = calls->rows},
+        .sum = {.size = sizeof a.sum, .num_tokens = SEAT_TOKENS, .y = calls->x},
+        .stream = spoiled == STREAM ? calls->x : NULL,
+    };
+    if (spoiled == ID_TOO_LARGE || spoiled == ID_NEGATIVE) {
+        memcpy(calls->ids, seat->ids, sizeof calls->ids);
+        calls->ids[5] = spoiled == ID_NEGATIVE ? -2 : SEAT_EXPERTS;
+        a.in.topk_ids = calls->ids;
+    }
+    a.in.num_tokens += spoiled == TOKENS;
+    a.in.layer = spoiled == LAYER;
+    a.in.size = spoiled == SIZE ? 4 : a.in.size;
+    a.rows.capacity = spoiled == CAPACITY ? calls->counts.num_rows - 1 : a.rows.capacity;
+    a.y.topk_weights = spoiled == WEIGHTS ? seat->weights : NULL;
+    a.sum.num_tokens -= spoiled == SUM_TOKENS;
+    return a;
+}
+
+static enum nep_status do_call(struct calls *calls, const struct step *step)
+{
+    struct arguments a = arguments_with(calls, step->spoiled);
+    struct nep_ep *ep = calls->seat->ep;
+    switch (step->call) {
+    case SEND:
+        return nep_dispatch_send(ep, a.handle, &a.in, a.stream);
+    case COUNTS:
+        return nep_dispatch_counts(ep, a.handle, &calls->counts);
+    case RECV:
+        return nep_dispatch_recv(ep, a.handle, &a.rows, NULL);
+    case COMBINE_SEND:
+        return nep_combine_send(ep, a.handle, &a.y, NULL);
+    default:
+        return nep_combine_recv(ep, a.handle, &a.sum, NULL);
+    }
+}
+
+/* After all of it: what the one dispatch left in the counters. */
+static bool check_load(struct nep_multi_rank *rank, struct calls *calls)
+{
+    struct seat *seat = calls->seat;
     uint64_t most = 0, load[SEAT_EXPERTS], want[SEAT_EXPERTS] = {0};
-    REFUSED(nep_ep_max_rows(seat->ep, &most), NEP_OK);
-    if (most != SEAT_RANKS * SEAT_TOKENS * SEAT_TOP_K || most < counts.num_rows) {
+    if (nep_ep_max_rows(seat->ep, &most) != NEP_OK ||
+        most != SEAT_RANKS * SEAT_TOKENS * SEAT_TOP_K || most < calls->counts.num_rows) {
         return nep_multi_fail(rank, "at most %llu rows", (unsigned long long)most);
     }
-    REFUSED(nep_ep_load(seat->ep, 1, load), NEP_ERR_INVALID);
-    REFUSED(nep_ep_load(seat->ep, 0, load), NEP_OK);
+    if (nep_ep_load(seat->ep, 1, load) != NEP_ERR_INVALID ||
+        nep_ep_load(seat->ep, 0, load) != NEP_OK) {
+        return nep_multi_fail(rank, "nep_ep_load: %s", nep_last_message());
+    }
     for (uint32_t i = 0; i < SEAT_TOKENS * SEAT_TOP_K; i++) {
         if (seat->ids[i] >= 0) {
             want[seat->ids[i]]++;
         }
     }
-    if (memcmp(load, want, sizeof load) != 0) {
-        return nep_multi_fail(rank, "the load per expert is not that of the one dispatch");
+    return memcmp(load, want, sizeof load) == 0 ||
+           nep_multi_fail(rank, "the load per expert is not that of the one dispatch");
+}
+
+static bool refused_calls(struct nep_multi_rank *rank)
+{
+    struct calls *calls = calloc(1, sizeof *calls);
+    struct seat *seat = calloc(1, sizeof *seat);
+    struct nep_ep_params params = {.outstanding = 1};
+    if (calls == NULL || seat == NULL || !seat_open(rank, &params, seat) ||
+        nep_handle_create(seat->ep, &calls->other) != NEP_OK) {
+        return false;
     }
-#undef REFUSED
-    nep_handle_destroy(other);
-    free(x);
-    free(out);
+    calls->seat = seat;
+    seat_route(*(const uint64_t *)rank->arg, rank->rank, seat->ids, seat->weights);
+    for (size_t i = 0; i < sizeof steps / sizeof steps[0]; i++) {
+        enum nep_status got = do_call(calls, &steps[i]);
+        if (got != steps[i].want) {
+            return nep_multi_fail(rank, "step %zu: %s, not %s: %s", i, nep_status_name(got),
+                                  nep_status_name(steps[i].want), nep_last_message());
+        }
+    }
+    bool is_good = check_load(rank, calls);
+    nep_handle_destroy(calls->other);
     seat_close(seat);
-    return true;
+    free(calls);
+    return is_good;
 }
 
 /* ---- a forked child ----------------------------------------------------------------------------

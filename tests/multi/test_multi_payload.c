@@ -26,93 +26,135 @@ static uint16_t small_bf16(int value)
 
 /* ---- rank layout: weights come back, two biases -------------------------------------------- */
 
+struct sums_case {
+    uint64_t seed;
+    bool is_mapped;
+    uint32_t num_bias;
+    bool has_weights;
+};
+
+enum { SUM_ELEMENTS = SEAT_TOKENS * SEAT_HIDDEN };
+
+struct sums {
+    uint16_t x[SUM_ELEMENTS], bias[2][SUM_ELEMENTS], sum[SUM_ELEMENTS];
+    float back[SEAT_TOKENS * SEAT_TOP_K];
+    void *y; /* rows of dispatch, handed back as they are */
+    float *weights;
+};
+
+static struct sums *sums_create(const struct sums_case *c, const struct nep_multi_rank *rank,
+                                struct seat *seat)
+{
+    struct sums *sums = calloc(1, sizeof *sums);
+    size_t rows_bytes = SEAT_ROWS * SEAT_HIDDEN * 2, weights_bytes = SEAT_ROWS * SEAT_TOP_K * 4;
+    void *weights = NULL;
+    if (sums == NULL) {
+        return NULL;
+    }
+    if (c->is_mapped) {
+        (void)nep_buffer_alloc(seat->ep, rows_bytes, &sums->y);
+        (void)nep_buffer_alloc(seat->ep, weights_bytes, &weights);
+    } else {
+        sums->y = calloc(1, rows_bytes);
+        weights = calloc(1, weights_bytes);
+    }
+    sums->weights = weights;
+    for (uint32_t i = 0; i < SUM_ELEMENTS; i++) {
+        sums->x[i] = small_bf16((int)(seat_mix(c->seed, rank->rank + 300, i) % 7) - 3);
+        sums->bias[0][i] = small_bf16((int)(i % 5));
+        sums->bias[1][i] = small_bf16(-(int)(i % 3));
+        sums->sum[i] = 0xffff;
+    }
+    memset(sums->back, 0xff, sizeof sums->back);
+    return sums;
+}
+
+static void sums_destroy(const struct sums_case *c, struct seat *seat, struct sums *sums)
+{
+    if (c->is_mapped) {
+        nep_buffer_free(seat->ep, sums->y);
+        nep_buffer_free(seat->ep, sums->weights);
+    } else {
+        free(sums->y);
+        free(sums->weights);
+    }
+    free(sums);
+}
+
+static bool go_and_return(struct nep_multi_rank *rank, const struct sums_case *c, struct seat *seat,
+                          struct sums *sums)
+{
+    struct nep_tokens in = seat_tokens(seat, sums->x, NULL);
+    struct nep_rows rows = seat_rows(seat, sums->y, NULL);
+    struct nep_counts counts;
+    struct nep_expert_rows out = {.size = sizeof out, .y = sums->y};
+    struct nep_tokens_out result = {
+        .size = sizeof result, .num_tokens = SEAT_TOKENS, .y = sums->sum};
+    for (uint32_t i = 0; i < c->num_bias; i++) {
+        result.bias[i] = sums->bias[i];
+    }
+    bool is_good = nep_dispatch(seat->ep, seat->handle, &in, &rows, NULL) == NEP_OK &&
+                   nep_dispatch_counts(seat->ep, seat->handle, &counts) == NEP_OK;
+    if (is_good && c->has_weights) {
+        memcpy(sums->weights, seat->topk_weights, counts.num_rows * SEAT_TOP_K * sizeof(float));
+        out.topk_weights = sums->weights;
+        result.topk_weights = sums->back;
+    }
+    is_good = is_good && nep_combine(seat->ep, seat->handle, &out, &result, NULL) == NEP_OK;
+    return is_good || nep_multi_fail(rank, "%s", nep_last_message());
+}
+
+/* Every rank returns the row itself, so a sum has one for each rank visited; all are exact. */
+static bool check_token(struct nep_multi_rank *rank, const struct sums_case *c,
+                        const struct seat *seat, const struct sums *sums, uint32_t t)
+{
+    bool visited[SEAT_RANKS] = {false};
+    uint32_t num = 0;
+    for (uint32_t k = 0; k < SEAT_TOP_K; k++) {
+        uint32_t at = t * SEAT_TOP_K + k;
+        int32_t id = seat->ids[at];
+        float want = id < 0 ? 0.0f : seat->weights[at];
+        if (c->has_weights && sums->back[at] != want) {
+            return nep_multi_fail(rank, "token %u k %u: weight %g came back, not %g", t, k,
+                                  (double)sums->back[at], (double)want);
+        }
+        if (id >= 0 && !visited[id / 2]) {
+            visited[id / 2] = true; /* 2 slots a rank, contiguous */
+            num++;
+        }
+    }
+    for (uint32_t i = t * SEAT_HIDDEN; i < (t + 1) * SEAT_HIDDEN; i++) {
+        float want = (float)num * bf16_to_float(sums->x[i]);
+        for (uint32_t b = 0; b < c->num_bias; b++) {
+            want += bf16_to_float(sums->bias[b][i]);
+        }
+        if (bf16_to_float(sums->sum[i]) != want) {
+            return nep_multi_fail(rank, "token %u element %u: %g, not %g", t, i % SEAT_HIDDEN,
+                                  (double)bf16_to_float(sums->sum[i]), (double)want);
+        }
+    }
+    return true;
+}
+
 static bool bias_and_weights(struct nep_multi_rank *rank)
 {
-    uint64_t seed = *(const uint64_t *)rank->arg;
-    bool is_mapped = seed % 2 == 0;
+    const struct sums_case *c = rank->arg;
     struct seat *seat = calloc(1, sizeof *seat);
     struct nep_ep_params params = {.layout = NEP_LAYOUT_RANK};
     if (seat == NULL || !seat_open(rank, &params, seat)) {
         return false;
     }
-    seat_route(seed, rank->rank, seat->ids, seat->weights);
-    uint16_t *x = calloc(SEAT_TOKENS * SEAT_HIDDEN, 2), *bias[2],
-             *sum = calloc(SEAT_TOKENS * SEAT_HIDDEN, 2);
-    void *y = NULL, *w = NULL;
-    bias[0] = calloc(SEAT_TOKENS * SEAT_HIDDEN, 2);
-    bias[1] = calloc(SEAT_TOKENS * SEAT_HIDDEN, 2);
-    if (is_mapped) {
-        (void)nep_buffer_alloc(seat->ep, SEAT_ROWS * SEAT_HIDDEN * 2, &y);
-        (void)nep_buffer_alloc(seat->ep, SEAT_ROWS * SEAT_TOP_K * 4, &w);
-    } else {
-        y = calloc(SEAT_ROWS * SEAT_HIDDEN, 2);
-        w = calloc(SEAT_ROWS * SEAT_TOP_K, 4);
+    seat_route(c->seed, rank->rank, seat->ids, seat->weights);
+    struct sums *sums = sums_create(c, rank, seat);
+    bool is_good = sums != NULL && go_and_return(rank, c, seat, sums);
+    for (uint32_t t = 0; is_good && t < SEAT_TOKENS; t++) {
+        is_good = check_token(rank, c, seat, sums, t);
     }
-    for (uint32_t i = 0; i < SEAT_TOKENS * SEAT_HIDDEN; i++) {
-        x[i] = small_bf16((int)(seat_mix(seed, rank->rank + 300, i) % 7) - 3);
-        bias[0][i] = small_bf16((int)(i % 5));
-        bias[1][i] = small_bf16(-(int)(i % 3));
-        sum[i] = 0xffff;
+    if (sums != NULL) {
+        sums_destroy(c, seat, sums);
     }
-    struct nep_tokens in = seat_tokens(seat, x, NULL);
-    struct nep_rows rows = seat_rows(seat, y, NULL);
-    struct nep_counts counts;
-    bool is_good = nep_dispatch(seat->ep, seat->handle, &in, &rows, NULL) == NEP_OK &&
-                   nep_dispatch_counts(seat->ep, seat->handle, &counts) == NEP_OK;
-    if (is_good) {
-        memcpy(w, seat->topk_weights, counts.num_rows * SEAT_TOP_K * sizeof(float));
-    }
-    float back[SEAT_TOKENS * SEAT_TOP_K];
-    memset(back, 0xff, sizeof back);
-    struct nep_expert_rows out = {.size = sizeof out, .y = y, .topk_weights = w};
-    struct nep_tokens_out result = {.size = sizeof result,
-                                    .num_tokens = SEAT_TOKENS,
-                                    .y = sum,
-                                    .bias = {bias[0], bias[1]},
-                                    .topk_weights = back};
-    is_good = is_good && nep_combine(seat->ep, seat->handle, &out, &result, NULL) == NEP_OK;
-    if (!is_good) {
-        return nep_multi_fail(rank, "%s", nep_last_message());
-    }
-    for (uint32_t t = 0; t < SEAT_TOKENS; t++) {
-        bool visited[SEAT_RANKS] = {false};
-        uint32_t num = 0;
-        for (uint32_t k = 0; k < SEAT_TOP_K; k++) {
-            int32_t id = seat->ids[t * SEAT_TOP_K + k];
-            float want = id < 0 ? 0.0f : seat->weights[t * SEAT_TOP_K + k];
-            if (back[t * SEAT_TOP_K + k] != want) {
-                return nep_multi_fail(rank, "token %u k %u: weight %g came back, not %g", t, k,
-                                      (double)back[t * SEAT_TOP_K + k], (double)want);
-            }
-            if (id >= 0 && !visited[id / 2]) {
-                visited[id / 2] = true; /* 2 slots a rank, contiguous */
-                num++;
-            }
-        }
-        for (uint32_t h = 0; h < SEAT_HIDDEN; h++) {
-            uint32_t i = t * SEAT_HIDDEN + h;
-            /* every rank returns the row itself; all partial sums are exact here */
-            float want = bf16_to_float(bias[0][i]) + bf16_to_float(bias[1][i]) +
-                         (float)num * bf16_to_float(x[i]);
-            if (bf16_to_float(sum[i]) != want) {
-                return nep_multi_fail(rank, "token %u element %u: %g, not %g", t, h,
-                                      (double)bf16_to_float(sum[i]), (double)want);
-            }
-        }
-    }
-    if (is_mapped) {
-        nep_buffer_free(seat->ep, y);
-        nep_buffer_free(seat->ep, w);
-    } else {
-        free(y);
-        free(w);
-    }
-    free(x);
-    free(bias[0]);
-    free(bias[1]);
-    free(sum);
     seat_close(seat);
-    return true;
+    return is_good;
 }
 
 /* ---- opaque rows, and fp8 that is passed in: bytes arrive as they were ----------------------- */
@@ -180,10 +222,13 @@ static bool bytes_arrive(struct nep_multi_rank *rank)
 static void test_combine_bias_and_weights_return(void **state)
 {
     (void)state;
-    uint64_t seed = nep_multi_seed("bias") & ~1ull;
-    for (uint64_t i = 0; i < 2; i++) {
-        uint64_t one = seed + i; /* even: mapped, odd: private */
-        seat_run(bias_and_weights, &one);
+    uint64_t seed = nep_multi_seed("bias");
+    struct sums_case cases[] = {
+        {seed, true, 2, true},      {seed + 1, false, 2, true},  {seed + 2, true, 1, false},
+        {seed + 3, false, 0, true}, {seed + 4, false, 1, false},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        seat_run(bias_and_weights, &cases[i]);
     }
 }
 
