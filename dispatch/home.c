@@ -93,7 +93,7 @@ static void push_row(const struct push_run *run, uint32_t row, uint8_t *scratch)
         const struct nep_push_at *at = &ep->push_at[addend->local];
         if (at->x != NULL) {
             places.x[num] = at->x + (uint64_t)addend->pos * format->payload_bytes;
-            places.scales[num++] = at->scales + (uint64_t)addend->pos * format->scale_bytes;
+            places.scales[num++] = nep_wire_scales_at(format, at->scales, addend->pos);
         }
     }
     if (num != 0) {

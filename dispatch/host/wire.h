@@ -46,6 +46,12 @@ struct nep_wire_places {
     void *scales[NEP_PUSH_MAX];
 };
 
+/* The scales of row `row` of an array of them; NULL where there are none. */
+static inline void *nep_wire_scales_at(const struct nep_wire *wire, void *scales, uint64_t row)
+{
+    return scales != NULL ? (char *)scales + row * wire->scale_bytes : NULL;
+}
+
 /* A caller's row into a tile, through the caches: the fabric reads it next. The pad is zeroed. */
 void nep_wire_pack(const struct nep_wire *wire, const struct nep_kernels *kernels,
                    const struct nep_wire_row *row, void *to);
