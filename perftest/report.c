@@ -6,6 +6,7 @@
  */
 #include "perftest/perf.h"
 #include "perftest/results.h"
+#include "tools/flat.h"
 
 static void print_times(FILE *out, const char *name, const struct nep_perf_times *times)
 {
@@ -52,11 +53,7 @@ static void print_flat(FILE *out, const struct nep_perf_rank *rank,
         return;
     }
     double kib = more * summary->wire_floor_bytes / summary->remote_nodes_per_token / 1024;
-    fprintf(
-        out,
-        "  Flat, every rank a node of its own (--ranks-per-node 1, NEP_NODE): %.1f KiB more, one "
-        "hop\n  less. It was faster up to about 700 KiB (docs/performance.md)%s.\n",
-        kib, kib <= 700 ? ": try it" : "");
+    flat_print(out, kib);
 }
 
 static void print_wire(FILE *out, const struct nep_perf_rank *rank,

@@ -44,6 +44,8 @@ int info_config(struct info *info);
 int info_transports(struct info *info);
 int info_topology(struct info *info);
 int info_region(struct info *info);
+/* Behind the region's parts: flat or by node, as far as a shape can say. */
+void info_flat(struct info *info);
 int info_check(struct info *info);
 int info_serve(struct info *info);
 int info_merge_traces(struct info *info);

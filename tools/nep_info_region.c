@@ -105,6 +105,9 @@ int info_region(struct info *info)
     if (status == NEP_OK) {
         print(info, &shape, &costs);
     }
+    if (status == NEP_OK && map == NULL) {
+        info_flat(info);
+    }
     nep_map_destroy(map);
     return status == NEP_OK ? INFO_FINE : info_error(INFO_UNUSABLE, "%s", nep_last_message());
 }

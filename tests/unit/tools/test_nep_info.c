@@ -258,6 +258,14 @@ static void test_nep_info_region_parts_add_up_to_the_librarys(void **state)
     }
     assert_true(most == region);
     assert_true(least == number_after("least_region_bytes"));
+    /* 8 ranks on 4 nodes, top-8 of 256: 3 (1 - C(192, 8) / C(256, 8)) and 6 (1 - C(224, 8) / ...)
+     */
+    assert_int_equal(run("", "--region --ranks 8 --ranks-per-node 2 --tokens 16"), 0);
+    assert_says("2.711 rows for other nodes, 3.971 for their ranks");
+    assert_says("564.6 KiB more");
+    assert_says(": try it");
+    assert_int_equal(run("", "--region --ranks 8 --ranks-per-node 2 --tokens 64"), 0);
+    assert_says("about 700 KiB (docs/performance.md).");
     assert_int_equal(run("", "--region --top-k 33"), 2);
     assert_says("top_k is 33");
     assert_int_equal(run("", "--region --map /no/such/map"), 2);
