@@ -82,8 +82,14 @@ class Plan:
         self.clean("+" + name, inter)
 
     def run(self):
-        turn = 0
+        turn, start = 0, time.monotonic()
+        told = start
         while not self.is_over():
+            if time.monotonic() > told + 300:
+                told = time.monotonic()
+                done = sum(len(times) for times in self.took.values())
+                print(f"after {told - start:.0f} s: {done} right, {self.broken} broken, "
+                      f"{counts['kills']} kills", flush=True)
             inter = self.args.inter.split(",")[turn % len(self.args.inter.split(","))]
             turn += 1
             is_life = self.harms and (not self.jobs or inter.startswith("hosts:") or
