@@ -136,7 +136,7 @@ def lose(args, inter, folder, sig, wrap=(), more=None):
             named = {int(n) for n in re.findall(r"connect to rank (\d+)", text)}
             named |= {int(n) for n in re.findall(
                 r"rank (\d+) (?:\([^)]*\) )?(?:is|was|has|did|seems)", text)}
-            late = re.findall(r"did not come .*: ranks? ([0-9, -]+)", text)
+            late = re.findall(r"did not (?:come|join) .*: ranks? ([0-9, -]+)", text)
             named |= numbers(late[-1]) if late else set()
             right += victim in named
             if sig == signal.SIGKILL:
