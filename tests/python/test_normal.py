@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matrix of upstream's intranode and internode tests, with a bound for each element."""
 import itertools
+import threading
 import unittest
 
 import deep_ep
@@ -161,6 +162,62 @@ def pressure(buffer, rank, ranks, experts, sizes):
         seen = now
 
 
+def weights_apart(rank, ranks, nodes):
+    """Weights that come back as rows of their own, as with GPUs of several nodes."""
+    buffer = on_device(deep_ep.Buffer(dist.group.WORLD, ranks_per_node=nodes))
+    buffer._seats.returns_weights = set()
+    for step, top_k in enumerate((4, 17, 4)):
+        tokens = world(ranks, [0 if r == step else 5 + 4 * r for r in range(ranks)], H, 6 * ranks, top_k, salt=step)
+        mine = tokens[rank]
+        found = buffer.get_dispatch_layout(mine.ids, 6 * ranks)
+        x, _, weights, _, handle, _ = buffer.dispatch(
+            mine.x, num_tokens_per_rank=found[0], num_tokens_per_rdma_rank=found[1], is_token_in_rank=found[3],
+            num_tokens_per_expert=found[2], topk_idx=mine.ids, topk_weights=mine.weights)
+        for _ in range(2):
+            sums = buffer.combine(x, handle, topk_weights=weights)[1]
+            equal(sums, torch.where(mine.ids >= 0, mine.weights, torch.zeros_like(mine.weights)), f"top-{top_k}")
+    dist.barrier()
+
+
+def row_pool(rank, ranks):
+    """Blocks that become tensors and come back, on host memory: when the last view ends, and not before."""
+    import gc
+    import weakref
+    from deep_ep import rows
+    buffer = deep_ep.Buffer(dist.group.WORLD)
+    ep = buffer._comm.ep(num_experts=2, top_k=1, hidden=16, max_tokens=4, pool_bytes=3 * rows.GRAIN)
+    rows.LEAST = 1024
+    pool = rows.RowPool(ep, 3 * rows.GRAIN)
+    must(pool.empty(1, 16, torch.bfloat16, None) is None, "too little to be worth it")
+    first = pool.empty(512, 1024, torch.bfloat16, None)
+    must(first.shape == (512, 1024) and first.is_contiguous() and int(first.float().abs().sum()) == 0, "a tensor")
+    at, view = first.data_ptr(), first[100:200].view(torch.int16)
+    second = pool.empty(100, 1024, torch.float32, None)
+    must(second.data_ptr() != at and pool.num_lent == 2, "two blocks")
+    first[150] = 7
+    alive = weakref.ref(first)
+    del first
+    gc.collect()
+    must(alive() is None and pool.num_lent == 2 and int(view[50].sum()) == 1024 * 0x40e0, "a view keeps its block")
+    third = pool.empty(512, 2048, torch.bfloat16, None)
+    must(third.data_ptr() not in (at, second.data_ptr()), "a third block")
+    must(pool.empty(512, 2048, torch.bfloat16, None) is None, "no room for a fourth")
+    del view
+    again = pool.empty(256, 1024, torch.bfloat16, None)
+    must(again.data_ptr() == at and pool.num_lent == 3, "the block is used again")
+    holder = threading.Thread(target=lambda tensors: tensors.clear(), args=([second],))
+    del second
+    holder.start()
+    holder.join()
+    del holder
+    gc.collect()
+    must(pool.num_lent == 2, "freed by another thread")
+    pool.close()
+    del again, third
+    must(pool.num_lent == 0, "after its end")
+    dist.barrier()
+
+
 def oddities(rank, ranks):
     """What upstream refuses or forgets: ranks without tokens, ids beyond the experts, uneven experts,
     int32 ids, handles used across types, made-up layouts."""
@@ -296,6 +353,13 @@ class NormalTest(unittest.TestCase):
     @unittest.skipIf(DEVICE != "cpu", "the CUDA executor is for one node")
     def test_growth_two_nodes(self):
         run(3, growth, [2, 1])
+
+    def test_weights_apart(self):
+        run(3, weights_apart, [2, 1])
+
+    @unittest.skipIf(DEVICE != "cpu", "of host memory")
+    def test_row_pool(self):
+        run(1, row_pool)
 
     def test_a_promise(self):
         run(2, promised)

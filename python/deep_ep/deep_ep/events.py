@@ -8,15 +8,11 @@ from typing import Any, List, Optional, Tuple, Union
 
 import torch
 
+from .rows import _raw_stream
+
 
 def _has_gpu() -> bool:
     return torch.cuda.is_available()
-
-
-def _raw_stream(device: int) -> int:
-    """The address of torch's current stream; torch's own way to it builds an object, 5 us."""
-    quick = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    return quick(device) if quick is not None else torch.cuda.current_stream(device).cuda_stream
 
 
 class EventHandle:

@@ -54,7 +54,7 @@ class Payload:
         """Outputs of the same kind; x in memory that the node maps where the seat has some."""
         x = None
         if seat is not None and seat.pool is not None:
-            x = seat.pool.empty(rows, self.x.shape[1], self.x.dtype, scope.stream())
+            x = seat.pool.empty(rows, self.x.shape[1], self.x.dtype, scope)
         if x is None:
             x = torch.empty(rows, self.x.shape[1], dtype=self.x.dtype, device=self.x.device)
         if self.scales is None:
@@ -313,17 +313,44 @@ class Normal:
                 raise ValueError(f"deep_ep: bias has shape {tuple(value.shape)} of {value.dtype}; it must be "
                                  f"[{handle.num_tokens}, {ep.hidden}] of {x.dtype}")
         y = torch.empty(handle.num_tokens, ep.hidden, dtype=x.dtype, device=device)
-        sums = None
+        sums = given = None
         if weights is not None:
             weights = scope.contiguous(weights)
             if weights.dtype != torch.float32 or weights.shape != (handle.num_rows, ep.top_k):
                 raise ValueError(f"deep_ep: topk_weights have shape {tuple(weights.shape)} of {weights.dtype}; "
                                  f"they must be [{handle.num_rows}, {ep.top_k}] of float32")
-            sums = torch.empty(handle.num_tokens, ep.top_k, dtype=torch.float32, device=device)
+            if ep.executor in self._seats.returns_weights:
+                given = weights.data_ptr() or 8
+                sums = torch.empty(handle.num_tokens, ep.top_k, dtype=torch.float32, device=device)
         owned.is_idle = False
         scope.allocated()
-        ep.combine_raw(owned.handle, _pointer(x), None if weights is None else weights.data_ptr() or 8, _pointer(y),
-                       _pointer(sums), [_pointer(b) for b in biases], scope.pointer)
+        ep.combine_raw(owned.handle, _pointer(x), given, _pointer(y), _pointer(sums), [_pointer(b) for b in biases],
+                       scope.pointer)
         owned.is_idle = True
+        if weights is not None and sums is None:
+            sums = self._combine_weights(handle, weights, scope)
         scope.keep(x, y, weights, sums, *biases)
         return y, sums, scope.finish()
+
+    def _combine_weights(self, handle: NormalHandle, weights: torch.Tensor, scope: Any) -> torch.Tensor:
+        """The weights [N, K] as rows of their own, fp32 and up to 16 wide, on a twin of the handle: the same sum,
+        for executors that do not bring them back beside the rows. Returns [T, K]."""
+        top_k = weights.shape[1]
+        width = -(-top_k // 16) * 16
+        seat, owned, ids = self._twin(handle, ("fp32", width, (16, 0)), weights)
+        with scope.current():
+            rows = torch.nn.functional.pad(weights, (0, width - top_k)).contiguous()
+        nothing = torch.empty(max(handle.num_rows, handle.num_tokens), 16, dtype=torch.uint8, device=weights.device)
+        sums = torch.empty(handle.num_tokens, width, dtype=torch.float32, device=weights.device)
+        scope.allocated()
+        owned.is_idle = False
+        if ids is not None:
+            seat.ep.send_raw(owned.handle, handle.num_tokens, _pointer(nothing), None, ids.data_ptr() or 8,
+                             _ID_TYPES[ids.dtype], None, 0, scope.pointer)
+            seat.ep.recv_raw(owned.handle, _pointer(nothing), handle.num_rows, None, None, None, None, None,
+                             scope.pointer)
+        seat.ep.combine_raw(owned.handle, _pointer(rows), None, _pointer(sums), None, (None, None), scope.pointer)
+        owned.is_idle = True
+        scope.keep(rows, nothing, sums)
+        with scope.current():
+            return sums[:, :top_k].contiguous()

@@ -92,6 +92,8 @@ class Seats:
         self.receive_bytes = 0  # for receive buffers of each normal shape, on a GPU
         # Weights that come with a combine stay at home where the whole sum is made there.
         self.weighs_late = comm.topology.num_nodes == 1
+        # Executors whose combine brings top-k weights back beside the rows.
+        self.returns_weights = {"host", "cuda"} if comm.topology.num_nodes == 1 else {"host"}
 
     def sms(self, executor: str) -> Dict[str, int]:
         """What Buffer.set_num_sms asked for; nearep's own choice until it is called."""
