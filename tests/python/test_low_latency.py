@@ -268,7 +268,6 @@ class LowLatencyTest(unittest.TestCase):
     def test_matrix_one_node(self):
         run(RANKS, matrix, [RANKS], 3 * RANKS, [M if r % 2 == 0 else 11 for r in range(RANKS)])
 
-    @unittest.skipIf(DEVICE != "cpu", "the CUDA executor is for one node")
     def test_matrix_two_nodes(self):
         run(4, matrix, [2, 2], 8, [M, 0, 3, 17])
 
@@ -280,7 +279,6 @@ class LowLatencyTest(unittest.TestCase):
     def test_weights(self):
         run(3, weights, [3])
 
-    @unittest.skipIf(DEVICE != "cpu", "the CUDA executor is for one node")
     def test_weights_two_nodes(self):
         run(4, weights, [2, 2])
 

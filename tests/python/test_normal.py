@@ -343,14 +343,12 @@ class NormalTest(unittest.TestCase):
     def test_matrix_one_node(self):
         run(RANKS, matrix, [RANKS], 4 * RANKS, [33 + 7 * (r % 2) for r in range(RANKS)])
 
-    @unittest.skipIf(DEVICE != "cpu", "the CUDA executor is for one node")
     def test_matrix_two_nodes(self):
         run(4, matrix, [2, 2], 8, [20, 0, 33, 7])
 
     def test_growth(self):
         run(RANKS, growth, None)
 
-    @unittest.skipIf(DEVICE != "cpu", "the CUDA executor is for one node")
     def test_growth_two_nodes(self):
         run(3, growth, [2, 1])
 

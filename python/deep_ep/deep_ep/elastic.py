@@ -146,11 +146,12 @@ class ElasticBuffer:
                 raise ValueError(f"deep_ep: x has {payload.x.shape[0]} tokens, beyond num_max_tokens_per_rank, {most}")
             alignment = expert_alignment or 1
             recv_x, recv_ids, recv_weights, inner, counts = found(
-                payload, ids.contiguous(), topk_weights, num_experts, alignment, 0 if sync else most or -1,
-                do_zero_padding, scope)
+                payload, ids.contiguous(), topk_weights, num_experts, alignment, 0 if sync else most or -1, scope)
             made = EPHandle(do_expand, num_experts, alignment, most, num_sms, ids, [],
                             0 if do_expand else inner.num_rows, inner.num_rows if do_expand else 0, inner=inner)
             self._count(made, counts, cumulative_local_expert_recv_stats, scope)
+            if do_expand:
+                self._clear_gaps(made, recv_x if do_zero_padding else None, recv_weights, scope)
             return recv_x, recv_ids, recv_weights, made, scope.finish()
 
     def _count(self, handle: EPHandle, counts: Any, stats: Optional[torch.Tensor], scope: Any) -> None:
@@ -175,6 +176,21 @@ class ElasticBuffer:
             handle.num_recv_tokens_per_expert_list = [-(-num // align) * align for num in counts.rows_per_slot]
         scope.keep(plain, handle.psum_num_recv_tokens_per_scaleup_rank, handle.psum_num_recv_tokens_per_expert)
 
+    @staticmethod
+    def _clear_gaps(handle: EPHandle, x: Optional[Rows], weights: torch.Tensor, scope: Any) -> None:
+        """Zeros in the rows [rows, ...] between experts and behind them; executors may write anything there."""
+        with scope.current():
+            ends: Any = handle.psum_num_recv_tokens_per_expert
+            plain: Any = handle.num_unaligned_recv_tokens_per_expert
+            at = torch.arange(weights.shape[0], dtype=torch.int32, device=weights.device)
+            slot = torch.searchsorted(ends, at, right=True).clamp_(max=ends.numel() - 1)
+            begins = torch.nn.functional.pad(ends[:-1], (1, 0))
+            is_gap = at >= (begins + plain)[slot]
+            weights.masked_fill_(is_gap, 0)
+            if x is not None:
+                rows = x[0] if isinstance(x, tuple) else x
+                rows.view(torch.uint8).masked_fill_(is_gap[:, None], 0)
+
     def _new(self, payload: Payload, ids: torch.Tensor, weights: Optional[torch.Tensor], num_experts: int, layout: str,
              alignment: int) -> Tuple[Seat, NormalHandle]:
         seats, tokens = self._buffer._seats, payload.x.shape[0]
@@ -192,7 +208,7 @@ class ElasticBuffer:
         return ep.max_rows() if most < 0 else min(ep.max_rows(), -(-rows // alignment) * alignment)
 
     def _by_rank(self, payload: Payload, ids: torch.Tensor, weights: Optional[torch.Tensor], num_experts: int,
-                 _alignment: int, most: int, _padding: bool, scope: Any) -> Any:
+                 _alignment: int, most: int, scope: Any) -> Any:
         """most: 0: counts are waited for; else outputs are for so many tokens of each rank (-1: any)."""
         buffer = self._buffer
         seat, handle = self._new(payload, ids, weights, num_experts, "rank", 0)
@@ -202,7 +218,7 @@ class ElasticBuffer:
         return recv_x, slots, recv_weights, handle, counts
 
     def _expanded(self, payload: Payload, ids: torch.Tensor, weights: Optional[torch.Tensor], num_experts: int,
-                  alignment: int, most: int, zero: bool, scope: Any) -> Any:
+                  alignment: int, most: int, scope: Any) -> Any:
         """As _by_rank."""
         seat, handle = self._new(payload, ids, weights, num_experts, "packed", alignment)
         self._buffer._send(seat, handle.owned, payload, ids, weights, scope)
@@ -210,16 +226,14 @@ class ElasticBuffer:
         handle.num_rows = counts.num_rows if counts is not None else \
             self._worst(seat.ep, most, ids.shape[1], alignment)
         handle.alignment = alignment
-        x, scales, row_weights = self._land(seat, handle.owned, handle.num_rows, payload, zero, scope)
+        x, scales, row_weights = self._land(seat, handle.owned, handle.num_rows, payload, scope)
         return payload.give(x, scales), None, row_weights, handle, counts
 
     @staticmethod
-    def _land(seat: Seat, owned: Owned, rows: int, payload: Payload, zero: bool, scope: Any
+    def _land(seat: Seat, owned: Owned, rows: int, payload: Payload, scope: Any
               ) -> Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor]:
         x, scales = payload.empty(rows)
-        weights = torch.zeros(rows, dtype=torch.float32, device=payload.x.device)
-        if zero:
-            x.zero_()
+        weights = torch.empty(rows, dtype=torch.float32, device=payload.x.device)
         scope.allocated()
         seat.ep.recv_raw(owned.handle, _pointer(x), rows, _pointer(scales), None, _pointer(weights), None, None,
                          scope.pointer)
@@ -235,7 +249,8 @@ class ElasticBuffer:
         if payload.kind != inner.key:
             raise ValueError("deep_ep: an expanded handle is for the type of x that it was made with")
         self._buffer._send(inner.owned.seat, inner.owned, payload, None, None, scope)
-        x, scales, weights = self._land(inner.owned.seat, inner.owned, inner.num_rows, payload, zero, scope)
+        x, scales, weights = self._land(inner.owned.seat, inner.owned, inner.num_rows, payload, scope)
+        self._clear_gaps(handle, x if zero else None, weights, scope)
         return payload.give(x, scales), None, weights, handle, scope.finish()
 
     # ---- combine ------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ class LowLatency:
             self._check_alive()
             shape = (most, x.shape[1], num_experts)
             seat = self._seats.low_latency(shape, topk_idx.shape[1], wire, executor_of(x))
-            settle(seat, 1)
+            settle(seat, seat.most_open - 1)
             stats = (cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
             handle = self._ll_handle(seat, shape, topk_idx, topk_weights)
             return self._ll_dispatch(seat, handle, (x.contiguous(), None), stats, async_finish, return_recv_hook)
@@ -205,7 +205,7 @@ class LowLatency:
             self._check_alive()
             shape = (most, 2 * x.shape[1], num_experts)
             seat = self._seats.low_latency(shape, topk_idx.shape[1], ("nvfp4", None), executor_of(x))
-            settle(seat, 1)
+            settle(seat, seat.most_open - 1)
             handle = self._ll_handle(seat, shape, topk_idx, None)
             rows, count, handle, event, hook = self._ll_dispatch(
                 seat, handle, (x.contiguous(), scales.contiguous()), (None, None), async_finish, return_recv_hook)
@@ -357,7 +357,7 @@ class LowLatency:
             if handle.complete is not None:
                 handle.complete()
             seat = self._ll_combine_seat(handle, hidden)
-            settle(seat, 0 if seat is not handle.owned.seat else 1)
+            settle(seat, 0 if seat is not handle.owned.seat else seat.most_open - 1)
             y = out if out is not None else torch.empty(topk_idx.shape[0], hidden, dtype=x.dtype, device=x.device)
             source = self._seats.combine_buffer(seat) if zero_copy else x
             seat.out_turn ^= 1

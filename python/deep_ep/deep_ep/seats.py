@@ -50,6 +50,7 @@ class Seat:
         # used in turn
         self.waiting: List[Any] = []
         self.turn = self.out_turn = 0
+        self.most_open = 2
         self.landing: List[Any] = []
         self.outgoing: List[Optional[torch.Tensor]] = [None, None]
         self.rows = 0
@@ -172,6 +173,10 @@ class Seats:
 
     # ---- low latency --------------------------------------------------------------------------
 
+    def outstanding(self, executor: str) -> int:
+        """Operations between send and complete at once: over several nodes kernels do one after the other."""
+        return 2 if executor == "host" or self.comm.topology.num_nodes == 1 else 1
+
     def low_latency(self, shape: Shape, top_k: int, wire: Tuple[str, Optional[str]], executor: str) -> Seat:
         """wire: (type, scale): of bf16 and fp8 rows, made on the way, or of nvfp4 rows as they are given."""
         key = ("low latency", shape, top_k, wire, executor)
@@ -188,10 +193,12 @@ class Seats:
                 kind = "opaque"
                 extra.update(row_bytes=hidden // 2, scale_bytes=hidden // 16)
             ep = self.comm.ep(num_experts=experts, top_k=top_k, hidden=hidden, max_tokens=tokens,
-                              layout="front", wire=kind, scale=scale, outstanding=2, map=self.placement,
+                              layout="front", wire=kind, scale=scale, outstanding=self.outstanding(executor),
+                              map=self.placement,
                               pool_bytes=2 * (rows * row + 16384) + back + 16384, executor=executor,
                               **self.sms(executor), **extra)
             seat = self._seats[key] = Seat(ep, experts)
+            seat.most_open = self.outstanding(executor)
             seat.rows = rows
             seat.landing = [self._landing(ep, rows) for _ in range(2)]
         return seat
@@ -212,7 +219,7 @@ class Seats:
             tokens, hidden, experts = shape
             rows = self.slots(experts) * self.comm.num_ranks * tokens
             ep = self.comm.ep(num_experts=experts, top_k=top_k, hidden=hidden, max_tokens=tokens,
-                              layout="front", wire="opaque", row_bytes=16, outstanding=2,
+                              layout="front", wire="opaque", row_bytes=16, outstanding=self.outstanding(executor),
                               map=self.placement, executor=executor, **self.sms(executor),
                               pool_bytes=2 * (rows * 2 * hidden + 8192) + rows * 16 + 8192)
             seat = self._seats[key] = Seat(ep, experts)
