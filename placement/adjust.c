@@ -77,7 +77,11 @@ static enum nep_status adjust_init(struct adjust *a)
             a->copies.node[a->copies.num++] = (uint16_t)n;
         }
     }
-    const struct nep_cover_params params = {sets, nodes, a->node_slots, a->limit, a->params->price};
+    const struct nep_cover_params params = {.sets = sets,
+                                            .num_nodes = nodes,
+                                            .slots = a->node_slots,
+                                            .limit = a->limit,
+                                            .price = a->params->price};
     return status == NEP_OK ? nep_cover_init(&a->cover, &params, &a->copies) : status;
 }
 

@@ -46,8 +46,15 @@ enum nep_status nep_copy_swap_init(struct nep_copy_swap *cs, const struct nep_co
     }
     status = nep_sets_index(&cs->sets);
     if (status == NEP_OK) {
-        const struct nep_swap_params params = {&cs->sets, copies->num, nodes,    cs->weight,
-                                               limit,     price,       cs->label};
+        const struct nep_swap_params params = {.sets = &cs->sets,
+                                               .num_slots = copies->num,
+                                               .num_groups = nodes,
+                                               .weight = cs->weight,
+                                               .limit = limit,
+                                               .price = price,
+                                               .soft_share = cover->params.soft_share,
+                                               .soft_price = cover->params.soft_price,
+                                               .label = cs->label};
         status = nep_swap_init(&cs->swap, &params, copies->node);
     }
 out:

@@ -272,19 +272,18 @@ void nep_cover_fini(struct nep_cover *cover)
     memset(cover, 0, sizeof *cover);
 }
 
-static double over(const struct nep_cover *cover, uint32_t node, double added)
+static double above(double load, double limit)
 {
-    double above = cover->load[node] + added - cover->params.limit[node];
-    return above > 0.0 ? above : 0.0;
+    return load > limit ? load - limit : 0.0;
 }
 
-static double overload(const struct nep_cover *cover)
+/* What a node's load costs, in rows. */
+static double load_cost(const struct nep_cover *cover, uint32_t node, double added)
 {
-    double sum = 0.0;
-    for (uint32_t n = 0; n < cover->params.num_nodes; n++) {
-        sum += over(cover, n, 0.0);
-    }
-    return sum * cover->params.price;
+    const struct nep_cover_params *params = &cover->params;
+    double load = cover->load[node] + added;
+    return params->price * above(load, params->limit[node]) +
+           params->soft_price * above(load, params->soft_share * params->limit[node]);
 }
 
 /* What one more copy is worth: rows saved, and the load that it brings here and takes from the
@@ -292,13 +291,12 @@ static double overload(const struct nep_cover *cover)
 static double worth(const struct nep_cover *cover, uint32_t expert, uint32_t node)
 {
     double moved = cover->moved[at(cover, expert, node)];
-    double price = cover->params.price;
     double value = cover->gain[at(cover, expert, node)];
-    value -= price * (over(cover, node, moved) - over(cover, node, 0.0));
+    value -= load_cost(cover, node, moved) - load_cost(cover, node, 0.0);
     uint32_t num = cover->num_copies[expert];
     for (uint32_t c = 0; c < num; c++) {
         uint16_t from = cover->list[at(cover, expert, c)];
-        value += price * (over(cover, from, 0.0) - over(cover, from, -moved / num));
+        value += load_cost(cover, from, 0.0) - load_cost(cover, from, -moved / num);
     }
     return value;
 }
@@ -347,7 +345,11 @@ void nep_cover_fill(struct nep_cover *cover)
 
 double nep_cover_total(const struct nep_cover *cover)
 {
-    return (double)cover->cost + overload(cover);
+    double total = (double)cover->cost;
+    for (uint32_t n = 0; n < cover->params.num_nodes; n++) {
+        total += load_cost(cover, n, 0.0);
+    }
+    return total;
 }
 
 void nep_cover_improve(struct nep_cover *cover, uint32_t passes)

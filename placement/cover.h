@@ -22,6 +22,8 @@ struct nep_cover_params {
     const uint32_t *slots; /* [num_nodes] */
     const double *limit;   /* [num_nodes] load in pairs of the sample */
     double price;          /* rows that one pair above a limit is worth */
+    double soft_share;     /* as in nep_swap_params */
+    double soft_price;
 };
 
 struct nep_cover {

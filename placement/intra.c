@@ -116,8 +116,12 @@ static enum nep_status search(struct node_part *part, const struct nep_solver *s
     for (uint32_t r = 0; r < ranks; r++) {
         part->limit[r] = RANK_SLACK * solver->max_imbalance * total / ranks;
     }
-    const struct nep_swap_params params = {&part->sets, slots, ranks, part->weight,
-                                           part->limit, 8.0,   NULL};
+    const struct nep_swap_params params = {.sets = &part->sets,
+                                           .num_slots = slots,
+                                           .num_groups = ranks,
+                                           .weight = part->weight,
+                                           .limit = part->limit,
+                                           .price = 8.0};
     struct nep_swap swap;
     enum nep_status status = nep_swap_init(&swap, &params, part->group);
     if (status != NEP_OK) {
@@ -191,8 +195,10 @@ out:
 enum nep_status nep_intra_place(const struct nep_solver *solver, struct nep_solver_layer *layer,
                                 uint32_t layer_idx)
 {
-    const struct nep_cover_params params = {&layer->sets, solver->shape.num_nodes, solver->slots,
-                                            layer->limit, 0.0};
+    const struct nep_cover_params params = {.sets = &layer->sets,
+                                            .num_nodes = solver->shape.num_nodes,
+                                            .slots = solver->slots,
+                                            .limit = layer->limit};
     struct nep_cover cover;
     enum nep_status status = nep_cover_init(&cover, &params, &layer->copies);
     uint32_t first_rank = 0;

@@ -194,7 +194,8 @@ static enum nep_status measure(const struct nep_balance *b, uint32_t layer,
     if (status == NEP_OK) {
         nep_adjust_copies(b->map, layer, &list);
     }
-    const struct nep_cover_params params = {sets, shape->num_nodes, slots, load, 0.0};
+    const struct nep_cover_params params = {
+        .sets = sets, .num_nodes = shape->num_nodes, .slots = slots, .limit = load};
     if (status == NEP_OK) {
         status = nep_cover_init(&cover, &params, &list);
     }

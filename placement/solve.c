@@ -35,6 +35,10 @@
  */
 #define SWAP_PRICE 8.0
 #define LOAD_PRICE 2.0
+/* A pair between this share of the way to the limit and the limit costs so many rows: balance that
+ * is cheap is taken, and rows that overload alone would earn are not. */
+#define SOFT_FROM  0.3
+#define SOFT_PRICE 0.15
 /* Below so many scored tokens per layer, whole requests are sampled, and so many percent of the
  * tokens have their home drawn: what few requests prefer is known less well than what fires
  * together. */
@@ -234,6 +238,11 @@ static void fini_solver(struct nep_solver *s)
 
 /* ---- one layer's steps ---- */
 
+static double soft_share(const struct nep_solver *s)
+{
+    return (1.0 + SOFT_FROM * (s->max_imbalance - 1.0)) / s->max_imbalance;
+}
+
 static int is_late(const struct nep_solver *s)
 {
     return s->deadline_ns != UINT64_MAX && nep_now_ns() >= s->deadline_ns;
@@ -251,8 +260,10 @@ static void set_homes(const struct nep_solver *s, struct nep_sets *sets)
 
 static enum nep_status cost_homes(const struct nep_solver *s, struct nep_solver_layer *layer)
 {
-    const struct nep_cover_params params = {&layer->sets, s->shape.num_nodes, s->slots,
-                                            layer->limit, LOAD_PRICE};
+    const struct nep_cover_params params = {.sets = &layer->sets,
+                                            .num_nodes = s->shape.num_nodes,
+                                            .slots = s->slots,
+                                            .limit = layer->limit};
     struct nep_cover cover;
     enum nep_status status = nep_cover_init(&cover, &params, &layer->copies);
     if (status == NEP_OK) {
@@ -293,8 +304,14 @@ static enum nep_status swap_experts(const struct nep_solver *s, struct nep_solve
             group[at++] = (uint16_t)n;
         }
     }
-    const struct nep_swap_params params = {
-        &layer->sets, slots, s->shape.num_nodes, weight, layer->limit, SWAP_PRICE, NULL};
+    const struct nep_swap_params params = {.sets = &layer->sets,
+                                           .num_slots = slots,
+                                           .num_groups = s->shape.num_nodes,
+                                           .weight = weight,
+                                           .limit = layer->limit,
+                                           .price = SWAP_PRICE,
+                                           .soft_share = soft_share(s),
+                                           .soft_price = SOFT_PRICE};
     status = nep_swap_init(&swap, &params, group);
     if (status == NEP_OK) {
         nep_swap_run(&swap, rng, s->max_proposals, s->deadline_ns);
@@ -348,8 +365,13 @@ static enum nep_status copy_layer(void *ctx, uint32_t idx)
     struct nep_solver_layer *layer = &s->layers[idx];
     struct nep_rng rng = nep_rng_seed(s->seed ^ ((uint64_t)idx << 32) ^ (1000 + round->idx));
     set_homes(s, &layer->sets);
-    const struct nep_cover_params params = {&layer->sets, s->shape.num_nodes, s->slots,
-                                            layer->limit, LOAD_PRICE};
+    const struct nep_cover_params params = {.sets = &layer->sets,
+                                            .num_nodes = s->shape.num_nodes,
+                                            .slots = s->slots,
+                                            .limit = layer->limit,
+                                            .price = LOAD_PRICE,
+                                            .soft_share = soft_share(s),
+                                            .soft_price = SOFT_PRICE};
     struct nep_cover cover;
     enum nep_status status = NEP_OK;
     for (int step = 0; step < 4 && status == NEP_OK && !is_late(s); step++) {

@@ -210,18 +210,33 @@ void nep_swap_fini(struct nep_swap *swap)
     memset(swap, 0, sizeof *swap);
 }
 
-static double over(const struct nep_swap *swap, uint32_t group, double added)
+static double above(double load, double limit)
 {
-    double above = swap->load[group] + added - swap->params.limit[group];
-    return above > 0.0 ? above : 0.0;
+    return load > limit ? load - limit : 0.0;
 }
 
-/* Change of overload when a and b swap. */
-static double over_delta(const struct nep_swap *swap, uint32_t a, uint32_t b)
+static double over(const struct nep_swap *swap, uint32_t group, double added)
+{
+    return above(swap->load[group] + added, swap->params.limit[group]);
+}
+
+/* What a group's load costs, in rows. */
+static double load_cost(const struct nep_swap *swap, uint32_t group, double added)
+{
+    const struct nep_swap_params *params = &swap->params;
+    double load = swap->load[group] + added;
+    return params->price * above(load, params->limit[group]) +
+           params->soft_price * above(load, params->soft_share * params->limit[group]);
+}
+
+/* Changes when a and b swap: the return value of the overload, *cost_p of what the loads cost. */
+static double over_delta(const struct nep_swap *swap, uint32_t a, uint32_t b, double *cost_p)
 {
     double shift = swap->params.weight[b] - swap->params.weight[a];
     uint32_t p = swap->group[a];
     uint32_t q = swap->group[b];
+    *cost_p = load_cost(swap, p, shift) - load_cost(swap, p, 0.0) + load_cost(swap, q, -shift) -
+              load_cost(swap, q, 0.0);
     return over(swap, p, shift) - over(swap, p, 0.0) + over(swap, q, -shift) - over(swap, q, 0.0);
 }
 
@@ -254,7 +269,7 @@ static uint32_t best_partner(const struct nep_swap *swap, uint32_t a, double *be
     const int32_t *add_p = add_row(swap, p);
     const int32_t *pair_a = a < items ? pair_row(swap, a) : NULL;
     int32_t gain_a = swap->remove_gain[a];
-    double over_p = params->price * over(swap, p, 0.0);
+    double over_p = load_cost(swap, p, 0.0);
     uint32_t found = UINT32_MAX;
     for (uint32_t b = 0; b < params->num_slots; b++) {
         uint32_t q = swap->group[b];
@@ -270,14 +285,14 @@ static uint32_t best_partner(const struct nep_swap *swap, uint32_t a, double *be
         } else if (b >= items) {
             continue;
         }
-        if (delta - over_p - params->price * over(swap, q, 0.0) >= *best_p) {
+        if (delta - over_p - load_cost(swap, q, 0.0) >= *best_p) {
             continue;
         }
-        double more = over_delta(swap, a, b);
-        if (more > 1e-9) {
+        double more_cost;
+        if (over_delta(swap, a, b, &more_cost) > 1e-9) {
             continue;
         }
-        double value = delta + params->price * more;
+        double value = delta + more_cost;
         if (value < *best_p && may_swap(swap, a, b)) {
             *best_p = value;
             found = b;

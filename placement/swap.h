@@ -17,6 +17,8 @@ struct nep_swap_params {
     const double *weight; /* [num_slots]: load of an item; empty slots 0 */
     const double *limit;  /* [num_groups]: load that a group should not pass */
     double price;         /* rows that a pair above a limit is worth; no swap raises the overload */
+    double soft_share; /* of the limit; a pair between that and the limit costs soft_price rows */
+    double soft_price;
     const uint32_t *label; /* [num_slots] or NULL: two items of one label never share a group */
 };
 

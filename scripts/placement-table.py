@@ -3,6 +3,7 @@
 """The tables of docs/performance-placement.md, from a folder of traces with own/ and external/.
 
 usage: scripts/placement-table.py TRACES [--seeds N] [--jobs N] [--only PART] [--match TEXT]
+                                           [--nearep]
 
 Every figure is the mean of N seeds (5), each of the split by request and of the solver, and the
 least and most of them in brackets. nep-place is build/bin/nep-place, or NEP_PLACE. Times are taken
@@ -95,8 +96,11 @@ def uniform(path):
         file.write(head + ids + struct.pack("<I", zlib.crc32(head + ids)))
 
 
-def main_tables(traces, pool, seeds, match):
-    jobs = {row: [pool.submit(traces.compare, row, seed, "--online") for seed in seeds]
+def main_tables(traces, pool, seeds, match, is_short):
+    options = ["--online"]
+    if is_short:
+        options += ["--methods", "nearep,nearep_replicas,nearep_online"]
+    jobs = {row: [pool.submit(traces.compare, row, seed, *options) for seed in seeds]
             for row in ROWS if match in name_of(row)}
     done = {row: [job.result() for job in jobs[row]] for row in jobs}
     first, second = [], []
@@ -107,14 +111,17 @@ def main_tables(traces, pool, seeds, match):
                       cell(results, "unseen", "methods", "nearep_replicas"),
                       cell(results, "methods", "nearep_online"),
                       cell(results, "unseen", "methods", "nearep_online"), f"{moved:.0f}"])
+        if is_short:
+            continue
         second.append([name_of(row), *(cell(results, "methods", m) for m in (
             "eplb", "eplb_replicas", "paper", "spectral")),
             *(cell(results, "references", m) for m in ("oracle_homes", "solved_on_test"))])
     table("### nearep", ["trace, nodes, copies, left out", "no copies, all", "copies, all",
                          "copies, unseen", "online, all", "online, unseen", "copies moved"], first)
-    table("### Baselines and references, all requests",
-          ["trace, nodes, copies, left out", "EPLB", "EPLB, the same copies", "paper", "spectral",
-           "oracle homes", "solved on test"], second)
+    if not is_short:
+        table("### Baselines and references, all requests",
+              ["trace, nodes, copies, left out", "EPLB", "EPLB, the same copies", "paper", "spectral",
+               "oracle homes", "solved on test"], second)
 
 
 def control_tables(traces, pool, seeds):
@@ -226,12 +233,14 @@ def main():
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--only", choices=["main", "controls", "others", "times"])
     parser.add_argument("--match", default="", help="only rows of the first tables named so")
+    parser.add_argument("--nearep", action="store_true",
+                        help="first table only, without the methods of others")
     args = parser.parse_args()
     seeds = list(range(1, args.seeds + 1))
     with tempfile.TemporaryDirectory() as folder, \
             concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         traces = Traces(args.traces, folder)
-        parts = {"main": lambda: main_tables(traces, pool, seeds, args.match),
+        parts = {"main": lambda: main_tables(traces, pool, seeds, args.match, args.nearep),
                  "controls": lambda: control_tables(traces, pool, seeds),
                  "others": lambda: other_tables(traces, pool, seeds),
                  "times": lambda: time_table(traces)}
