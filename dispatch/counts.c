@@ -282,9 +282,7 @@ static enum nep_status check(struct nep_ep *ep, const struct nep_handle *handle,
         (msg->ride_rows != 0 && msg->ride_rows != msg->num_rows)) {
         return disagree(ep, handle, source, msg, "tiles", msg->num_tiles, tiles);
     }
-    /* Ranks of this node could write where they like, and are trusted not to. */
-    bool is_far = ep->plan.topology->node_of_rank[source] != ep->node;
-    return is_dispatch && is_far ? check_tables(ep, handle, source, msg) : NEP_OK;
+    return is_dispatch && source != ep->rank ? check_tables(ep, handle, source, msg) : NEP_OK;
 }
 
 static enum nep_status begin_inflows(struct nep_ep *ep, struct nep_handle *handle)
