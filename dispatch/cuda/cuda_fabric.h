@@ -199,6 +199,7 @@ struct nep_far_copy {
     const char *from[6]; /* NULL: nothing */
     char *to[6];
     uint32_t row_bytes[6];
+    int is_dispatched; /* what the operation before brought: padded slots source by source */
 };
 
 /* Loads the kernels. Before the first launch and before any kernel that stays. */
@@ -212,7 +213,7 @@ enum nep_status nep_cuda_far_place(const struct nep_far_dispatch *d, struct CUst
 /* Own rows to the outputs of this node, far tiles to this rank's; waits for both. */
 enum nep_status nep_cuda_far_recv(const struct nep_far_dispatch *d, unsigned flags,
                                   struct CUstream_st *stream);
-/* As many rows of each array as came to this rank; more than `most` are a fault. */
+/* The rows of each array that came to this rank; more than `most` places are a fault. */
 enum nep_status nep_cuda_far_copy(const struct nep_far *far,
                                   const struct nep_cuda_geometry *geometry,
                                   const struct nep_cuda_routing *routing,

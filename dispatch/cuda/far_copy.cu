@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
  * Copies between arrays that the node does not map and this rank's window, where its node reads and
- * writes: as many rows as came to this rank, which the host need not know.
+ * writes: the rows that came to this rank, which the host need not know. What lies between the rows
+ * of slots stays as it is.
  */
 #include "dispatch/cuda/device/far.cuh"
 
@@ -13,15 +14,51 @@ enum { THREADS = 1024, FLIGHT = 4 };
 struct copy_args {
     struct nep_far far;
     struct nep_far_copy copy;
-    const uint64_t *num_rows;
+    const uint64_t *received;      /* of struct nep_cuda_routing */
+    const uint32_t *received_rows; /* likewise */
     uint64_t most;
 };
 
-/* bytes is a multiple of 4 where both addresses are, of 16 likewise. */
-__device__ void copy_all(const char *from, char *to, uint64_t bytes)
+struct segment {
+    uint64_t first;
+    uint64_t rows;
+};
+
+__device__ __forceinline__ uint32_t num_segments(const copy_args &a)
 {
-    uint64_t at = (uint64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    uint64_t step = (uint64_t)gridDim.x * blockDim.x;
+    uint32_t slots = a.far.shape.slots_per_rank;
+    switch (a.far.shape.layout) {
+    case NEP_LAYOUT_RANK:
+        return 1;
+    case NEP_LAYOUT_EXPERT_PADDED:
+        return a.copy.is_dispatched ? slots * a.far.num_ranks : 1;
+    default:
+        return slots;
+    }
+}
+
+/* Rows that follow one another: all, those of a slot, or those of a slot and source. */
+__device__ inline segment segment_at(const copy_args &a, uint32_t i)
+{
+    if (num_segments(a) == 1 && a.far.shape.layout != NEP_LAYOUT_EXPERT_PACKED &&
+        a.far.shape.layout != NEP_LAYOUT_EXPERT_FRONT) {
+        return {0, a.received[0]};
+    }
+    if (a.far.shape.layout != NEP_LAYOUT_EXPERT_PADDED) {
+        return {a.received[2 + i], a.received_rows[i]};
+    }
+    uint32_t slot = i / a.far.num_ranks;
+    uint32_t source = i % a.far.num_ranks;
+    /* The dispatch has just ended: its COUNTS are there until the next but one begins. */
+    const uint32_t *tables =
+        (const uint32_t *)(nep_far_counts_at(a.far, source, a.far.state->run.op - 1) + 1);
+    return {a.received[2 + slot] + (uint64_t)source * a.far.shape.max_tokens,
+            tables[a.far.node_size + a.far.local * a.far.shape.slots_per_rank + slot]};
+}
+
+/* bytes is a multiple of 4 where both addresses are, of 16 likewise. */
+__device__ void copy_all(const char *from, char *to, uint64_t bytes, uint64_t at, uint64_t step)
+{
     uint64_t all = bytes | (uint64_t)from | (uint64_t)to;
     if (all % 16 != 0) {
         for (uint64_t i = at; all % 4 == 0 && i < bytes / 4; i += step) {
@@ -55,17 +92,26 @@ __global__ void __launch_bounds__(THREADS, 1) copy_kernel(const __grid_constant_
     if (nep_ld_relaxed_gpu(&a.far.state->run.status) != 0) {
         return;
     }
-    uint64_t rows = *a.num_rows;
-    if (rows > a.most) {
+    if (a.received[0] > a.most) {
         if (threadIdx.x == 0) {
             nep_far_give_up(a.far,
                             NEP_CUDA_STATUS(NEP_CUDA_OVERFLOW, NEP_CUDA_PHASE_STAGE, a.far.rank));
         }
         return;
     }
-    for (int i = 0; i < 6; i++) {
-        if (a.copy.from[i] != nullptr) {
-            copy_all(a.copy.from[i], a.copy.to[i], rows * a.copy.row_bytes[i]);
+    /* Few segments: all blocks share each. Many: a block takes one. */
+    uint32_t num = num_segments(a);
+    bool is_shared = num < gridDim.x;
+    uint64_t at = is_shared ? (uint64_t)blockIdx.x * blockDim.x + threadIdx.x : threadIdx.x;
+    uint64_t step = is_shared ? (uint64_t)gridDim.x * blockDim.x : blockDim.x;
+    for (uint32_t s = is_shared ? 0 : blockIdx.x; s < num; s += is_shared ? 1 : gridDim.x) {
+        segment segment = segment_at(a, s);
+        for (int i = 0; i < 6; i++) {
+            if (a.copy.from[i] != nullptr) {
+                uint64_t offset = segment.first * a.copy.row_bytes[i];
+                copy_all(a.copy.from[i] + offset, a.copy.to[i] + offset,
+                         segment.rows * a.copy.row_bytes[i], at, step);
+            }
         }
     }
 }
@@ -86,7 +132,8 @@ extern "C" enum nep_status nep_cuda_far_copy(const struct nep_far *far,
     copy_args args = {};
     args.far = *far;
     args.copy = *copy;
-    args.num_rows = routing->received;
+    args.received = routing->received;
+    args.received_rows = routing->received_rows;
     args.most = most;
     copy_kernel<<<geometry->blocks, THREADS, geometry->shared_bytes, stream>>>(args);
     return nep_cuda_check(cudaGetLastError(), "launch of far copy");

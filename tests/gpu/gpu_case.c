@@ -234,8 +234,13 @@ static void make_map(struct gpu_case *c)
     snprintf(path, sizeof path, "/tmp/gpu_case.%d.%u", (int)getpid(), c->world->rank);
     FILE *file = fopen(path, "w");
     gpu_must(file == NULL, path);
-    fprintf(file, "nepmap 1\nlayers 1 experts %u nodes 1 ranks_per_node %u slots_per_rank %u\n",
-            s->num_experts, s->num_ranks, s->slots_per_rank);
+    uint32_t node_size = s->num_ranks / gpu_num_nodes(s);
+    fprintf(file, "nepmap 1\nlayers 1 experts %u nodes %u ranks_per_node", s->num_experts,
+            gpu_num_nodes(s));
+    for (uint32_t n = 0; n < gpu_num_nodes(s); n++) {
+        fprintf(file, "%c%u", n == 0 ? ' ' : ',', node_size);
+    }
+    fprintf(file, " slots_per_rank %u\n", s->slots_per_rank);
     for (uint32_t e = 0; e < s->num_experts; e++) {
         fprintf(file, "0 %u", e);
         for (uint32_t i = 0; i < num_slots; i++) {
@@ -249,6 +254,9 @@ static void make_map(struct gpu_case *c)
     fclose(file);
     gpu_must_nep(nep_map_load(path, &c->map), "map");
     gpu_must_nep(nep_map_copies(c->map, 0, &c->copies), "map");
+    for (uint32_t r = 0; r < s->num_ranks; r++) {
+        c->node_of_rank[r] = r / node_size;
+    }
     c->copies.node_of_rank = c->node_of_rank;
     unlink(path);
     free(expert);
@@ -463,7 +471,7 @@ void gpu_case_draw(struct gpu_case *c, uint64_t round)
     }
     c->ref = (struct nep_ref_group){
         .num_ranks = s->num_ranks,
-        .num_nodes = 1,
+        .num_nodes = gpu_num_nodes(s),
         .node_of_rank = c->node_of_rank,
         .slots_per_rank = s->slots_per_rank,
         .top_k = s->top_k,

@@ -26,6 +26,7 @@ enum gpu_calls {
 struct gpu_shape {
     uint64_t key; /* of all inputs */
     uint32_t num_ranks;
+    uint32_t num_nodes; /* 0: one */
     uint32_t slots_per_rank;
     uint32_t num_experts; /* fewer than slots: some have several copies */
     uint32_t top_k;
@@ -52,6 +53,11 @@ struct gpu_shape {
     enum gpu_calls calls;
     bool is_overlapped; /* two operations outstanding, with a handle and outputs each */
 };
+
+static inline uint32_t gpu_num_nodes(const struct gpu_shape *shape)
+{
+    return shape->num_nodes != 0 ? shape->num_nodes : 1;
+}
 
 struct gpu_shape gpu_shape_random(uint64_t key, uint32_t num_ranks);
 void gpu_shape_print(const struct gpu_shape *shape);

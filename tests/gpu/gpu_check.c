@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * usage: gpu_check refusal
- *        gpu_check random threads|processes RANKS SEED COUNT
+ *        gpu_check random threads|processes RANKS SEED COUNT [NODES]
  *        gpu_check faults threads|processes
  * refusal: says what this machine lacks, and passes where it lacks a GPU and the library says so.
- * random: COUNT shapes, three rounds each (the third from the slots that the handle holds).
+ * random: COUNT shapes, three rounds each (the third from the slots that the handle holds), on one
+ * node or emulated ones of equal size.
  * faults: a rank that does not come, an output that is too small, an id that does not exist, a slot
  * with too many rows, and with processes a rank killed between its kernels.
  */
@@ -23,12 +24,18 @@ struct job {
 };
 
 /* The i-th shape of a seed, of a bearable size. */
-static struct gpu_shape shape_of(const struct job *job, uint32_t i, uint32_t num_ranks)
+static struct gpu_shape shape_of(const struct job *job, uint32_t i, const struct gpu_world *world)
 {
     uint64_t key = nep_ref_mix(job->seed, i);
-    struct gpu_shape shape = gpu_shape_random(key, num_ranks);
-    while (gpu_shape_bytes(&shape) > MAX_BYTES) {
-        shape = gpu_shape_random(++key, num_ranks);
+    uint64_t most = world->num_nodes > 1 ? MAX_BYTES / 8 : MAX_BYTES;
+    struct gpu_shape shape = gpu_shape_random(key, world->num_ranks);
+    while (gpu_shape_bytes(&shape) > most) {
+        shape = gpu_shape_random(++key, world->num_ranks);
+    }
+    shape.num_nodes = world->num_nodes;
+    if (world->num_nodes > 1) { /* what is refused there; few SMs, for the CPU that may run this */
+        shape.is_overlapped = shape.has_weights_back = shape.has_weights_late = false;
+        shape.num_sms = 1 + shape.num_sms % 4;
     }
     return shape;
 }
@@ -38,7 +45,7 @@ static uint64_t run_random(struct gpu_world *world, void *ctx)
     const struct job *job = ctx;
     uint64_t wrong = 0;
     for (uint32_t i = 0; i < job->count; i++) {
-        struct gpu_shape shape = shape_of(job, i, world->num_ranks);
+        struct gpu_shape shape = shape_of(job, i, world);
         struct gpu_case *c = gpu_case_create(world, &shape);
         uint64_t here = 0;
         for (uint64_t round = 0; round < 3; round++) {
@@ -57,13 +64,14 @@ static uint64_t run_random(struct gpu_world *world, void *ctx)
     return wrong;
 }
 
-static int check_random(bool as_processes, uint32_t num_ranks, uint64_t seed, uint32_t count)
+static int check_random(bool as_processes, uint32_t num_ranks, uint32_t num_nodes, uint64_t seed,
+                        uint32_t count)
 {
     struct job job = {seed, count};
-    uint64_t wrong = gpu_world_run(num_ranks, as_processes, 0, run_random, &job);
-    printf("random: %u ranks as %s, seed %llu, %u shapes of 3 rounds: %llu wrong\n", num_ranks,
-           as_processes ? "processes" : "threads", (unsigned long long)seed, count,
-           (unsigned long long)wrong);
+    uint64_t wrong = gpu_world_run(num_ranks, num_nodes, as_processes, 0, run_random, &job);
+    printf("random: %u ranks on %u nodes as %s, seed %llu, %u shapes of 3 rounds: %llu wrong\n",
+           num_ranks, num_nodes, as_processes ? "processes" : "threads", (unsigned long long)seed,
+           count, (unsigned long long)wrong);
     return wrong != 0;
 }
 
@@ -245,7 +253,7 @@ static int check_faults(bool as_processes)
     uint64_t wrong = 0;
     for (uint32_t ranks = 2; ranks <= 4; ranks++) {
         for (uint32_t i = 0; i < num; i++) {
-            wrong += gpu_world_run(ranks, as_processes, 300000000, run_fault, &cases[i]);
+            wrong += gpu_world_run(ranks, 1, as_processes, 300000000, run_fault, &cases[i]);
         }
     }
     printf("faults as %s: absent rank, short output, bad id, crowded slot%s, with 2, 3 and 4 "
@@ -304,11 +312,12 @@ int main(int argc, char **argv)
     if (argc == 3 && strcmp(argv[1], "faults") == 0) {
         return check_faults(strcmp(argv[2], "processes") == 0);
     }
-    if (argc == 6 && strcmp(argv[1], "random") == 0) {
-        return check_random(strcmp(argv[2], "processes") == 0, (uint32_t)atoi(argv[3]),
+    uint32_t num_nodes = argc == 7 ? (uint32_t)atoi(argv[6]) : 1;
+    if ((argc == 6 || argc == 7) && strcmp(argv[1], "random") == 0 && num_nodes != 0) {
+        return check_random(strcmp(argv[2], "processes") == 0, (uint32_t)atoi(argv[3]), num_nodes,
                             strtoull(argv[4], NULL, 0), (uint32_t)atoi(argv[5]));
     }
     fprintf(stderr, "usage: gpu_check refusal | faults threads|processes | random "
-                    "threads|processes RANKS SEED COUNT\n");
+                    "threads|processes RANKS SEED COUNT [NODES]\n");
     return 2;
 }

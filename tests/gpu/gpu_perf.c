@@ -130,5 +130,5 @@ int main(int argc, char **argv)
         .is_out_private = is_private,
         .is_y_private = is_private,
     };
-    return gpu_world_run(ranks, true, 0, run, &shape) != 0;
+    return gpu_world_run(ranks, 1, true, 0, run, &shape) != 0;
 }

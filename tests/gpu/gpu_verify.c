@@ -173,7 +173,8 @@ uint64_t gpu_case_check_layout(struct gpu_case *c)
     uint64_t tokens = c->num_tokens[c->world->rank];
     uint64_t num_ranks = s->num_ranks;
     uint64_t num_slots = num_ranks * s->slots_per_rank;
-    uint64_t sizes[] = {num_ranks * 4, 4, num_slots * 4, tokens * num_ranks, tokens * s->top_k * 4};
+    uint64_t sizes[] = {num_ranks * 4, 4 * gpu_num_nodes(s), num_slots * 4, tokens * num_ranks,
+                        tokens * s->top_k * 4};
     uint64_t end = 0;
     uint64_t at[5];
     for (uint32_t i = 0; i < 5; i++) {
@@ -195,20 +196,22 @@ uint64_t gpu_case_check_layout(struct gpu_case *c)
     in.topk_ids = c->ids_device;
     gpu_must_nep(nep_ep_layout(c->ep, &in, &counts), "layout");
     for (uint64_t t = 0; t < tokens; t++) {
-        bool is_anywhere = false;
+        uint64_t nodes = 0;
         for (uint32_t k = 0; k < s->top_k; k++) {
             uint32_t slot = slots[t * s->top_k + k];
             memcpy(want + at[4] + (t * s->top_k + k) * 4, &slot, 4);
             if (slot != NEP_SLOT_NONE) {
                 ((uint32_t *)(want + at[2]))[slot]++;
                 want[at[3] + t * num_ranks + slot / s->slots_per_rank] = 1;
-                is_anywhere = true;
+                nodes |= 1ull << c->node_of_rank[slot / s->slots_per_rank];
             }
         }
         for (uint64_t r = 0; r < num_ranks; r++) {
             ((uint32_t *)(want + at[0]))[r] += (uint32_t)want[at[3] + t * num_ranks + r];
         }
-        *(uint32_t *)(want + at[1]) += is_anywhere;
+        for (uint32_t n = 0; n < gpu_num_nodes(s); n++) {
+            ((uint32_t *)(want + at[1]))[n] += nodes >> n & 1;
+        }
     }
     char *got = fetch(c, there, end);
     uint64_t wrong = 0;
@@ -293,6 +296,7 @@ static uint32_t take_terms(struct gpu_case *c, uint64_t round, uint32_t token, c
         gpu_case_bias_row(c, num, token, row);
         terms[num] = (struct nep_term){row, 1.0f, NEP_ENDS_NODE | NEP_ENDS_RANK};
     }
+    uint32_t first = num; /* of a node */
     for (uint32_t r = 0; r < s->num_ranks; r++) {
         bool has_any = false;
         for (uint32_t k = 0; k < s->top_k; k++) {
@@ -311,6 +315,11 @@ static uint32_t take_terms(struct gpu_case *c, uint64_t round, uint32_t token, c
         }
         if (has_any) {
             terms[num - 1].ends = NEP_ENDS_RANK;
+        }
+        bool ends_node = r + 1 == s->num_ranks || c->node_of_rank[r + 1] != c->node_of_rank[r];
+        if (ends_node && num != first) {
+            terms[num - 1].ends = NEP_ENDS_RANK | NEP_ENDS_NODE;
+            first = num;
         }
     }
     return num;

@@ -108,6 +108,10 @@ static int allgather(void *ctx, const void *in, void *out, size_t bytes, uint64_
 
 static void open_rank(struct gpu_world *world, uint64_t timeout_ns)
 {
+    uint32_t ranks_per_node[MAX_RANKS];
+    for (uint32_t n = 0; n < world->num_nodes; n++) {
+        ranks_per_node[n] = world->num_ranks / world->num_nodes;
+    }
     const struct nep_bootstrap bootstrap = {
         .size = sizeof bootstrap, .ctx = world, .allgather = allgather};
     const struct nep_comm_params params = {
@@ -115,7 +119,9 @@ static void open_rank(struct gpu_world *world, uint64_t timeout_ns)
         .rank = world->rank,
         .num_ranks = world->num_ranks,
         .bootstrap = &bootstrap,
-        .timeout_ns = timeout_ns != 0 ? timeout_ns : 20000000000ull,
+        .timeout_ns = timeout_ns != 0 ? timeout_ns : 60000000000ull,
+        .ranks_per_node = ranks_per_node,
+        .num_nodes = world->num_nodes,
     };
     gpu_must((int)cudaSetDevice(0), "cudaSetDevice");
     gpu_must((int)cudaStreamCreateWithFlags(&world->stream, cudaStreamNonBlocking), "stream");
@@ -128,14 +134,15 @@ static void close_rank(struct gpu_world *world)
     gpu_must((int)cudaStreamDestroy(world->stream), "stream");
 }
 
-static uint64_t run_processes(struct gpu_shared *shared, uint32_t num_ranks, uint64_t timeout_ns,
-                              gpu_rank_fn fn, void *ctx)
+static uint64_t run_processes(struct gpu_shared *shared, uint32_t num_ranks, uint32_t num_nodes,
+                              uint64_t timeout_ns, gpu_rank_fn fn, void *ctx)
 {
     uint64_t wrong = 0;
     fflush(stdout);
     for (uint32_t r = 0; r < num_ranks; r++) {
         if (fork() == 0) {
-            struct gpu_world world = {.num_ranks = num_ranks, .rank = r, .shared = shared};
+            struct gpu_world world = {
+                .num_ranks = num_ranks, .num_nodes = num_nodes, .rank = r, .shared = shared};
             open_rank(&world, timeout_ns);
             shared->wrong[r] = fn(&world, ctx);
             close_rank(&world);
@@ -171,15 +178,16 @@ static void *run_thread(void *arg)
     return NULL;
 }
 
-static void run_threads(struct gpu_shared *shared, uint32_t num_ranks, uint64_t timeout_ns,
-                        gpu_rank_fn fn, void *ctx)
+static void run_threads(struct gpu_shared *shared, uint32_t num_ranks, uint32_t num_nodes,
+                        uint64_t timeout_ns, gpu_rank_fn fn, void *ctx)
 {
     struct thread threads[MAX_RANKS];
     for (uint32_t r = 0; r < num_ranks; r++) {
-        threads[r] = (struct thread){.world = {num_ranks, r, shared, NULL, NULL},
-                                     .timeout_ns = timeout_ns,
-                                     .fn = fn,
-                                     .ctx = ctx};
+        threads[r] = (struct thread){
+            .world = {.num_ranks = num_ranks, .num_nodes = num_nodes, .rank = r, .shared = shared},
+            .timeout_ns = timeout_ns,
+            .fn = fn,
+            .ctx = ctx};
         gpu_must(pthread_create(&threads[r].id, NULL, run_thread, &threads[r]), "pthread_create");
     }
     for (uint32_t r = 0; r < num_ranks; r++) {
@@ -187,17 +195,17 @@ static void run_threads(struct gpu_shared *shared, uint32_t num_ranks, uint64_t 
     }
 }
 
-uint64_t gpu_world_run(uint32_t num_ranks, bool as_processes, uint64_t timeout_ns, gpu_rank_fn fn,
-                       void *ctx)
+uint64_t gpu_world_run(uint32_t num_ranks, uint32_t num_nodes, bool as_processes,
+                       uint64_t timeout_ns, gpu_rank_fn fn, void *ctx)
 {
     struct gpu_shared *shared =
         mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     gpu_must(shared == MAP_FAILED || num_ranks > MAX_RANKS, "mmap");
     uint64_t wrong = 0;
     if (as_processes) {
-        wrong = run_processes(shared, num_ranks, timeout_ns, fn, ctx);
+        wrong = run_processes(shared, num_ranks, num_nodes, timeout_ns, fn, ctx);
     } else {
-        run_threads(shared, num_ranks, timeout_ns, fn, ctx);
+        run_threads(shared, num_ranks, num_nodes, timeout_ns, fn, ctx);
     }
     for (uint32_t r = 0; r < num_ranks; r++) {
         wrong += shared->wrong[r];

@@ -17,6 +17,7 @@ struct gpu_shared;
 
 struct gpu_world {
     uint32_t num_ranks;
+    uint32_t num_nodes; /* of equal size, emulated */
     uint32_t rank;
     struct gpu_shared *shared;
     struct CUstream_st *stream;
@@ -28,10 +29,10 @@ typedef uint64_t (*gpu_rank_fn)(struct gpu_world *world, void *ctx);
 
 /*
  * Runs fn as every rank; the sum of what they return, and 1 for each that did not end well. timeout
- * 0: 20 s. A rank that fn ends with gpu_world_leave counts as nothing wrong.
+ * 0: 60 s. A rank that fn ends with gpu_world_leave counts as nothing wrong.
  */
-uint64_t gpu_world_run(uint32_t num_ranks, bool as_processes, uint64_t timeout_ns, gpu_rank_fn fn,
-                       void *ctx);
+uint64_t gpu_world_run(uint32_t num_ranks, uint32_t num_nodes, bool as_processes,
+                       uint64_t timeout_ns, gpu_rank_fn fn, void *ctx);
 /* All ranks; ends the process after a minute without the others. */
 void gpu_world_meet(struct gpu_world *world);
 /* All ranks: the greatest value. */
