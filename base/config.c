@@ -70,7 +70,8 @@ static const struct row rows[] = {
     {"NEP_POOL", BYTES, NULL, FIELD(pool_bytes), "64M", true,
      "memory per rank for nep_buffer_alloc where the ep does not say"},
     {"NEP_STAGING", BYTES, NULL, FIELD(staging_bytes), "512M", true,
-     "device memory per rank for expert outputs that are not in nep_buffer_alloc's memory"},
+     "device memory per rank for expert outputs that are not in nep_buffer_alloc's memory; over "
+     "several nodes as much again for outputs of dispatch"},
     {"NEP_HUGE_PAGES", SWITCH, NULL, FIELD(huge_pages), "on", false,
      "try huge pages for regions; small ones where there are none"},
     {"NEP_PROGRESS_CORES", TEXT, NULL, FIELD(progress_cores), "auto", false,

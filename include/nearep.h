@@ -262,7 +262,8 @@ enum nep_executor {
      * launched; what a kernel gives up for is told by nep_comm_fault and by later calls. All may be
      * captured into a graph, except nep_dispatch_counts; a graph keeps the pointers, the number of
      * tokens and the map that it was captured with, and routing may change between replays. An ep's
-     * calls are ordered on the device as they were made, by one stream or by events.
+     * calls are ordered on the device as they were made, by one stream or by events. Over several
+     * nodes: at most 64 ranks on 16 nodes, S = 1, and top-k weights do not come back with combine.
      */
     NEP_EXECUTOR_CUDA = 2
 };
@@ -292,8 +293,8 @@ struct nep_ep_params {
     enum nep_executor executor;
     uint32_t num_sms; /* executor cuda: SMs of this rank's kernels; 0: 16, or its share of a device
                          that ranks share; more than all ranks' kernels fit: refused */
-    uint64_t staging_bytes; /* executor cuda: for expert outputs outside of nep_buffer_alloc's
-                               memory; 0: NEP_STAGING */
+    uint64_t staging_bytes; /* executor cuda: for expert outputs (over several nodes also outputs of
+                               dispatch) outside of nep_buffer_alloc's memory; 0: NEP_STAGING */
 };
 
 struct nep_ep;

@@ -13,7 +13,7 @@
  * at most 4 % faster in measurements, and not on sm_80; pulling by the receiver always, which reads
  * a row once per destination and was 5 to 44 % slower.
  *
- * Long because both launches, with layout and without, share the moving of rows.
+ * It is long because both launches, with layout and without, share the moving of rows.
  */
 #include "dispatch/cuda/device/layout.cuh"
 #include "dispatch/cuda/device/number.cuh"
