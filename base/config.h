@@ -42,6 +42,7 @@ struct nep_config {
     uint32_t verbs_ack_timeout;  /* NEP_VERBS_ACK_TIMEOUT: 4.096 us * 2^value */
     uint32_t verbs_retry;        /* NEP_VERBS_RETRY */
     uint32_t verbs_rnr_retry;    /* NEP_VERBS_RNR_RETRY */
+    uint64_t verbs_revive_ns;    /* NEP_VERBS_REVIVE: until a silent peer is lost; 0: never tried */
     uint32_t verbs_depth;        /* NEP_VERBS_DEPTH: send queue of each QP */
     uint64_t verbs_split_bytes;  /* NEP_VERBS_SPLIT: puts this long are split over the QPs */
     uint64_t verbs_chunk_bytes;  /* NEP_VERBS_CHUNK: largest memory registration */

@@ -13,6 +13,15 @@ check() { # check WHAT EXPECTED GOT
     fi
 }
 
+qps_left() { # in a guest: connected QPs, once the kernel has taken those of ended processes away
+    waited=0
+    while left=$(rdma resource show qp 2>/dev/null | grep -c 'type RC') && [ $waited -lt 300 ]; do
+        sleep 0.1
+        waited=$((waited + 1))
+    done
+    echo "$left"
+}
+
 finish() { # ends the script with the closing line
     echo "$num_checks checks, $num_failed wrong"
     [ "$num_failed" -eq 0 ] && [ "$num_checks" -gt 0 ]

@@ -31,7 +31,7 @@ check "columns of ib_write_bw" 1 "$(grep -c 'BW peak.*BW average.*MsgRate\[Mpps\
 server=$!
 port=''
 tries=0
-while [ -z "$port" ] && [ $tries -lt 100 ]; do
+while [ -z "$port" ] && [ $tries -lt 600 ]; do
     sleep 0.1
     tries=$((tries + 1))
     port=$(sed -n 's/.*(port \([0-9]*\)).*/\1/p' "$out/server")

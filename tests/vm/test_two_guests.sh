@@ -32,7 +32,7 @@ guest() { # guest NUMBER
 guest 1 >"$out/server" 2>&1 &
 server=$!
 waited=0
-while [ ! -S "$out/wire" ] && [ $waited -lt 100 ]; do
+while [ ! -S "$out/wire" ] && [ $waited -lt 600 ]; do
     sleep 0.1
     waited=$((waited + 1))
 done

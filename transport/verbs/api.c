@@ -48,6 +48,11 @@ static int dealloc_mw(struct ibv_mw *mw)
     return ibv_dealloc_mw(mw);
 }
 
+static int post_recv(struct ibv_qp *qp, struct ibv_recv_wr *wr, struct ibv_recv_wr **bad)
+{
+    return qp->context->ops.post_recv(qp, wr, bad);
+}
+
 /* What the header's inline functions call; looked up again on each call, which is at set-up only:
  * the alternative is a global. */
 static void *symbol(const char *name)
@@ -131,6 +136,8 @@ static const struct entry entries[] = {
     ENTRY(modify_qp),
     ENTRY(query_qp),
     ENTRY(destroy_qp),
+    ENTRY(create_ah),
+    ENTRY(destroy_ah),
     ENTRY(wc_status_str),
     ENTRY(event_type_str),
 };
@@ -147,6 +154,7 @@ enum nep_status nep_verbs_api_load(struct nep_verbs_api *api)
         .post_send = post_send,
         .alloc_mw = alloc_mw,
         .dealloc_mw = dealloc_mw,
+        .post_recv = post_recv,
         .memory_kind = nep_verbs_cuda_memory_kind,
         .dmabuf_of = nep_verbs_cuda_dmabuf_of,
     };

@@ -16,19 +16,10 @@
 #include "transport/bootstrap.h"
 #include "transport/verbs/verbs.h"
 
-/* What a rank says of one path. */
-struct path_card {
-    char device[NEP_VERBS_NAME];
-    struct nep_verbs_gids gids;
-    uint32_t mtu; /* enum ibv_mtu */
-    uint32_t link_layer;
-    uint16_t lid;
-    uint8_t port;
-};
-
-/* A rank's card: its paths, then for every rank and QP the number of the QP meant for it. */
+/* What a rank says: its paths, then for every rank and QP the number of the QP meant for it. */
 struct card {
-    struct path_card paths[NEP_VERBS_MAX_PATHS];
+    uint64_t key;
+    struct nep_verbs_card paths[NEP_VERBS_MAX_PATHS];
     uint32_t qp_nums[]; /* [num_ranks * num_qps] */
 };
 
@@ -71,15 +62,6 @@ static enum nep_status make_qp(struct nep_verbs *verbs, struct nep_verbs_qp *qp,
         return nep_fail(NEP_ERR_NO_MEMORY, "verbs: %s: no QP with a send queue of %u: %s",
                         path->device, verbs->depth, strerror(error));
     }
-    struct ibv_qp_attr init = {.qp_state = IBV_QPS_INIT,
-                               .port_num = path->port,
-                               .qp_access_flags = IBV_ACCESS_REMOTE_WRITE};
-    error = verbs->api.modify_qp(
-        qp->qp, &init, IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS);
-    if (error != 0) {
-        return nep_fail(NEP_ERR_IO, "verbs: %s: QP %u cannot be initialised: %s", path->device,
-                        qp->qp->qp_num, strerror(error));
-    }
     return NEP_OK;
 }
 
@@ -91,23 +73,6 @@ static void table_add(struct nep_verbs_qp_table *table, uint32_t qp_num, uint32_
         at = (at + 1) & table->mask;
     }
     table->keys[at] = (struct nep_verbs_qp_key){qp_num, peer, qp_idx};
-}
-
-bool nep_verbs_qp_find(const struct nep_verbs_path *path, uint32_t qp_num, uint32_t *peer_p,
-                       uint32_t *qp_idx_p)
-{
-    const struct nep_verbs_qp_table *table = &path->table;
-    for (uint32_t at = qp_num & table->mask;; at = (at + 1) & table->mask) {
-        const struct nep_verbs_qp_key *key = &table->keys[at];
-        if (key->peer == UINT32_MAX) {
-            return false;
-        }
-        if (key->qp_num == qp_num) {
-            *peer_p = key->peer;
-            *qp_idx_p = key->qp_idx;
-            return true;
-        }
-    }
 }
 
 static enum nep_status make_tables(struct nep_verbs *verbs)
@@ -152,7 +117,7 @@ static enum nep_status make_qps(struct nep_verbs *verbs)
                 table_add(&verbs->paths[q % verbs->num_paths].table, peer->qps[q].qp->qp_num, r, q);
             }
         }
-        peer->num_alive = verbs->num_qps;
+        peer->num_alive = peer->num_parts = verbs->num_qps;
     }
     return status;
 }
@@ -169,13 +134,50 @@ static enum ibv_mtu mtu_limit(const struct nep_config *config)
     return mtu;
 }
 
-static enum nep_status to_receive(struct nep_verbs *verbs, uint32_t rank, uint32_t qp_idx,
-                                  const struct card *theirs)
+/* Where packets of an incarnation begin to count: far from those of any other. */
+static uint32_t first_packet(const struct nep_verbs_qp *qp)
+{
+    return qp->incarnation * 0x9e3779u & 0xffffff;
+}
+
+static enum nep_status to_init(struct nep_verbs *verbs, const struct nep_verbs_qp *qp)
+{
+    const struct nep_verbs_path *path = &verbs->paths[qp->path];
+    struct ibv_qp_attr init = {.qp_state = IBV_QPS_INIT,
+                               .port_num = path->port,
+                               .qp_access_flags = IBV_ACCESS_REMOTE_WRITE};
+    int error = verbs->api.modify_qp(
+        qp->qp, &init, IBV_QP_STATE | IBV_QP_PKEY_INDEX | IBV_QP_PORT | IBV_QP_ACCESS_FLAGS);
+    if (error != 0) {
+        return nep_fail(NEP_ERR_IO, "verbs: %s: QP %u cannot be initialised: %s", path->device,
+                        qp->qp->qp_num, strerror(error));
+    }
+    return NEP_OK;
+}
+
+/* The way to a rank's end of a path, of a GID that both have. */
+static void fill_way(const struct nep_verbs *verbs, const struct nep_verbs_path *path,
+                     const struct nep_verbs_card *remote, enum nep_verbs_gid_kind kind,
+                     struct ibv_ah_attr *way)
+{
+    const struct nep_config *config = verbs->params.config;
+    *way = (struct ibv_ah_attr){
+        .dlid = remote->lid, .sl = (uint8_t)config->verbs_sl, .port_num = path->port};
+    if (path->port_attr.link_layer == IBV_LINK_LAYER_ETHERNET) {
+        way->is_global = 1;
+        way->grh.sgid_index = (uint8_t)path->gids.index[kind];
+        way->grh.hop_limit = 64; /* 1 works until somebody routes */
+        way->grh.traffic_class = (uint8_t)config->verbs_tc;
+        memcpy(way->grh.dgid.raw, remote->gids.raw[kind], 16);
+    }
+}
+
+static enum nep_status to_receive(struct nep_verbs *verbs, uint32_t rank, uint32_t qp_idx)
 {
     const struct nep_config *config = verbs->params.config;
     struct nep_verbs_qp *qp = &verbs->peers[rank].qps[qp_idx];
     struct nep_verbs_path *path = &verbs->paths[qp->path];
-    const struct path_card *remote = &theirs->paths[qp->path];
+    const struct nep_verbs_card *remote = nep_verbs_card_of(verbs, rank, qp->path);
     enum nep_verbs_gid_kind kind;
     bool is_ethernet = path->port_attr.link_layer == IBV_LINK_LAYER_ETHERNET;
     if (path->port_attr.link_layer != remote->link_layer) {
@@ -194,17 +196,11 @@ static enum nep_status to_receive(struct nep_verbs *verbs, uint32_t rank, uint32
     struct ibv_qp_attr attr = {
         .qp_state = IBV_QPS_RTR,
         .path_mtu = mtu,
-        .dest_qp_num = theirs->qp_nums[verbs->rank * verbs->num_qps + qp_idx],
+        .dest_qp_num = qp->remote_num,
+        .rq_psn = first_packet(qp),
         .max_dest_rd_atomic = 1,
-        .min_rnr_timer = 1, /* 0.01 ms: a receive is missing for moments, or not at all */
-        .ah_attr = {.dlid = remote->lid, .sl = (uint8_t)config->verbs_sl, .port_num = path->port}};
-    if (is_ethernet) {
-        attr.ah_attr.is_global = 1;
-        attr.ah_attr.grh.sgid_index = (uint8_t)path->gids.index[kind];
-        attr.ah_attr.grh.hop_limit = 64; /* 1 works until somebody routes */
-        attr.ah_attr.grh.traffic_class = (uint8_t)config->verbs_tc;
-        memcpy(attr.ah_attr.grh.dgid.raw, remote->gids.raw[kind], 16);
-    }
+        .min_rnr_timer = 1 /* 0.01 ms: a receive is missing for moments, or not at all */};
+    fill_way(verbs, path, remote, kind, &attr.ah_attr);
     int error =
         verbs->api.modify_qp(qp->qp, &attr,
                              IBV_QP_STATE | IBV_QP_AV | IBV_QP_PATH_MTU | IBV_QP_DEST_QPN |
@@ -233,6 +229,7 @@ static enum nep_status to_send(struct nep_verbs *verbs, uint32_t rank, uint32_t 
     const struct nep_config *config = verbs->params.config;
     struct nep_verbs_qp *qp = &verbs->peers[rank].qps[qp_idx];
     struct ibv_qp_attr attr = {.qp_state = IBV_QPS_RTS,
+                               .sq_psn = first_packet(qp),
                                .timeout = (uint8_t)config->verbs_ack_timeout,
                                .retry_cnt = (uint8_t)config->verbs_retry,
                                .rnr_retry = (uint8_t)config->verbs_rnr_retry,
@@ -249,19 +246,30 @@ static enum nep_status to_send(struct nep_verbs *verbs, uint32_t rank, uint32_t 
     return NEP_OK;
 }
 
+enum nep_status nep_verbs_qp_start(struct nep_verbs *verbs, uint32_t rank, uint32_t qp_idx)
+{
+    enum nep_status status = to_init(verbs, &verbs->peers[rank].qps[qp_idx]);
+    if (status == NEP_OK) {
+        status = to_receive(verbs, rank, qp_idx);
+    }
+    return status == NEP_OK ? to_send(verbs, rank, qp_idx) : status;
+}
+
 /* ---- exchange ------------------------------------------------------------------------------- */
 
 static void fill_card(const struct nep_verbs *verbs, struct card *card)
 {
+    card->key = verbs->key;
     for (uint32_t p = 0; p < verbs->num_paths; p++) {
         const struct nep_verbs_path *path = &verbs->paths[p];
-        struct path_card *out = &card->paths[p];
+        struct nep_verbs_card *out = &card->paths[p];
         memcpy(out->device, path->device, sizeof out->device);
         out->gids = path->gids;
         out->mtu = path->port_attr.active_mtu;
         out->link_layer = path->port_attr.link_layer;
         out->lid = path->port_attr.lid;
         out->port = path->port;
+        out->knock_qp = path->knocks.qp == NULL ? 0 : path->knocks.qp->qp_num;
     }
     for (uint32_t r = 0; r < verbs->num_ranks; r++) {
         for (uint32_t q = 0; verbs->peers[r].is_served && q < verbs->num_qps; q++) {
@@ -270,16 +278,60 @@ static void fill_card(const struct nep_verbs *verbs, struct card *card)
     }
 }
 
+/* What is kept of the cards, to connect now and again. */
+static enum nep_status keep_cards(struct nep_verbs *verbs, const uint8_t *cards)
+{
+    verbs->keys = calloc(verbs->num_ranks, sizeof *verbs->keys);
+    verbs->cards = calloc((size_t)verbs->num_ranks * verbs->num_paths, sizeof *verbs->cards);
+    if (verbs->keys == NULL || verbs->cards == NULL) {
+        return nep_fail(NEP_ERR_NO_MEMORY, "verbs: no memory for %u addresses", verbs->num_ranks);
+    }
+    for (uint32_t r = 0; r < verbs->num_ranks; r++) {
+        const struct card *card = card_of(verbs, cards, r);
+        verbs->keys[r] = card->key;
+        memcpy(&verbs->cards[(size_t)r * verbs->num_paths], card->paths,
+               verbs->num_paths * sizeof card->paths[0]);
+        for (uint32_t q = 0; verbs->peers[r].is_served && q < verbs->num_qps; q++) {
+            verbs->peers[r].qps[q].remote_num = card->qp_nums[verbs->rank * verbs->num_qps + q];
+        }
+    }
+    return NEP_OK;
+}
+
+/* Now, while it can be resolved: later the link may be down. */
+static void address_knocks(struct nep_verbs *verbs, uint32_t rank)
+{
+    for (uint32_t p = 0; p < verbs->num_paths; p++) {
+        const struct nep_verbs_path *path = &verbs->paths[p];
+        const struct nep_verbs_card *remote = nep_verbs_card_of(verbs, rank, p);
+        enum nep_verbs_gid_kind kind = NEP_VERBS_GID_IB;
+        struct ibv_ah_attr way;
+        if (path->knocks.qp == NULL || remote->knock_qp == 0 ||
+            (nep_verbs_gid_agree(&path->gids, &remote->gids, &kind) != NEP_OK &&
+             path->port_attr.link_layer == IBV_LINK_LAYER_ETHERNET)) {
+            continue;
+        }
+        fill_way(verbs, path, remote, kind, &way);
+        verbs->peers[rank].ahs[p] = verbs->api.create_ah(path->pd, &way);
+        if (verbs->peers[rank].ahs[p] == NULL) {
+            nep_info("verbs: %s: no address of rank %u (%s): a connection that fails stays dead",
+                     path->device, rank, strerror(errno));
+        }
+    }
+}
+
 static enum nep_status connect_all(struct nep_verbs *verbs, const uint8_t *cards)
 {
-    enum nep_status status = NEP_OK;
+    enum nep_status status = keep_cards(verbs, cards);
     for (uint32_t r = 0; status == NEP_OK && r < verbs->num_ranks; r++) {
-        for (uint32_t q = 0; status == NEP_OK && verbs->peers[r].is_served && q < verbs->num_qps;
-             q++) {
-            status = to_receive(verbs, r, q, card_of(verbs, cards, r));
-            if (status == NEP_OK) {
-                status = to_send(verbs, r, q);
-            }
+        if (!verbs->peers[r].is_served) {
+            continue;
+        }
+        for (uint32_t q = 0; status == NEP_OK && q < verbs->num_qps; q++) {
+            status = nep_verbs_qp_start(verbs, r, q);
+        }
+        if (status == NEP_OK) {
+            address_knocks(verbs, r);
         }
     }
     return status;
@@ -327,5 +379,12 @@ void nep_verbs_disconnect(struct nep_verbs *verbs)
         }
         free(peer->qps);
         peer->qps = NULL;
+        for (uint32_t p = 0; p < verbs->num_paths; p++) {
+            if (peer->ahs[p] != NULL) {
+                verbs->api.destroy_ah(peer->ahs[p]);
+            }
+        }
     }
+    free(verbs->keys);
+    free(verbs->cards);
 }

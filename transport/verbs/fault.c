@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What goes wrong. A QP that reports an error is dead for good; its puts go over the others. When a
- * peer has no QP left, that peer is lost, with a sentence that has all the device knew; the others
- * are not touched. A port that goes down is avoided for new puts while another is up, and nothing
- * more: RC sends again by itself, and when the port is back within its budget nothing was lost.
+ * What goes wrong. A QP that reports an error is dead; its puts go over the others, until it comes
+ * back (revive.c). A peer that has no QP left for NEP_VERBS_REVIVE is lost, with a sentence that
+ * has all the device knew; the others are not touched. A port that goes down is avoided for new
+ * puts while another is up, and nothing more: RC sends again by itself, and when the port is back
+ * within its budget nothing was lost.
  *
  * A waiting rank may have nothing under way to the peer it waits for, and would never hear that it
  * died. So nep_verbs_peer_status, which waits call, writes zero bytes to a silent peer: the other
@@ -70,10 +71,9 @@ static void strand(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_
     (void)verbs;
 }
 
-static void lose_peer(struct nep_verbs *verbs, struct nep_verbs_peer *peer, const char *text)
+void nep_verbs_peer_lose(struct nep_verbs *verbs, struct nep_verbs_peer *peer)
 {
-    snprintf(peer->message, sizeof peer->message, "verbs: rank %u is lost: %s",
-             nep_transport_name(&verbs->params, peer->rank), text);
+    (void)verbs;
     peer->num_resend = 0;
     peer->posted = peer->next;
     /* All its QPs are in error: the device holds no source bytes any more. */
@@ -81,6 +81,24 @@ static void lose_peer(struct nep_verbs *verbs, struct nep_verbs_peer *peer, cons
     /* release: pairs with the acquire in nep_verbs_peer_status; the message is complete */
     atomic_store_explicit(&peer->status, NEP_ERR_PEER_LOST, memory_order_release);
     nep_warn("%s", peer->message);
+}
+
+/* The last QP died: the reason is kept for when the peer is given up, which may be now. */
+static void fall_silent(struct nep_verbs *verbs, struct nep_verbs_peer *peer, const char *text)
+{
+    bool may_return = false;
+    snprintf(peer->message, sizeof peer->message, "verbs: rank %u is lost: %s",
+             nep_transport_name(&verbs->params, peer->rank), text);
+    for (uint32_t q = 0; q < verbs->num_qps; q++) {
+        may_return = may_return || nep_verbs_qp_may_revive(verbs, peer, q);
+    }
+    peer->silent_ns = nep_now_ns();
+    if (!may_return) {
+        nep_verbs_peer_lose(verbs, peer);
+        return;
+    }
+    nep_warn("verbs: %s; no QP is left, and for %.1f s it is tried to reach it again", text,
+             (double)verbs->params.config->verbs_revive_ns / 1e9);
 }
 
 void nep_verbs_qp_failed(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_t qp_idx,
@@ -99,8 +117,11 @@ void nep_verbs_qp_failed(struct nep_verbs *verbs, struct nep_verbs_peer *peer, u
     }
     describe(verbs, peer, qp_idx, cause, text, sizeof text);
     qp->is_dead = true;
+    nep_verbs_qp_begin(qp, qp->incarnation + 1);
     peer->dead |= (uint16_t)(1u << qp_idx);
     peer->num_alive--;
+    peer->num_parts -= peer->num_parts > 1;
+    atomic_store(&verbs->has_dead, true);
     struct ibv_qp_attr attr = {.qp_state = IBV_QPS_ERR};
     verbs->api.modify_qp(qp->qp, &attr, IBV_QP_STATE); /* so that nothing of it is sent again */
     strand(verbs, peer, qp_idx);
@@ -111,7 +132,7 @@ void nep_verbs_qp_failed(struct nep_verbs *verbs, struct nep_verbs_peer *peer, u
         return;
     }
     if (peer->num_alive == 0) {
-        lose_peer(verbs, peer, text);
+        fall_silent(verbs, peer, text);
         return;
     }
     nep_warn("verbs: %s; %u of %u QPs carry on", text, peer->num_alive, verbs->num_qps);
@@ -119,10 +140,18 @@ void nep_verbs_qp_failed(struct nep_verbs *verbs, struct nep_verbs_peer *peer, u
     nep_verbs_peer_advance(peer);
 }
 
-static void path_failed(struct nep_verbs *verbs, struct nep_verbs_path *path, const char *why)
+/*
+ * What arrived before has been acknowledged and would not be sent again. So its completions are
+ * taken first, after its QPs are in error, so that no more can come.
+ */
+static void path_failed(struct nep_verbs *verbs, struct nep_verbs_path *path, bool is_readable,
+                        const char *why)
 {
     uint32_t path_idx = (uint32_t)(path - verbs->paths);
-    atomic_store(&path->is_dead, true);
+    if (path->has_failed) {
+        return;
+    }
+    path->has_failed = true;
     for (uint32_t r = 0; r < verbs->num_ranks; r++) {
         struct nep_verbs_peer *peer = &verbs->peers[r];
         for (uint32_t q = path_idx; peer->qps != NULL && q < verbs->num_qps;
@@ -133,16 +162,20 @@ static void path_failed(struct nep_verbs *verbs, struct nep_verbs_path *path, co
             pthread_mutex_unlock(&peer->lock);
         }
     }
+    for (uint32_t i = 0; is_readable && i < path->cq_depth && nep_verbs_poll_path(verbs, path);
+         i++) {
+    }
+    atomic_store(&path->is_dead, true);
 }
 
 static void qp_event(struct nep_verbs *verbs, struct nep_verbs_path *path, uint32_t qp_num,
                      const char *why)
 {
-    uint32_t rank, qp_idx;
-    if (nep_verbs_qp_find(path, qp_num, &rank, &qp_idx)) {
-        struct nep_verbs_peer *peer = &verbs->peers[rank];
+    const struct nep_verbs_qp_key *key = nep_verbs_qp_find(path, qp_num);
+    if (key != NULL) {
+        struct nep_verbs_peer *peer = &verbs->peers[key->peer];
         pthread_mutex_lock(&peer->lock);
-        nep_verbs_qp_failed(verbs, peer, qp_idx, NULL, why);
+        nep_verbs_qp_failed(verbs, peer, key->qp_idx, NULL, why);
         nep_verbs_peer_pump(verbs, peer);
         pthread_mutex_unlock(&peer->lock);
     }
@@ -205,7 +238,7 @@ void nep_verbs_event_handle(struct nep_verbs *verbs, struct nep_verbs_path *path
     case IBV_EVENT_CQ_ERR:
     case IBV_EVENT_SRQ_ERR:
     case IBV_EVENT_DEVICE_FATAL:
-        path_failed(verbs, path, name);
+        path_failed(verbs, path, event->event_type != IBV_EVENT_CQ_ERR, name);
         break;
     case IBV_EVENT_SRQ_LIMIT_REACHED:
         path->num_overruns++;
@@ -254,7 +287,14 @@ void nep_verbs_abandon(struct nep_transport *transport, uint32_t rank)
     struct nep_verbs_peer *peer = &verbs->peers[rank];
     pthread_mutex_lock(&peer->lock);
     for (uint32_t q = 0; peer->qps != NULL && q < verbs->num_qps; q++) {
+        peer->qps[q].stays_dead = true;
+    }
+    for (uint32_t q = 0; peer->qps != NULL && q < verbs->num_qps; q++) {
         nep_verbs_qp_failed(verbs, peer, q, NULL, "the group goes on without that rank");
+    }
+    if (peer->qps != NULL && atomic_load(&peer->status) == NEP_OK &&
+        !atomic_load(&peer->has_left)) {
+        nep_verbs_peer_lose(verbs, peer); /* it was silent before */
     }
     pthread_mutex_unlock(&peer->lock);
 }

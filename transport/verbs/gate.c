@@ -120,6 +120,7 @@ static enum nep_status bind_part(struct nep_verbs *verbs, const struct nep_verbs
         pthread_mutex_lock(&peer->lock);
     }
     bool is_dead = qp->is_dead, is_done = is_posted && qp->done >= number;
+    qp->stays_dead = qp->stays_dead || is_dead; /* nothing could be written by it */
     pthread_mutex_unlock(&peer->lock);
     *key_p = is_dead ? 0 : key;
     return is_dead || is_done

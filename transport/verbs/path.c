@@ -7,7 +7,8 @@
  *   Groups of a thousand ranks ask for more than devices have; they get what there is, since a
  *   burst beyond it only waits, as long as senders try for ever (NEP_VERBS_RNR_RETRY 7).
  * - CQ: one entry for each receive of the SRQ and for each work request of all send queues, since
- *   an error completes every one of them at once and an overrun CQ is fatal and silent.
+ *   an error completes every one of them at once and an overrun CQ is fatal and silent; and those
+ * of the datagram QP.
  *
  * One SRQ per path, rejected: receive queues per QP. They need the worst burst for each peer.
  */
@@ -100,7 +101,7 @@ static enum nep_status size_queues(struct nep_verbs *verbs, struct nep_verbs_pat
     uint64_t num_qps = qps_here * verbs->num_ranks;
     uint64_t least = 2 * num_qps + 32;
     uint64_t srq = verbs->params.max_puts * qps_here + least;
-    uint64_t max_cqe = (uint64_t)path->device_attr.max_cqe;
+    uint64_t max_cqe = (uint64_t)path->device_attr.max_cqe - 2 * NEP_VERBS_KNOCKS;
     uint64_t max_wr = (uint64_t)path->device_attr.max_qp_wr;
     uint64_t room = max_cqe > LEAST_DEPTH * num_qps ? max_cqe - LEAST_DEPTH * num_qps : 0;
     uint64_t most = (uint64_t)path->device_attr.max_srq_wr;
@@ -133,7 +134,7 @@ static enum nep_status size_queues(struct nep_verbs *verbs, struct nep_verbs_pat
         verbs->depth = (uint32_t)depth;
     }
     path->srq_depth = (uint32_t)srq;
-    path->cq_depth = (uint32_t)(srq + num_qps * verbs->depth);
+    path->cq_depth = (uint32_t)(srq + num_qps * verbs->depth) + 2 * NEP_VERBS_KNOCKS;
     return NEP_OK;
 }
 
@@ -221,6 +222,7 @@ enum nep_status nep_verbs_path_open(struct nep_verbs *verbs, struct nep_verbs_pa
     }
     if (status == NEP_OK) {
         find_bound_windows(verbs, path);
+        nep_verbs_knocks_open(verbs, path);
     }
     return status; /* the caller closes what was made */
 }
@@ -228,6 +230,7 @@ enum nep_status nep_verbs_path_open(struct nep_verbs *verbs, struct nep_verbs_pa
 void nep_verbs_path_close(struct nep_verbs *verbs, struct nep_verbs_path *path)
 {
     const struct nep_verbs_api *api = &verbs->api;
+    nep_verbs_knocks_close(verbs, path);
     free(path->table.keys);
     if (path->srq != NULL) {
         api->destroy_srq(path->srq);

@@ -10,7 +10,8 @@
  * the live QP carries "QP q is dead", on which the receiver puts its end in error: so no late write
  * of the dead QP can land after the put was announced and its slot given to somebody else. Whole,
  * and not the missing part: the receiver could not tell a late part from one sent again. The number
- * of parts only ever falls, so parts that stay behind at the receiver meet no others.
+ * of parts falls with each death and never rises again, so parts that stay behind at the receiver
+ * meet no others; when a QP comes back, whole puts use it in turn.
  */
 #include <endian.h>
 #include <stdio.h>
@@ -43,7 +44,7 @@ struct part {
 
 /* ---- lists ---------------------------------------------------------------------------------- */
 
-static void flush(struct lists *lists, uint32_t qp_idx)
+static inline void flush(struct lists *lists, uint32_t qp_idx)
 {
     struct nep_verbs *verbs = lists->verbs;
     struct nep_verbs_qp *qp = &lists->peer->qps[qp_idx];
@@ -72,20 +73,21 @@ static void flush_all(struct lists *lists)
     }
 }
 
-/* The next request of a QP's list; `put`: the put that ends with it, or 0. */
-static struct ibv_send_wr *append(struct lists *lists, uint32_t qp_idx, uint64_t put)
+/* The next request of a QP's list; `put`: the put that ends with it, or 0. NULL: the QP is dead. */
+static inline struct ibv_send_wr *append(struct lists *lists, uint32_t qp_idx, uint64_t put)
 {
     struct nep_verbs_qp *qp = &lists->peer->qps[qp_idx];
     struct list *list = &lists->of[qp_idx];
     if (list->num == LIST) {
         flush(lists, qp_idx);
     }
-    struct ibv_send_wr *wr = &list->wr[list->num];
-    memset(wr, 0, sizeof *wr);
-    if (list->num > 0) {
-        list->wr[list->num - 1].next = wr;
+    if (qp->is_dead) { /* by that, for instance: qp_failed took care of what was on it */
+        return NULL;
     }
+    struct ibv_send_wr *wr = &list->wr[list->num];
     wr->sg_list = &list->sge[list->num++];
+    wr->next = wr + 1; /* flush ends the list */
+    wr->num_sge = 0;
     qp->posted++;
     qp->put_of[qp->posted & lists->verbs->put_mask] = put;
     wr->wr_id = NEP_VERBS_WR_SEND | qp->posted;
@@ -101,9 +103,11 @@ static void append_control(struct lists *lists, uint32_t qp_idx, enum nep_verbs_
                            uint32_t argument)
 {
     struct ibv_send_wr *wr = append(lists, qp_idx, 0);
-    wr->opcode = IBV_WR_RDMA_WRITE_WITH_IMM;
-    wr->send_flags = IBV_SEND_SOLICITED;
-    wr->imm_data = htobe32(argument << 8 | (uint32_t)code << 4 | 15);
+    if (wr != NULL) {
+        wr->opcode = IBV_WR_RDMA_WRITE_WITH_IMM;
+        wr->send_flags = IBV_SEND_SOLICITED;
+        wr->imm_data = htobe32(argument << 8 | (uint32_t)code << 4 | 15);
+    }
 }
 
 /* ---- one put -------------------------------------------------------------------------------- */
@@ -112,9 +116,6 @@ static void append_control(struct lists *lists, uint32_t qp_idx, enum nep_verbs_
 static uint64_t piece_bytes(const struct nep_verbs *verbs, const struct nep_put *put,
                             const struct part *part, uint64_t done)
 {
-    if (nep_verbs_is_one_piece(verbs, put, part->len)) {
-        return part->len;
-    }
     uint64_t chunk = verbs->params.config->verbs_chunk_bytes;
     uint64_t from = (uint64_t)((const uint8_t *)put->src - verbs->windows[put->window].start) +
                     part->offset + done;
@@ -136,24 +137,35 @@ static uint32_t num_pieces(const struct nep_verbs *verbs, const struct nep_put *
     uint32_t num = 0;
     uint64_t done = 0;
     do {
-        done += part->len == 0 ? 0 : piece_bytes(verbs, put, part, done);
+        done += piece_bytes(verbs, put, part, done);
         num++;
     } while (done < part->len);
     return num;
 }
 
-static void append_piece(struct lists *lists, uint32_t qp_idx, const struct nep_put *put,
-                         uint64_t at, uint64_t bytes, struct ibv_send_wr *wr)
+/* One request: bytes of a put from `at` on; the last one of a part announces. False: QP dead. */
+static inline bool append_piece(struct lists *lists, uint32_t qp_idx, uint64_t number,
+                                const struct part *part, uint64_t done, uint64_t bytes)
 {
     struct nep_verbs *verbs = lists->verbs;
+    const struct nep_put *put = &nep_verbs_record_of(lists->peer, number)->put;
     const struct nep_verbs_qp *qp = &lists->peer->qps[qp_idx];
     const struct nep_verbs_window *window = &verbs->windows[put->window];
     const struct nep_verbs_remote *remote = &window->remotes[put->dst];
+    bool is_last = done + bytes == part->len;
+    uint64_t at = part->offset + done;
+    struct ibv_send_wr *wr = append(lists, qp_idx, is_last ? number : 0);
+    if (wr == NULL) {
+        return false;
+    }
+    wr->opcode = is_last && !put->is_silent ? IBV_WR_RDMA_WRITE_WITH_IMM : IBV_WR_RDMA_WRITE;
+    wr->imm_data = htobe32(part->imm);
+    wr->send_flags = is_last ? IBV_SEND_SOLICITED : 0; /* wakes the other side */
+    if (bytes == 0) {
+        return true;
+    }
     const uint8_t *src = (const uint8_t *)put->src + at;
     size_t from = qp->path * window->num_chunks, to = qp_idx * window->num_chunks;
-    if (bytes == 0) {
-        return;
-    }
     if (window->num_chunks > 1) {
         uint64_t chunk = verbs->params.config->verbs_chunk_bytes;
         from += (size_t)(src - window->start) / chunk;
@@ -169,6 +181,7 @@ static void append_piece(struct lists *lists, uint32_t qp_idx, const struct nep_
     if (bytes <= qp->max_inline && !window->is_device) { /* inline is read by the host */
         wr->send_flags |= IBV_SEND_INLINE;
     }
+    return true;
 }
 
 /* Puts a part on a QP that has room for it. */
@@ -176,28 +189,21 @@ static void append_part(struct lists *lists, uint32_t qp_idx, uint64_t number,
                         const struct part *part)
 {
     struct nep_verbs_record *record = nep_verbs_record_of(lists->peer, number);
-    struct nep_verbs_qp *qp = &lists->peer->qps[qp_idx];
-    uint64_t done = 0;
-    if (qp->is_dead) { /* died while the parts before this one were posted */
+    uint64_t done = 0, bytes;
+    if (lists->peer->qps[qp_idx].is_dead) { /* died while the parts before this were posted */
         lists->peer->num_resend += !record->must_resend;
         record->must_resend = true;
         return;
     }
     record->on_qps |= (uint16_t)(1u << qp_idx);
+    if (nep_verbs_is_one_piece(lists->verbs, &record->put, part->len)) {
+        append_piece(lists, qp_idx, number, part, 0, part->len);
+        return;
+    }
     do {
-        uint64_t bytes = part->len == 0 ? 0 : piece_bytes(lists->verbs, &record->put, part, done);
-        bool is_last = done + bytes == part->len;
-        struct ibv_send_wr *wr = append(lists, qp_idx, is_last ? number : 0);
-        if (qp->is_dead) { /* by the flush in append: qp_failed took care of the record */
-            return;
-        }
-        wr->opcode =
-            is_last && !record->put.is_silent ? IBV_WR_RDMA_WRITE_WITH_IMM : IBV_WR_RDMA_WRITE;
-        wr->imm_data = htobe32(part->imm);
-        wr->send_flags = is_last ? IBV_SEND_SOLICITED : 0; /* wakes the other side */
-        append_piece(lists, qp_idx, &record->put, part->offset + done, bytes, wr);
+        bytes = piece_bytes(lists->verbs, &record->put, part, done);
         done += bytes;
-    } while (done < part->len);
+    } while (append_piece(lists, qp_idx, number, part, done - bytes, bytes) && done < part->len);
 }
 
 /* Whole, over the next live QP with room; false when none has. */
@@ -220,8 +226,10 @@ static bool post_whole(struct lists *lists, uint64_t number)
                 continue;
             }
             append_part(lists, q, number, &part);
-            /* a list is filled before the next QP's turn comes */
-            peer->next_qp = lists->of[q].num == LIST ? (q + 1) % verbs->num_qps : q;
+            /* a list is filled, or the QP has a long put, before the next one's turn comes */
+            bool is_full =
+                lists->of[q].num == LIST || put->len >= verbs->params.config->verbs_split_bytes;
+            peer->next_qp = is_full ? (q + 1) % verbs->num_qps : q;
             return true;
         }
     }
@@ -238,17 +246,17 @@ static bool any_port_down(const struct nep_verbs *verbs)
     return false;
 }
 
-/* Split over all live QPs; false when one of them has no room yet. */
+/* Split over live QPs; false when one of them has no room yet. */
 static bool post_split(struct lists *lists, uint64_t number)
 {
     struct nep_verbs *verbs = lists->verbs;
     struct nep_verbs_peer *peer = lists->peer;
     const struct nep_put *put = &nep_verbs_record_of(peer, number)->put;
-    uint32_t num_parts = peer->num_alive;
+    uint32_t num_parts = peer->num_parts;
     uint64_t share = (put->len / num_parts + 63) / 64 * 64;
     struct part parts[NEP_VERBS_MAX_QPS];
     uint32_t qps[NEP_VERBS_MAX_QPS], num = 0;
-    for (uint32_t q = 0; q < verbs->num_qps; q++) {
+    for (uint32_t q = 0; num < num_parts; q++) {
         if (peer->qps[q].is_dead) {
             continue;
         }
@@ -270,9 +278,9 @@ static bool post_record(struct lists *lists, uint64_t number)
 {
     const struct nep_put *put = &nep_verbs_record_of(lists->peer, number)->put;
     uint64_t split = lists->verbs->params.config->verbs_split_bytes;
-    uint64_t num_alive = lists->peer->num_alive;
+    uint64_t num_parts = lists->peer->num_parts;
     /* Shares are rounded to 64 bytes, and the last one must not come out negative. */
-    if (num_alive > 1 && put->len >= split && put->len >= 64 * num_alive * num_alive &&
+    if (num_parts > 1 && put->len >= split && put->len >= 64 * num_parts * num_parts &&
         !any_port_down(lists->verbs)) {
         return post_split(lists, number);
     }
@@ -290,7 +298,8 @@ static void tell_dead(struct lists *lists)
         for (uint32_t q = 0; q < lists->verbs->num_qps && !qp->is_dead; q++) {
             uint16_t bit = (uint16_t)(1u << q);
             if ((peer->dead & bit & ~qp->told) != 0 && room(lists->verbs, qp) > 0) {
-                append_control(lists, j, NEP_VERBS_QP_DEAD, q);
+                uint32_t died = (peer->qps[q].incarnation - 1) & NEP_VERBS_INCARNATION;
+                append_control(lists, j, NEP_VERBS_QP_DEAD, died << 4 | q);
                 qp->told |= bit;
             }
         }

@@ -147,10 +147,16 @@ static void *run(void *arg)
                 continue;
             }
             /* What was sent wakes nobody: its end is looked for here, and by who waits for it. */
-            pause.tv_nsec = under_way ? SEND_NS : SLEEP_NS;
+            pause.tv_nsec =
+                under_way || atomic_load_explicit(&verbs->has_dead, memory_order_relaxed)
+                    ? SEND_NS
+                    : SLEEP_NS;
         }
         if (ppoll(files, num_files, &pause, NULL) > 0) {
             drain(verbs, files);
+        }
+        if (atomic_load_explicit(&verbs->has_dead, memory_order_relaxed)) {
+            nep_verbs_revive(verbs);
         }
         num_idle = 0;
     }

@@ -86,11 +86,13 @@ static void take_part(struct nep_verbs *verbs, uint32_t src, uint32_t qp_idx, ui
         }
         assembly->partials[assembly->num++] = (struct nep_verbs_partial){.imm = imm};
     }
-    assembly->partials[i].seen |= bit;
-    if ((uint32_t)__builtin_popcount(assembly->partials[i].seen) == num_parts) {
-        assembly->num--;
-        memmove(&assembly->partials[i], &assembly->partials[i + 1],
-                (assembly->num - i) * sizeof assembly->partials[0]); /* the oldest stay first */
+    struct nep_verbs_partial *partial = &assembly->partials[i];
+    partial->seen |= bit;
+    if (++partial->num_seen == num_parts) {
+        uint32_t num_after = --assembly->num - i;
+        if (num_after > 0) { /* the oldest stay first */
+            memmove(partial, partial + 1, num_after * sizeof *partial);
+        }
         announce(verbs, src, imm);
     }
 }
@@ -100,57 +102,101 @@ static void take_control(struct nep_verbs *verbs, uint32_t src, uint32_t imm)
     struct nep_verbs_peer *peer = &verbs->peers[src];
     uint32_t code = imm >> 4 & 15, argument = imm >> 8;
     pthread_mutex_lock(&peer->lock);
-    if (code == NEP_VERBS_QP_DEAD && argument < verbs->num_qps) {
-        nep_verbs_qp_failed(verbs, peer, argument, NULL, "the other side reported it dead");
+    if (code == NEP_VERBS_QP_DEAD && (argument & 15) < verbs->num_qps) {
+        nep_verbs_qp_reported(verbs, peer, argument & 15, argument >> 4);
     } else if (code == NEP_VERBS_LEAVE) {
         atomic_store(&peer->has_left, true);
     }
     pthread_mutex_unlock(&peer->lock);
 }
 
-static void take_arrival(struct nep_verbs *verbs, struct nep_verbs_path *path,
-                         const struct ibv_wc *wc, uint64_t now_ns)
+/*
+ * Completions of one peer's sends that follow one another are taken under one lock, and then its
+ * puts go on once.
+ */
+struct run {
+    struct nep_verbs_peer *peer; /* locked; NULL: none */
+};
+
+static void end_run(struct nep_verbs *verbs, struct run *run)
 {
-    uint32_t src, qp_idx, imm = be32toh(wc->imm_data);
+    struct nep_verbs_peer *peer = run->peer;
+    if (peer != NULL) {
+        run->peer = NULL;
+        nep_verbs_peer_advance(peer);
+        nep_verbs_peer_pump(verbs, peer);
+        pthread_mutex_unlock(&peer->lock);
+    }
+}
+
+static void take_arrival(struct nep_verbs *verbs, struct nep_verbs_path *path,
+                         const struct ibv_wc *wc, struct run *run, uint64_t now_ns)
+{
+    uint32_t imm = be32toh(wc->imm_data), part = nep_verbs_imm_part(imm);
+    const struct nep_verbs_qp_key *key = nep_verbs_qp_find(path, wc->qp_num);
     path->srq_posted--;
-    if (!nep_verbs_qp_find(path, wc->qp_num, &src, &qp_idx) ||
-        wc->opcode != IBV_WC_RECV_RDMA_WITH_IMM) {
+    if (key == NULL || wc->opcode != IBV_WC_RECV_RDMA_WITH_IMM) {
         nep_warn("verbs: %s: a message by QP %u that is not of this protocol (opcode %d)",
                  path->device, wc->qp_num, wc->opcode);
         return;
     }
-    atomic_store_explicit(&verbs->peers[src].last_heard_ns, now_ns, memory_order_relaxed);
-    switch (nep_verbs_imm_part(imm)) {
-    case 0:
-        announce(verbs, src, imm);
-        break;
-    case 15:
-        take_control(verbs, src, imm);
-        break;
-    default:
-        take_part(verbs, src, qp_idx, imm);
+    atomic_store_explicit(&verbs->peers[key->peer].last_heard_ns, now_ns, memory_order_relaxed);
+    if (part == 0) {
+        announce(verbs, key->peer, imm);
+    } else if (part == 15) {
+        end_run(verbs, run);
+        take_control(verbs, key->peer, imm);
+    } else {
+        take_part(verbs, key->peer, key->qp_idx, imm);
     }
 }
 
+/* A send that is complete, or anything that failed. */
 static void take_sent(struct nep_verbs *verbs, const struct nep_verbs_path *path,
-                      const struct ibv_wc *wc, uint64_t now_ns)
+                      const struct ibv_wc *wc, struct run *run, uint64_t now_ns)
 {
-    uint32_t rank, qp_idx;
-    if (!nep_verbs_qp_find(path, wc->qp_num, &rank, &qp_idx)) {
+    const struct nep_verbs_qp_key *key = nep_verbs_qp_find(path, wc->qp_num);
+    if (key == NULL) {
         return;
     }
-    struct nep_verbs_peer *peer = &verbs->peers[rank];
-    pthread_mutex_lock(&peer->lock);
+    struct nep_verbs_peer *peer = &verbs->peers[key->peer];
+    if (run->peer != peer) {
+        end_run(verbs, run);
+        pthread_mutex_lock(&peer->lock);
+        run->peer = peer;
+    }
     if (wc->status == IBV_WC_SUCCESS) {
         atomic_store_explicit(&peer->last_heard_ns, now_ns, memory_order_relaxed);
-        nep_verbs_qp_completed(verbs, peer, qp_idx, wc->wr_id & ~NEP_VERBS_WR_SEND);
-    } else {
-        nep_verbs_qp_failed(verbs, peer, qp_idx, wc, NULL);
-    }
-    pthread_mutex_unlock(&peer->lock);
+        nep_verbs_qp_completed(verbs, peer, key->qp_idx, wc->wr_id & ~NEP_VERBS_WR_SEND);
+    } else if (wc->wr_id == 0 || /* a receive */
+               (wc->wr_id & ~NEP_VERBS_WR_SEND) > peer->qps[key->qp_idx].done) {
+        nep_verbs_qp_failed(verbs, peer, key->qp_idx, wc, NULL);
+    } /* else of an incarnation that is over */
 }
 
-static bool poll_path(struct nep_verbs *verbs, struct nep_verbs_path *path)
+static void take_all(struct nep_verbs *verbs, struct nep_verbs_path *path, const struct ibv_wc *wc,
+                     int num)
+{
+    uint64_t now_ns = nep_now_ns();
+    struct run run = {NULL};
+    for (int i = 0; i < num; i++) {
+        /* wr_id is valid in failed completions too; opcode is not. */
+        if ((wc[i].wr_id & NEP_VERBS_WR_SEND) != 0) {
+            take_sent(verbs, path, &wc[i], &run, now_ns);
+        } else if (wc[i].wr_id != 0) {
+            end_run(verbs, &run);
+            nep_verbs_knock_completed(verbs, path, &wc[i], now_ns);
+        } else if (wc[i].status == IBV_WC_SUCCESS) {
+            take_arrival(verbs, path, &wc[i], &run, now_ns);
+        } else {
+            path->srq_posted--;
+            take_sent(verbs, path, &wc[i], &run, now_ns);
+        }
+    }
+    end_run(verbs, &run);
+}
+
+bool nep_verbs_poll_path(struct nep_verbs *verbs, struct nep_verbs_path *path)
 {
     struct ibv_wc wc[BATCH];
     if (atomic_load_explicit(&path->is_dead, memory_order_relaxed)) {
@@ -167,18 +213,7 @@ static bool poll_path(struct nep_verbs *verbs, struct nep_verbs_path *path)
         nep_verbs_event_handle(verbs, path, &event);
         return false;
     }
-    uint64_t now_ns = nep_now_ns();
-    for (int i = 0; i < num; i++) {
-        /* wr_id is valid in failed completions too; opcode is not. */
-        if ((wc[i].wr_id & NEP_VERBS_WR_SEND) != 0) {
-            take_sent(verbs, path, &wc[i], now_ns);
-        } else if (wc[i].status == IBV_WC_SUCCESS) {
-            take_arrival(verbs, path, &wc[i], now_ns);
-        } else {
-            path->srq_posted--;
-            take_sent(verbs, path, &wc[i], now_ns);
-        }
-    }
+    take_all(verbs, path, wc, num);
     if (path->srq_posted + REFILL <= path->srq_depth && nep_verbs_srq_fill(verbs, path) != NEP_OK) {
         nep_warn("%s", nep_last_message());
     }
@@ -192,7 +227,7 @@ bool nep_verbs_poll(struct nep_verbs *verbs)
 {
     bool any = false;
     for (uint32_t p = 0; p < verbs->num_paths; p++) {
-        any = poll_path(verbs, &verbs->paths[p]) || any;
+        any = nep_verbs_poll_path(verbs, &verbs->paths[p]) || any;
     }
     return any;
 }

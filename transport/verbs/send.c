@@ -55,8 +55,6 @@ void nep_verbs_qp_completed(struct nep_verbs *verbs, struct nep_verbs_peer *peer
             nep_verbs_record_of(peer, put)->on_qps &= (uint16_t) ~(1u << qp_idx);
         }
     }
-    nep_verbs_peer_advance(peer);
-    nep_verbs_peer_pump(verbs, peer);
 }
 
 /* ---- the calls ------------------------------------------------------------------------------ */

@@ -10,6 +10,7 @@
  */
 #include <stdlib.h>
 #include <string.h>
+#include <sys/random.h>
 #include <unistd.h>
 
 #include "base/clock.h"
@@ -250,6 +251,9 @@ enum nep_status nep_verbs_create_with(const struct nep_verbs_api *api,
     verbs->depth = config->verbs_depth;
     verbs->max_message_bytes = UINT32_MAX;
     verbs->wake_fd = -1;
+    if (getrandom(&verbs->key, sizeof verbs->key, 0) != sizeof verbs->key) {
+        verbs->key = nep_now_ns() << 16 ^ (uint64_t)getpid(); /* unlike that of other runs */
+    }
     pthread_mutex_init(&verbs->poll_lock, NULL);
     enum nep_status status = check_config(config);
     if (status != NEP_OK) {
@@ -324,10 +328,11 @@ static void verbs_close(struct nep_transport *transport)
     say_farewell(verbs);
     verbs_stats(transport, &stats);
     nep_info("verbs: rank %u sent %llu puts of %llu bytes in all as %llu requests, %llu again; "
-             "%llu arrived, %llu came too late",
+             "%llu arrived, %llu came too late; %llu QPs came back",
              verbs->rank, (unsigned long long)stats.puts, (unsigned long long)stats.put_bytes,
              (unsigned long long)stats.work_requests, (unsigned long long)stats.retries,
-             (unsigned long long)stats.arrivals, (unsigned long long)stats.refused);
+             (unsigned long long)stats.arrivals, (unsigned long long)stats.refused,
+             (unsigned long long)atomic_load(&verbs->revivals));
     destroy(verbs);
 }
 

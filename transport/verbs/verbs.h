@@ -22,17 +22,21 @@ enum {
     NEP_VERBS_MAX_QPS = 14, /* per peer, over all paths; 15 in the part field marks control */
     NEP_VERBS_MAX_WINDOWS = 64,
     NEP_VERBS_NAME = 64,
+    NEP_VERBS_KNOCKS = 64, /* datagrams under way in each direction of a path; see revive.c */
+    NEP_VERBS_INCARNATION = 0xfffff,
 };
 
 /* In wr_id of sends; a receive has 0. The rest is the number of the work request on its QP. */
-#define NEP_VERBS_WR_SEND (1ull << 63)
+#define NEP_VERBS_WR_SEND  (1ull << 63)
+#define NEP_VERBS_WR_KNOCK (1ull << 62) /* of the datagram QP; the rest is the slot */
 
 /* ---- immediates (docs/protocol.md): generation 3, kind 3, ep 6, op 8, tile 8, part 4 -------- */
 
 /*
  * The part field belongs to this transport: 0 is a whole put, n from 2 to 14 a put split over the n
  * live QPs of a peer (which part it is follows from the QP it came by), 15 a message of the
- * transport itself: its code in bits 4 to 7, its argument above.
+ * transport itself: its code in bits 4 to 7, its argument above: of QP_DEAD the QP in bits 8 to 11
+ * and the incarnation that died above.
  */
 enum nep_verbs_control { NEP_VERBS_QP_DEAD = 1, NEP_VERBS_LEAVE = 2 };
 
@@ -99,6 +103,27 @@ struct nep_verbs_qp_table {
     } * keys;
 };
 
+/* What a rank says of one of its paths, at set-up. */
+struct nep_verbs_card {
+    char device[NEP_VERBS_NAME];
+    struct nep_verbs_gids gids;
+    uint32_t mtu; /* enum ibv_mtu */
+    uint32_t link_layer;
+    uint32_t knock_qp; /* 0: it has none */
+    uint16_t lid;
+    uint8_t port;
+};
+
+/* The datagram QP of a path: revive.c. Poll lock. */
+struct nep_verbs_knocks {
+    struct ibv_qp *qp; /* NULL: QPs of this path are not revived */
+    struct ibv_mr *mr;
+    uint8_t *memory;
+    uint32_t next;
+    uint32_t num_sending;
+    bool is_broken;
+};
+
 struct nep_verbs_path {
     char device[NEP_VERBS_NAME];
     uint8_t port;
@@ -112,6 +137,7 @@ struct nep_verbs_path {
     struct ibv_port_attr port_attr;
     struct nep_verbs_gids gids;
     struct nep_verbs_qp_table table;
+    struct nep_verbs_knocks knocks;
     uint32_t cq_depth;
     uint32_t srq_depth;
     uint32_t srq_posted;   /* receives there now; poll lock */
@@ -119,8 +145,9 @@ struct nep_verbs_path {
     uint32_t num_overruns; /* SRQ limit events; poll lock, as the next */
     bool is_unwatched;     /* the limit must be set again */
     bool has_bound_windows;
-    atomic_bool is_down; /* the port; set by events */
-    atomic_bool is_dead; /* the device */
+    atomic_bool is_down;    /* the port; set by events */
+    atomic_bool has_failed; /* the device; QPs of it are dead or about to be */
+    atomic_bool is_dead;    /* the same, and its completions are taken */
 };
 
 struct nep_verbs_qp {
@@ -132,6 +159,16 @@ struct nep_verbs_qp {
     uint64_t done;    /* of them, those known complete */
     uint64_t *put_of; /* [put_mask + 1]: put that ends with a work request, 0 for none */
     uint16_t told;    /* dead QPs of this peer that were announced by this one */
+    /* revive.c */
+    uint32_t remote_num;  /* the other end's number */
+    uint32_t incarnation; /* of this connection; while it is dead, the one to come */
+    bool is_armed;        /* dead, but ready to receive */
+    bool is_answered;     /* a knock of this incarnation came: the path works */
+    bool is_other_armed;
+    bool stays_dead; /* given up, or memory windows were made without it */
+    uint64_t died_ns;
+    uint64_t next_ns; /* when to knock */
+    uint64_t gap_ns;
 };
 
 /* One put between nep_put and its completion. */
@@ -144,7 +181,8 @@ struct nep_verbs_record {
 /* Parts that came of one put split over num_parts QPs. */
 struct nep_verbs_partial {
     uint32_t imm;
-    uint16_t seen;
+    uint16_t seen; /* by which QPs */
+    uint16_t num_seen;
 };
 struct nep_verbs_assembly {
     struct nep_verbs_partial *partials;
@@ -156,9 +194,12 @@ struct nep_verbs_peer {
     pthread_mutex_t lock;
     uint32_t rank;
     bool is_served;
-    struct nep_verbs_qp *qps; /* [num_qps] */
+    struct nep_verbs_qp *qps;                /* [num_qps] */
+    struct ibv_ah *ahs[NEP_VERBS_MAX_PATHS]; /* NULL: it cannot be knocked at */
     uint32_t num_alive;
-    uint16_t dead; /* its dead QPs */
+    uint32_t num_parts; /* of a put that is split: only ever falls; see post.c */
+    uint16_t dead;      /* its dead QPs */
+    uint64_t silent_ns; /* when the last one died */
     uint32_t next_qp;
     /* Ring of puts base + 1 to next; record of put n at n & mask. */
     struct nep_verbs_record *ring;
@@ -172,7 +213,7 @@ struct nep_verbs_peer {
     atomic_uint_fast64_t completed; /* all numbers up to here */
     atomic_int status;              /* NEP_OK, or why it is lost */
     atomic_bool has_left;
-    char message[512]; /* written before status */
+    char message[512]; /* written before status, as soon as no QP is left */
     atomic_uint_fast64_t last_heard_ns;
     uint64_t last_ping_ns;
     struct nep_verbs_assembly parts[NEP_VERBS_MAX_QPS + 1]; /* by number of parts; poll lock */
@@ -231,6 +272,9 @@ struct nep_verbs {
     uint32_t depth;    /* of each send queue */
     uint64_t put_mask; /* a power of two above depth, less one */
     uint64_t max_message_bytes;
+    uint64_t key;                 /* random: what knocks at this rank carry */
+    uint64_t *keys;               /* [num_ranks] */
+    struct nep_verbs_card *cards; /* [num_ranks * num_paths] */
     struct nep_verbs_path paths[NEP_VERBS_MAX_PATHS];
     struct nep_verbs_peer *peers; /* [num_ranks] */
     bool has_bound_windows;       /* memory windows that are bound to a QP, on all paths */
@@ -242,7 +286,9 @@ struct nep_verbs {
     int wake_fd;
     atomic_bool stop;
     atomic_uint_fast64_t num_caller_polls; /* by threads that wait: then the thread steps aside */
-    atomic_uint_fast64_t arrivals, retries, stale;
+    atomic_bool has_dead;                  /* there are QPs to revive */
+    uint64_t next_revive_ns;               /* progress thread */
+    atomic_uint_fast64_t arrivals, retries, stale, revivals;
 };
 
 /* ---- device.c: devices and ports; path.c: what is made on them ------------------------------ */
@@ -264,9 +310,28 @@ void nep_verbs_path_close(struct nep_verbs *verbs, struct nep_verbs_path *path);
  */
 enum nep_status nep_verbs_connect(struct nep_verbs *verbs);
 void nep_verbs_disconnect(struct nep_verbs *verbs);
-/* The peer's QP behind a completion; false for a number that is not known. */
-bool nep_verbs_qp_find(const struct nep_verbs_path *path, uint32_t qp_num, uint32_t *peer_p,
-                       uint32_t *qp_idx_p);
+/* From RESET to ready to receive and to send, for its present incarnation. */
+enum nep_status nep_verbs_qp_start(struct nep_verbs *verbs, uint32_t rank, uint32_t qp_idx);
+static inline const struct nep_verbs_card *nep_verbs_card_of(const struct nep_verbs *verbs,
+                                                             uint32_t rank, uint32_t path)
+{
+    return &verbs->cards[(size_t)rank * verbs->num_paths + path];
+}
+/* The peer's QP behind a completion; NULL for a number that is not known. */
+static inline const struct nep_verbs_qp_key *nep_verbs_qp_find(const struct nep_verbs_path *path,
+                                                               uint32_t qp_num)
+{
+    const struct nep_verbs_qp_table *table = &path->table;
+    for (uint32_t at = qp_num & table->mask;; at = (at + 1) & table->mask) {
+        const struct nep_verbs_qp_key *key = &table->keys[at];
+        if (key->qp_num == qp_num && key->peer != UINT32_MAX) {
+            return key;
+        }
+        if (key->peer == UINT32_MAX) {
+            return NULL;
+        }
+    }
+}
 
 /* ---- window.c ------------------------------------------------------------------------------- */
 
@@ -329,6 +394,7 @@ static inline bool nep_verbs_is_one_piece(const struct nep_verbs *verbs, const s
     return len == 0 ||
            (verbs->windows[put->window].num_chunks == 1 && len <= verbs->max_message_bytes);
 }
+/* All requests of a QP up to `number` are complete; nep_verbs_peer_advance and _pump come after. */
 void nep_verbs_qp_completed(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_t qp_idx,
                             uint64_t number);
 void nep_verbs_peer_advance(struct nep_verbs_peer *peer);
@@ -352,6 +418,7 @@ void nep_verbs_peer_ping(struct nep_verbs *verbs, struct nep_verbs_peer *peer);
 
 /* Handles the completions there are, at most one batch per path; poll lock held. True if any. */
 bool nep_verbs_poll(struct nep_verbs *verbs);
+bool nep_verbs_poll_path(struct nep_verbs *verbs, struct nep_verbs_path *path);
 /* Tops the shared receive queue up; poll lock held or before the path is used. */
 enum nep_status nep_verbs_srq_fill(struct nep_verbs *verbs, struct nep_verbs_path *path);
 /* Asks for an event when few receives are left, where the device has it: a progress thread that
@@ -369,6 +436,27 @@ void nep_verbs_event_handle(struct nep_verbs *verbs, struct nep_verbs_path *path
 enum nep_status nep_verbs_peer_status(struct nep_transport *transport, uint32_t rank);
 /* Ends all QPs to this rank: what is under way to it fails now, not after the device's retries. */
 void nep_verbs_abandon(struct nep_transport *transport, uint32_t rank);
+/* No QP reaches it any more and none comes back: lost, as peer->message says. Peer's lock held. */
+void nep_verbs_peer_lose(struct nep_verbs *verbs, struct nep_verbs_peer *peer);
+
+/* ---- revive.c ------------------------------------------------------------------------------- */
+
+/* The datagram QP of a path; a device without one is no fault. */
+void nep_verbs_knocks_open(struct nep_verbs *verbs, struct nep_verbs_path *path);
+void nep_verbs_knocks_close(struct nep_verbs *verbs, struct nep_verbs_path *path);
+/* A completion with NEP_VERBS_WR_KNOCK; poll lock held. */
+void nep_verbs_knock_completed(struct nep_verbs *verbs, struct nep_verbs_path *path,
+                               const struct ibv_wc *wc, uint64_t now_ns);
+/* Whether there is a way back for it. */
+bool nep_verbs_qp_may_revive(const struct nep_verbs *verbs, const struct nep_verbs_peer *peer,
+                             uint32_t qp_idx);
+/* It is dead, and `incarnation` is to come. Peer's lock held, as for the next. */
+void nep_verbs_qp_begin(struct nep_verbs_qp *qp, uint32_t incarnation);
+/* The other side says that this incarnation died: fenced from here on. Poll lock held too. */
+void nep_verbs_qp_reported(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_t qp_idx,
+                           uint32_t incarnation);
+/* Progress thread, while has_dead: knocks, arms, goes on; gives peers up. */
+void nep_verbs_revive(struct nep_verbs *verbs);
 
 /* ---- progress.c ----------------------------------------------------------------------------- */
 

@@ -25,7 +25,7 @@
 
 #include "transport/verbs/api.h"
 
-enum { FAKE_DEVICES = 4, FAKE_QPS = 4096, FAKE_MRS = 4096, FAKE_PENDING = 256 };
+enum { FAKE_DEVICES = 4, FAKE_QPS = 4096, FAKE_MRS = 4096, FAKE_PENDING = 256, FAKE_GRH = 40 };
 #define FAKE_MW                                                                                    \
     0x80000000u /* in keys of memory windows; below: the number, and 8 bits that count */
 
@@ -73,6 +73,15 @@ struct fake_qp {
     bool deliver_failed; /* the failing request did its work: its acknowledgement was lost */
     int64_t enomem_after;
     uint32_t unsignalled; /* requests since the last signalled one */
+    uint32_t send_psn, recv_psn;
+    /* a datagram QP: its own receives, oldest first */
+    bool is_datagram;
+    uint32_t qkey;
+    struct fake_recv {
+        uint64_t wr_id;
+        struct ibv_sge sge;
+    } recvs[FAKE_PENDING];
+    uint32_t num_recvs;
 };
 
 struct fake_context {
@@ -104,6 +113,10 @@ struct fake_fabric {
     int last_dmabuf;
     uint32_t num_dmabufs;
     uint32_t num_inline_from_device;
+    uint32_t cut; /* bit d: nothing passes to or from device d */
+    bool no_datagrams;
+    uint32_t lost_datagrams; /* one of so many is lost; 0: none */
+    uint32_t num_datagrams;
     int32_t max_srq_wr;   /* 0: many */
     uint32_t num_watches; /* SRQ limits set */
     /* calls that make or change something: the one after so many others fails; < 0: none does */
@@ -510,10 +523,15 @@ static struct ibv_qp *fake_create_qp(struct ibv_pd *pd, struct ibv_qp_init_attr 
         errno = EINVAL;
         return NULL;
     }
+    if (attr->qp_type == IBV_QPT_UD && fake.no_datagrams) {
+        errno = EOPNOTSUPP;
+        return NULL;
+    }
     if (!fake_make()) {
         return NULL;
     }
     struct fake_qp *qp = calloc(1, sizeof *qp);
+    qp->is_datagram = attr->qp_type == IBV_QPT_UD;
     qp->qp.context = pd->context;
     qp->qp.pd = pd;
     qp->cq = (struct fake_cq *)attr->send_cq;
@@ -578,6 +596,72 @@ static enum ibv_wc_status fake_bind(const struct fake_qp *qp, const struct ibv_s
     return IBV_WC_SUCCESS;
 }
 
+static bool fake_is_cut(const struct fake_qp *qp)
+{
+    return (fake.cut >> (qp->qp.context->device->name[4] - '0') & 1) != 0;
+}
+
+/* A datagram arrives, or nobody hears of it. */
+static void fake_datagram(struct fake_qp *qp, const struct ibv_send_wr *wr)
+{
+    struct fake_qp *dest = wr->wr.ud.remote_qpn < FAKE_QPS ? fake.qps[wr->wr.ud.remote_qpn] : NULL;
+    uint32_t len = wr->sg_list[0].length;
+    if (qp->state != IBV_QPS_RTS) {
+        fake_complete(qp, wr, IBV_WC_WR_FLUSH_ERR);
+        return;
+    }
+    fake_complete(qp, wr, IBV_WC_SUCCESS);
+    bool is_lost = fake.lost_datagrams != 0 && ++fake.num_datagrams % fake.lost_datagrams == 0;
+    if (dest == NULL || !dest->is_datagram || dest->state != IBV_QPS_RTS || is_lost ||
+        dest->qkey != wr->wr.ud.remote_qkey || fake_is_cut(qp) || fake_is_cut(dest) ||
+        dest->num_recvs == 0) {
+        return;
+    }
+    struct ibv_wc wc = {.wr_id = dest->recvs[0].wr_id,
+                        .opcode = IBV_WC_RECV,
+                        .qp_num = dest->qp.qp_num,
+                        .byte_len = FAKE_GRH + len};
+    if (dest->recvs[0].sge.length < wc.byte_len) {
+        fake.num_bad++;
+        return;
+    }
+    memcpy((uint8_t *)(uintptr_t)dest->recvs[0].sge.addr + FAKE_GRH,
+           (void *)(uintptr_t)wr->sg_list[0].addr, len);
+    dest->num_recvs--;
+    memmove(&dest->recvs[0], &dest->recvs[1], dest->num_recvs * sizeof dest->recvs[0]);
+    fake_push(dest->cq, &wc);
+}
+
+static int fake_post_recv(struct ibv_qp *qp, struct ibv_recv_wr *wr, struct ibv_recv_wr **bad)
+{
+    struct fake_qp *mine = (struct fake_qp *)qp;
+    pthread_mutex_lock(&fake.lock);
+    int error = mine->num_recvs < FAKE_PENDING ? 0 : ENOMEM;
+    *bad = wr;
+    if (error == 0) {
+        mine->recvs[mine->num_recvs++] = (struct fake_recv){wr->wr_id, wr->sg_list[0]};
+    }
+    pthread_mutex_unlock(&fake.lock);
+    return error;
+}
+
+static struct ibv_ah *fake_create_ah(struct ibv_pd *pd, struct ibv_ah_attr *attr)
+{
+    (void)attr;
+    if (!fake_make()) {
+        return NULL;
+    }
+    struct ibv_ah *ah = calloc(1, sizeof *ah);
+    ah->pd = pd;
+    return ah;
+}
+
+static int fake_destroy_ah(struct ibv_ah *ah)
+{
+    fake_unmake(ah);
+    return 0;
+}
+
 /* Does one request; false when it must wait for a receive. */
 static bool fake_execute(struct fake_qp *qp, const struct ibv_send_wr *wr)
 {
@@ -598,7 +682,12 @@ static bool fake_execute(struct fake_qp *qp, const struct ibv_send_wr *wr)
     bool fails = qp->fail_after == 0;
     qp->fail_after -= qp->fail_after >= 0;
     bool works = !fails || qp->deliver_failed;
-    if (dest == NULL || (dest->state != IBV_QPS_RTR && dest->state != IBV_QPS_RTS)) {
+    if (dest != NULL && (fake_is_cut(qp) || fake_is_cut(dest))) {
+        fails = true; /* of every second one the acknowledgement alone is lost */
+        works = fake.num_posted % 2 == 0 && qp->num_wr == 1;
+    }
+    if (dest == NULL || qp->send_psn != dest->recv_psn ||
+        (dest->state != IBV_QPS_RTR && dest->state != IBV_QPS_RTS)) {
         status = IBV_WC_RETRY_EXC_ERR;
         works = false;
     } else if (works && len > 0 &&
@@ -697,6 +786,10 @@ static int fake_post_send(struct ibv_qp *qp, struct ibv_send_wr *wr, struct ibv_
             fake.num_bad++;
         }
         mine->num_wr++;
+        if (mine->is_datagram) {
+            fake_datagram(mine, wr);
+            continue;
+        }
         fake_queue(mine, wr);
         fake_run_pending(mine);
     }
@@ -734,7 +827,16 @@ static int fake_modify_qp(struct ibv_qp *qp, struct ibv_qp_attr *attr, int mask)
         pthread_mutex_unlock(&fake.lock);
         return ENOMEM;
     }
+    if ((mask & IBV_QP_STATE) != 0 && attr->qp_state == IBV_QPS_RESET) {
+        while (mine->num_pending > 0) {
+            fake_drop_pending(mine);
+        }
+        mine->num_wr = mine->unsignalled = mine->num_recvs = 0;
+    }
     mine->state = (mask & IBV_QP_STATE) != 0 ? attr->qp_state : mine->state;
+    mine->qkey = (mask & IBV_QP_QKEY) != 0 ? attr->qkey : mine->qkey;
+    mine->recv_psn = (mask & IBV_QP_RQ_PSN) != 0 ? attr->rq_psn : mine->recv_psn;
+    mine->send_psn = (mask & IBV_QP_SQ_PSN) != 0 ? attr->sq_psn : mine->send_psn;
     mine->dest = (mask & IBV_QP_DEST_QPN) != 0 ? attr->dest_qp_num : mine->dest;
     fake_run_pending(mine);
     pthread_mutex_unlock(&fake.lock);
@@ -812,6 +914,9 @@ static const struct nep_verbs_api fake_api = {
     .modify_qp = fake_modify_qp,
     .query_qp = fake_query_qp,
     .destroy_qp = fake_destroy_qp,
+    .create_ah = fake_create_ah,
+    .destroy_ah = fake_destroy_ah,
+    .post_recv = fake_post_recv,
     .post_send = fake_post_send,
     .wc_status_str = fake_wc_status_str,
     .event_type_str = fake_event_type_str,

@@ -82,6 +82,7 @@ static void survive(struct seat *seat)
         pthread_barrier_wait(&seat->world->barrier);
     }
     seat->num_errors += seat->transport->ops->peer_status(seat->transport, other) != NEP_OK;
+    pthread_barrier_wait(&seat->world->barrier); /* who closes has left, for the other */
 }
 
 static void run_survive(uint32_t paths, uint32_t qps, struct fault wanted)

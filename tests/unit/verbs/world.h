@@ -112,6 +112,7 @@ static inline void world_config(struct nep_config *config)
     assert_int_equal(nep_config_load_from(config, nothing), NEP_OK);
     config->verbs_split_bytes = 32 << 10;
     config->timeout_ns = 20 * NEP_S;
+    config->verbs_revive_ns = 0; /* a dead QP stays dead but where its return is the test */
 }
 
 /* Each source writes its own slots, which come in two parts. */
