@@ -15,6 +15,8 @@ import unittest
 
 PERF, TRACE = sys.argv[1], sys.argv[2]
 SMALL = ["--tokens", "24", "--hidden", "128", "--experts", "32", "--top-k", "4", "--iters", "4"]
+# Steps that outlast two deaths, and end: fewer where a sanitizer makes each slow.
+LONG = max(3000, 12000 * int(os.environ.get("NEP_TEST_SCALE", "100")) // 100)
 TIMES = {"p50", "p99", "max"}
 KEYS = {
     "dispatch_us", "combine_us", "total_us", "wire_bytes_per_rank", "wire_floor_bytes_per_rank",
@@ -149,15 +151,16 @@ class Faults(unittest.TestCase):
     def test_continue_goes_on_without_two_ranks_and_checks_every_element(self):
         for inter in ("shm", "ucx"):
             with self.subTest(inter=inter):
-                job, pids = start_long("--on-fault", "continue", "--iters", "12000", "--verify",
+                job, pids = start_long("--on-fault", "continue", "--iters", str(LONG), "--verify",
                                        "--json", "-", "--inter", inter)
                 os.kill(pids[2], signal.SIGKILL)
                 time.sleep(0.7)
-                os.kill(pids[0], signal.SIGKILL)
-                output, errors = job.communicate(timeout=100)
+                if is_running(pids[0]):
+                    os.kill(pids[0], signal.SIGKILL)
+                output, errors = job.communicate(timeout=300)
                 self.assertEqual(job.returncode, 0, errors)
                 found = json.loads(output)
-                self.assertEqual(found["lost_ranks"], [0, 2])
+                self.assertEqual(found["lost_ranks"], [0, 2], errors)
                 self.assertEqual(found["wrong_elements"], 0)
                 self.assertIn("rank 2 lost", errors)
 

@@ -122,7 +122,9 @@ def kill_one(folder, delay):
 
 
 def test_fault(folder):
-    num = next((num for num in (kill_one(folder, 0.5 * i) for i in range(1, 11)) if num > 0), 0)
+    # Later and later: how long the ranks need to join is the machine's affair.
+    delays = (0.5, 1, 1, 2, 2, 4, 4, 8, 16, 32)
+    num = next((num for num in (kill_one(folder, delay) for delay in delays) if num > 0), 0)
     assert num > 0
     print(f"fault: rank 2 died, {num} traces name it")
 
