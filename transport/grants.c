@@ -44,10 +44,11 @@ enum nep_status nep_grants_check(const struct nep_grants *grants, size_t window_
     for (uint32_t r = 0; grants->num != NULL && r < grants->num_ranks; r++) {
         for (uint32_t i = 0; i < grants->num[r]; i++) {
             const struct nep_grant *grant = &grants->of[r][i];
-            if (grant->offset + grant->bytes > window_bytes) {
+            unsigned long long end = grant->offset + grant->bytes;
+            if (end > window_bytes) {
                 return nep_fail(NEP_ERR_INVALID,
-                                "what rank %u may write ends at %llu, the window at %zu", r,
-                                (unsigned long long)(grant->offset + grant->bytes), window_bytes);
+                                "what rank %u may write ends at %llu, the window at %zu", r, end,
+                                window_bytes);
             }
         }
     }
