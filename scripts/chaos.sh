@@ -32,7 +32,7 @@ long=(--rounds 1000000 --seconds $((minutes * 60)))
 fabrics=shm,ucx,adversary:shm,adversary:ucx
 # Emulation is slow: operations wait a shorter time than what is done once.
 guest=(tests/vm/nep-vm -n 4 -t $((minutes * 60 + 3600)) -e NEP_VERBS_ACK_TIMEOUT=16
-    -e NEP_VERBS_RETRY=7 --)
+    -e NEP_VERBS_RETRY=6 --)
 in_guest=(--world guest --inter "verbs,adversary:verbs" --timeout 30 --wait 4 --patience 20)
 wire=+blink,+slow,+cut
 alive=+kill,+twice,+rejoin,+late,+pause,+scan,+stillborn
@@ -57,7 +57,7 @@ case $form in
     measure)
         tests/chaos/measure.py build/bin --inter $fabrics
         tests/chaos/measure.py build/bin --inter ucx --sizes 2,2
-        "${guest[@]/RETRY=7/RETRY=3}" python3 tests/chaos/measure.py "$PWD/build/bin" --world guest --inter verbs \
+        "${guest[@]/RETRY=6/RETRY=3}" python3 tests/chaos/measure.py "$PWD/build/bin" --world guest --inter verbs \
             --sizes 2,2 --timeout 30 --wait 1 --times 5
         build/bin/test_recover 2>&1 | grep 'first good step'
         ;;

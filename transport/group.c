@@ -5,6 +5,9 @@
  * compare-and-swap makes the first proposal the decision. A collector that dies is replaced by the
  * next member: two of them at once are harmless, which is why nobody has to elect one.
  *
+ * This file is long because the exchange among the members shares keys, stamps and what is known of
+ * their ends with the agreement.
+ *
  * Rejected: a decision by majority. A group that lost more than half of its ranks may go on, and
  * the store already serialises everything.
  */

@@ -8,6 +8,8 @@
  * follows from who lives. What all ranks have to do at one step (let newcomers in, end) is a word
  * in the store that the lowest rank sets before a step that all look at only LOOK steps later:
  * nobody begins that one before the lowest rank has begun the step after it set the word.
+ *
+ * It is long because it is a whole engine: routing, experts, oracle, recovery, joining.
  */
 #include <inttypes.h>
 #include <math.h>

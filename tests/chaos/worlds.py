@@ -61,7 +61,7 @@ class Guest(Machine):
 
     def short_s(self):
         """Below the device's own retries (NEP_VERBS_ACK_TIMEOUT, NEP_VERBS_RETRY); the kernel takes
-        note of a link that is up again within a second."""
+        note of a link that is up again within a second. Seven retries are endless there."""
         ack = int(os.environ.get("NEP_VERBS_ACK_TIMEOUT", "14"))
         retry = int(os.environ.get("NEP_VERBS_RETRY", "7"))
         return max(0, 0.8 * 4.096e-6 * 2**ack * (retry + 1) - 1.1)

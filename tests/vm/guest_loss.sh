@@ -84,7 +84,7 @@ for what in wrong_elements output_digest; do
 done
 ip link set p1 up
 unset NEP_VERBS_PATHS NEP_VERBS_SPLIT
-export NEP_VERBS_RETRY=7
+export NEP_VERBS_RETRY=6
 
 # Going on: a rank dies, the others go on with every element right, a newcomer takes its seat.
 chaos() { # chaos NAME OPTIONS...

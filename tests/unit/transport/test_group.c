@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Who lives, agreed on through a store, and the exchange among those: over a store in memory, ranks
- * being threads. Whatever the order in which they come, all get one decision, byte for byte.
+ * being threads; long because the store is a part of it. Whatever the order in which they come, all
+ * get one decision, byte for byte.
  */
 #include "transport/group.h"
 
