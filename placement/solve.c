@@ -29,7 +29,7 @@
 #define DEFAULT_IMBALANCE  1.10
 #define DEFAULT_MAX_TOKENS 32768u
 /* From a running map: few copies move, and they are soon found. */
-#define WARM_MAX_TOKENS 6144u
+#define WARM_MAX_TOKENS 4096u
 #define ROUNDS          4
 /* Rows that a pair above a node's limit is worth: in swaps it is as good as a wall, copies may buy.
  */
