@@ -17,7 +17,8 @@ static struct {
     uint32_t devices; /* that may be cut */
     uint32_t num_cuts;
     atomic_bool is_over;
-    bool is_last; /* rank 0 decides for both */
+    atomic_bool has_hit; /* a QP of rank 0 came back, and so one of rank 1 */
+    bool is_last;        /* rank 0 decides for both */
 } flapping;
 
 static struct nep_verbs *inner(struct seat *seat)
@@ -36,7 +37,9 @@ static void *flap(void *arg)
 {
     uint64_t random = flapping.seed;
     (void)arg;
-    for (uint32_t i = 0; i < flapping.num_cuts; i++) {
+    /* at least so often, and until it has hit: a slow machine may be idle at every cut */
+    for (uint32_t i = 0; i < flapping.num_cuts || (!atomic_load(&flapping.has_hit) && i < 400);
+         i++) {
         usleep((useconds_t)(world_random(&random) % 60000));
         uint32_t mask = (uint32_t)world_random(&random) & flapping.devices;
         cut(mask != 0 ? mask : flapping.devices);
@@ -114,6 +117,7 @@ static void flapped(struct seat *seat)
     for (bool is_last = false; !is_last; round++) {
         exchange(seat, round, seen);
         if (seat->rank == 0) {
+            atomic_store(&flapping.has_hit, atomic_load(&verbs->revivals) > 0);
             flapping.is_last = atomic_load(&flapping.is_over);
         }
         pthread_barrier_wait(&seat->world->barrier);
@@ -128,7 +132,7 @@ static void flapped(struct seat *seat)
         before[q] = peer->qps[q].posted;
     }
     pthread_mutex_unlock(&peer->lock);
-    for (uint64_t end = round + 4; round < end; round++) {
+    for (uint64_t end = round + 12; round < end; round++) {
         exchange(seat, round, seen);
     }
     for (uint32_t q = 0; q < verbs->num_qps; q++) {
@@ -155,6 +159,7 @@ static void run_flapped(uint32_t paths, uint32_t qps, uint32_t devices, uint32_t
     flapping.devices = devices;
     flapping.num_cuts = num_cuts;
     atomic_store(&flapping.is_over, false);
+    atomic_store(&flapping.has_hit, false);
     pthread_create(&flapping.thread, NULL, flap, NULL);
     world_run(&world, 2, flapped);
     pthread_join(flapping.thread, NULL);
