@@ -61,7 +61,9 @@ struct meeting {
     uint32_t trues;
     uint32_t result_trues;
     uint32_t result_live;
-    uint32_t lanes;     /* of a warp, that live */
+    uint32_t lanes; /* of a warp, that live */
+    uint32_t
+        result_lanes;   /* those that gave: who has its result may end before others have theirs */
     uint64_t given[32]; /* of a warp */
     uint64_t result[32];
 };
@@ -105,6 +107,7 @@ bool is_complete(meeting &m)
     }
     m.result_trues = m.trues;
     m.result_live = m.live;
+    m.result_lanes = m.lanes;
     std::memcpy(m.result, m.given, sizeof m.result);
     m.arrived = m.trues = 0;
     return true;
@@ -238,7 +241,7 @@ const uint64_t *exchange(uint64_t value, uint32_t *live_p)
     } else {
         leave(state::WARP);
     }
-    *live_p = m.lanes;
+    *live_p = m.result_lanes;
     return m.result;
 }
 
