@@ -31,8 +31,7 @@
 /* From a running map: few copies move, and they are soon found. */
 #define WARM_MAX_TOKENS 4096u
 #define ROUNDS          4
-/* Rows that a pair above a node's limit is worth: in swaps it is as good as a wall, copies may buy.
- */
+/* Rows that a pair above a node's limit is worth: in swaps as good as a wall, copies may buy. */
 #define SWAP_PRICE 8.0
 #define LOAD_PRICE 2.0
 /* A pair between this share of the way to the limit and the limit costs so many rows: balance that

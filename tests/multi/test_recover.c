@@ -2,7 +2,8 @@
 /*
  * Ranks are lost in the middle of operations; the others agree, go on, and later let a newcomer in.
  * Values are small integers, so that sums are exact in any order: every element is compared with
- * what the experts that live must give, and `present` with their weights, exactly.
+ * what the experts that live must give, and `present` with their weights, exactly. This file is
+ * long because all tests drive one small engine: routing, experts, deaths, recovery, joining.
  */
 #include <signal.h>
 #include <stdlib.h>
