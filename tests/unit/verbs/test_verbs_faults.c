@@ -302,18 +302,21 @@ static void port_goes_and_comes(struct seat *seat)
         seat->num_errors += inner(seat)->peers[1].qps[0].posted != posted || before == 0;
         send_event(seat, 0, IBV_EVENT_PORT_ACTIVE, NULL);
         seat->num_errors += !becomes(&path->is_down, false);
-        /* few receives left: said once, and asked for again when there are enough */
+        /* Few receives left: said once, and asked for again when something comes and there are
+         * enough. On both paths, since single short puts stay on one of them. */
         uint32_t watches = __atomic_load_n(&fake.num_watches, __ATOMIC_RELAXED);
         struct nep_put word = {.dst = 1, .window = WINDOW, .imm = world_imm(SLOTS)};
         uint64_t number;
-        send_event(seat, 1, IBV_EVENT_SRQ_LIMIT_REACHED, qp_to(seat, 1, 0));
+        send_event(seat, 0, IBV_EVENT_SRQ_LIMIT_REACHED, qp_to(seat, 1, 0));
+        send_event(seat, 1, IBV_EVENT_SRQ_LIMIT_REACHED, qp_to(seat, 1, 1));
         for (uint32_t i = 0;
              i < 5000 && __atomic_load_n(&fake.num_watches, __ATOMIC_RELAXED) == watches; i++) {
             seat->num_errors +=
                 seat->transport->ops->put(seat->transport, &word, &number) != NEP_OK;
             usleep(1000);
         }
-        seat->num_errors += __atomic_load_n(&fake.num_watches, __ATOMIC_RELAXED) != watches + 1;
+        uint32_t again = __atomic_load_n(&fake.num_watches, __ATOMIC_RELAXED) - watches;
+        seat->num_errors += again != 1 && again != 2;
         /* a QP that the device declares dead: the other one carries on */
         send_event(seat, 0, IBV_EVENT_QP_FATAL, qp_to(seat, 1, 0));
         for (uint32_t i = 0; i < 5000 && num_alive(seat) == 2; i++) {
