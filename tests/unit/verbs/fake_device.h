@@ -369,7 +369,7 @@ static int fake_dereg_mr(struct ibv_mr *mr)
 {
     pthread_mutex_lock(&fake.lock);
     for (uint32_t i = 0; i < fake.num_mws; i++) { /* refused while windows are bound to it */
-        fake.num_bad += fake.mws[i] != NULL && &fake.mws[i]->mr->mr == mr;
+        fake.num_bad += fake.mws[i] != NULL && fake.mws[i]->mr == (struct fake_mr *)mr;
     }
     fake.mrs[mr->rkey] = NULL;
     pthread_mutex_unlock(&fake.lock);
