@@ -23,9 +23,12 @@ struct card {
     uint32_t qp_nums[]; /* [num_ranks * num_qps] */
 };
 
+/* Cards lie one behind another, so each begins where its key may. */
 static size_t card_bytes(const struct nep_verbs *verbs)
 {
-    return sizeof(struct card) + (size_t)verbs->num_ranks * verbs->num_qps * sizeof(uint32_t);
+    size_t bytes =
+        sizeof(struct card) + (size_t)verbs->num_ranks * verbs->num_qps * sizeof(uint32_t);
+    return (bytes + sizeof(uint64_t) - 1) / sizeof(uint64_t) * sizeof(uint64_t);
 }
 
 static const struct card *card_of(const struct nep_verbs *verbs, const uint8_t *cards,
