@@ -298,11 +298,14 @@ enum nep_status nep_wait(struct nep_ep *ep, struct nep_handle *handle, nep_step_
         progress_transports(ep->comm);
         if (progress) {
             nep_backoff_reset(&backoff);
+            missed = (struct nep_missing){.rank = UINT32_MAX};
             is_lost = loss.was_away = false;
             loss.seen_ns = 0;
             continue;
         }
-        missed = ep->missing;
+        if (ep->missing.phase != NULL) { /* else what was missing came during the step itself */
+            missed = ep->missing;
+        }
         uint64_t idle_ns = nep_backoff_idle_ns(&backoff);
         loss.was_away |= idle_ns > loss.seen_ns + ep->timeout_ns / 4;
         loss.seen_ns = idle_ns;
@@ -321,7 +324,8 @@ enum nep_status nep_wait(struct nep_ep *ep, struct nep_handle *handle, nep_step_
         if (!in_time) {
             return time_out(ep, handle, idle_ns);
         }
-        if (backoff.slow && !is_warned && missed.phase != NULL && idle_ns > ep->timeout_ns / 4) {
+        if (backoff.slow && !is_warned && ep->missing.phase != NULL &&
+            idle_ns > ep->timeout_ns / 4) {
             warn_slow(ep, handle, idle_ns);
             is_warned = true;
         }
