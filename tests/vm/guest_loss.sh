@@ -1,7 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# Inside the guest, over verbs: nep-perf ep while a rank is killed or a path dies; groups that go on
-# without a rank and take newcomers in, and random harm to them (tests/chaos).
+# Inside the guest, over verbs: ranks die at every moment of an operation; a path dies in the middle of
+# nep-perf ep; groups that go on without a rank and take newcomers in, and random harm to them
+# (tests/chaos).
 # usage: guest_loss.sh BUILD_BIN
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
@@ -15,27 +16,14 @@ ranks_of() { # process ids of the ranks of job $1, in order of their start
     cat "/proc/$1/task/$1/children"
 }
 
-# A rank is killed in the middle of a job that would run for long: another rank names it, the job
-# ends with status 1.
-for delay in 0.3 0.9 1.7 2.6; do
-    # shellcheck disable=SC2086
-    "$bin/nep-perf" ep --inter verbs $small --iters 100000 >/run/out 2>/run/err &
-    job=$!
-    waited=0
-    while [ "$(ranks_of $job | wc -w)" -lt 4 ] && [ $waited -lt 600 ]; do
-        sleep 0.1
-        waited=$((waited + 1))
-    done
-    sleep $delay
-    victim=$(ranks_of $job | awk '{ print $3 }')
-    kill -9 "$victim"
-    killed=$(cut -d. -f1 /proc/uptime)
-    wait $job
-    check "rank 2 killed after $delay s" 1 $?
-    took=$(($(cut -d. -f1 /proc/uptime) - killed))
-    echo "      $took s after it was killed"
-    check "  and named" yes "$(grep -q 'rank 2' /run/err && echo yes || head -n 3 /run/err)"
-done
+# A rank is killed at each of 21 moments of an operation (tests/multi/test_deaths.c): all others name
+# it, go on without it, and have no wrong element.
+"$bin/test_deaths" verbs >/run/out 2>/run/err
+status=$?
+check "a rank dies at every moment of an operation" 0 $status
+check "  and is named by all others" 21 "$(grep -c ' named by all ' /run/out)"
+grep ' named by all ' /run/out
+[ $status = 0 ] || tail -n 20 /run/out /run/err
 
 # A process that comes back: the same job, started again on the devices that the dead one used.
 check "no QP of the dead is left behind" 0 "$(qps_left)"
