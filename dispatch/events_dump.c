@@ -8,7 +8,6 @@
  * A post and an arrival are moments; they are drawn WIDTH_NS wide, because arrows need something to
  * hold on to.
  */
-#include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,6 +15,7 @@
 #include <unistd.h>
 
 #include "base/log.h"
+#include "base/out_file.h"
 #include "base/path.h"
 #include "dispatch/ep.h"
 #include "dispatch/events.h"
@@ -256,28 +256,21 @@ static void put_all(struct dump *dump)
 enum nep_status nep_events_dump(struct nep_comm *comm, const char *path)
 {
     struct dump dump = {.comm = comm};
-    char name[512], tmp[600];
+    char name[512];
+    struct nep_out_file out;
     nep_path_expand(path, comm->world.rank, name, sizeof name);
-    snprintf(tmp, sizeof tmp, "%s.%ld.%u.tmp", name, (long)getpid(), comm->world.rank);
     enum nep_status status = collect(comm, &dump);
     if (status != NEP_OK) {
         return status;
     }
-    dump.file = fopen(tmp, "we");
-    if (dump.file == NULL) {
-        status = nep_fail(NEP_ERR_IO, "cannot write the trace to %s: %s", tmp, strerror(errno));
-        free(dump.events);
-        return status;
-    }
-    put_all(&dump);
-    bool ok = ferror(dump.file) == 0;
-    ok = fclose(dump.file) == 0 && ok;
-    if (!ok || rename(tmp, name) != 0) {
-        status = nep_fail(NEP_ERR_IO, "cannot write the trace to %s: %s", name, strerror(errno));
-        unlink(tmp);
+    status = nep_out_file_open(&out, name);
+    if (status == NEP_OK) {
+        dump.file = out.file;
+        put_all(&dump);
+        status = nep_out_file_commit(&out);
     }
     free(dump.events);
-    return status;
+    return status == NEP_OK ? NEP_OK : nep_fail_prefix(status, "the trace of the wire: ");
 }
 
 void nep_events_dump_configured(struct nep_comm *comm)

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Tables in perftest's columns, and JSON. */
-#include <errno.h>
 #include <string.h>
 
+#include "base/out_file.h"
 #include "perftest/put.h"
 
 static const char rule[] = "--------------------------------------------------------------------"
@@ -101,11 +101,11 @@ int nep_perf_put_json(const struct nep_perf_put_side *side,
                       const struct nep_perf_put_result *results, uint32_t num_results)
 {
     const struct nep_perf_put_options *options = side->options;
-    bool is_stdout = strcmp(options->json, "-") == 0;
-    FILE *file = is_stdout ? stdout : fopen(options->json, "we");
-    if (file == NULL) {
-        return nep_perf_error(NEP_PERF_FAILED, "--json %s: %s", options->json, strerror(errno));
+    struct nep_out_file out;
+    if (nep_out_file_open_arg(&out, options->json) != NEP_OK) {
+        return nep_perf_error(NEP_PERF_FAILED, "--json %s", nep_last_message());
     }
+    FILE *file = out.file;
     struct nep_transport_stats stats = {0};
     side->transport->ops->stats(side->transport, &stats);
     fprintf(file,
@@ -121,8 +121,8 @@ int nep_perf_put_json(const struct nep_perf_put_side *side,
         write_result(file, side, &results[i]);
     }
     fprintf(file, "]}\n");
-    if (!is_stdout && fclose(file) != 0) {
-        return nep_perf_error(NEP_PERF_FAILED, "--json %s: %s", options->json, strerror(errno));
+    if (nep_out_file_commit(&out) != NEP_OK) {
+        return nep_perf_error(NEP_PERF_FAILED, "--json %s", nep_last_message());
     }
     return NEP_PERF_OK;
 }

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/out_file.h"
 #include "perftest/perf.h"
 
 /* What every rank brings; plain numbers, so that it can be gathered as bytes. */
@@ -248,20 +249,14 @@ static bool reduce_baseline(struct nep_perf_rank *rank, const struct nep_perf_ba
 
 static int write_json(const struct nep_perf_rank *rank, const struct nep_perf_summary *summary)
 {
-    const char *path = rank->options.json;
-    if (strcmp(path, "-") == 0) {
-        nep_perf_report_json(stdout, rank, summary);
-        return NEP_PERF_OK;
+    struct nep_out_file out;
+    enum nep_status status = nep_out_file_open_arg(&out, rank->options.json);
+    if (status == NEP_OK) {
+        nep_perf_report_json(out.file, rank, summary);
+        status = nep_out_file_commit(&out);
     }
-    FILE *file = fopen(path, "w");
-    if (file == NULL) {
-        return nep_perf_error(NEP_PERF_FAILED, "--json %s: cannot be written: %m", path);
-    }
-    nep_perf_report_json(file, rank, summary);
-    if (fclose(file) != 0) {
-        return nep_perf_error(NEP_PERF_FAILED, "--json %s: cannot be written: %m", path);
-    }
-    return NEP_PERF_OK;
+    return status == NEP_OK ? NEP_PERF_OK
+                            : nep_perf_error(NEP_PERF_FAILED, "--json %s", nep_last_message());
 }
 
 /* Least traffic with memory: dispatch reads each token once and writes each row once; combine reads

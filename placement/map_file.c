@@ -13,6 +13,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/out_file.h"
 #include "base/status.h"
 #include "placement/map.h"
 
@@ -329,38 +330,35 @@ enum nep_status nep_map_load(const char *path, struct nep_map **map_p)
     return status;
 }
 
-static int write_layer(FILE *file, const struct nep_map *map, uint32_t layer)
+static void write_layer(FILE *file, const struct nep_map *map, uint32_t layer)
 {
     const uint32_t *begin = &map->begin[(size_t)layer * (map->shape.num_experts + 1)];
     uint32_t slots = map->shape.slots_per_rank;
-    int ok = 1;
     for (uint32_t expert = 0; expert < map->shape.num_experts; expert++) {
-        ok = ok && fprintf(file, "%u %u", layer, expert) > 0;
+        fprintf(file, "%u %u", layer, expert);
         for (uint32_t c = begin[expert]; c < begin[expert + 1]; c++) {
             size_t at = map->first[layer] + c;
-            ok = ok && fprintf(file, " %u:%u", map->slot[at] / slots, map->slot[at] % slots) > 0;
+            fprintf(file, " %u:%u", map->slot[at] / slots, map->slot[at] % slots);
             if (map->weight[at] != 1) {
-                ok = ok && fprintf(file, "*%u", map->weight[at]) > 0;
+                fprintf(file, "*%u", map->weight[at]);
             }
         }
-        ok = ok && fputc('\n', file) != EOF;
+        fputc('\n', file);
     }
-    return ok;
 }
 
-static int write_all(FILE *file, const struct nep_map *map)
+static void write_all(FILE *file, const struct nep_map *map)
 {
     const struct nep_map_shape *shape = &map->shape;
-    int ok = fprintf(file, "nepmap 1\nlayers %u experts %u nodes %u ranks_per_node ",
-                     shape->num_layers, shape->num_experts, shape->num_nodes) > 0;
+    fprintf(file, "nepmap 1\nlayers %u experts %u nodes %u ranks_per_node ", shape->num_layers,
+            shape->num_experts, shape->num_nodes);
     for (uint32_t n = 0; n < shape->num_nodes; n++) {
-        ok = ok && fprintf(file, "%s%u", n == 0 ? "" : ",", shape->ranks_per_node[n]) > 0;
+        fprintf(file, "%s%u", n == 0 ? "" : ",", shape->ranks_per_node[n]);
     }
-    ok = ok && fprintf(file, " slots_per_rank %u\n", shape->slots_per_rank) > 0;
-    for (uint32_t layer = 0; layer < shape->num_layers && ok; layer++) {
-        ok = write_layer(file, map, layer);
+    fprintf(file, " slots_per_rank %u\n", shape->slots_per_rank);
+    for (uint32_t layer = 0; layer < shape->num_layers; layer++) {
+        write_layer(file, map, layer);
     }
-    return ok;
 }
 
 enum nep_status nep_map_save(const struct nep_map *map, const char *path)
@@ -368,23 +366,11 @@ enum nep_status nep_map_save(const struct nep_map *map, const char *path)
     if (map == NULL || path == NULL) {
         return nep_fail(NEP_ERR_INVALID, "nep_map_save: map or path is NULL");
     }
-    char tmp[4096];
-    int len = snprintf(tmp, sizeof tmp, "%s.tmp%ld", path, (long)getpid());
-    if (len < 0 || (size_t)len >= sizeof tmp) {
-        return nep_fail(NEP_ERR_INVALID, "nep_map_save: the path is longer than %zu", sizeof tmp);
+    struct nep_out_file out;
+    enum nep_status status = nep_out_file_open(&out, path);
+    if (status != NEP_OK) {
+        return status;
     }
-    FILE *file = fopen(tmp, "we");
-    if (file == NULL) {
-        return nep_fail(NEP_ERR_IO, "%s: cannot write: %s", tmp, strerror(errno));
-    }
-    int ok = write_all(file, map);
-    ok = fflush(file) == 0 && ok;
-    int error = errno;
-    ok = fclose(file) == 0 && ok;
-    if (!ok || rename(tmp, path) != 0) {
-        error = ok ? errno : error;
-        unlink(tmp);
-        return nep_fail(NEP_ERR_IO, "%s: cannot write: %s", path, strerror(error));
-    }
-    return NEP_OK;
+    write_all(out.file, map);
+    return nep_out_file_commit(&out);
 }

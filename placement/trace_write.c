@@ -3,13 +3,12 @@
  * Writer of routing traces. Requests are collected in memory in the file's own encoding and written
  * at once, so that a reader never sees half a file and the header needs no second pass.
  */
-#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 #include <zlib.h>
 
+#include "base/out_file.h"
 #include "base/status.h"
 #include "placement/trace.h"
 
@@ -84,6 +83,9 @@ enum nep_status nep_trace_writer_create(const struct nep_trace_shape *shape, con
 enum nep_status nep_trace_writer_add(struct nep_trace_writer *writer,
                                      const struct nep_trace_request *request, const int32_t *ids)
 {
+    if (writer == NULL || request == NULL || ids == NULL) {
+        return nep_fail(NEP_ERR_INVALID, "nep_trace_writer_add: an argument is NULL");
+    }
     struct nep_trace_header *header = &writer->header;
     size_t tokens = (size_t)request->prefill_tokens + request->decode_tokens;
     size_t num = tokens * header->num_layers * header->top_k;
@@ -119,40 +121,32 @@ enum nep_status nep_trace_writer_add(struct nep_trace_writer *writer,
     return NEP_OK;
 }
 
-static int put(FILE *file, const void *data, size_t bytes, uint32_t *crc)
+static void put(FILE *file, const void *data, size_t bytes, uint32_t *crc)
 {
-    if (bytes == 0) {
-        return 1;
+    if (bytes > 0) {
+        *crc = (uint32_t)crc32_z(*crc, data, bytes);
+        fwrite(data, 1, bytes, file);
     }
-    *crc = (uint32_t)crc32_z(*crc, data, bytes);
-    return fwrite(data, 1, bytes, file) == bytes;
 }
 
 enum nep_status nep_trace_writer_save(const struct nep_trace_writer *writer, const char *path)
 {
-    char tmp[4096];
-    int len = snprintf(tmp, sizeof tmp, "%s.tmp%ld", path, (long)getpid());
-    if (len < 0 || (size_t)len >= sizeof tmp) {
-        return nep_fail(NEP_ERR_INVALID, "trace writer: the path is longer than %zu", sizeof tmp);
+    struct nep_out_file out;
+    if (writer == NULL || path == NULL) {
+        return nep_fail(NEP_ERR_INVALID, "nep_trace_writer_save: writer or path is NULL");
     }
-    FILE *file = fopen(tmp, "wbe");
-    if (file == NULL) {
-        return nep_fail(NEP_ERR_IO, "%s: cannot write: %s", tmp, strerror(errno));
+    enum nep_status status = nep_out_file_open(&out, path);
+    if (status != NEP_OK) {
+        return status;
     }
     const struct nep_trace_header *header = &writer->header;
     uint32_t crc = 0;
-    int ok = put(file, header, sizeof *header, &crc) &&
-             put(file, writer->domains, 32 * (size_t)header->num_domains, &crc) &&
-             put(file, writer->requests, sizeof *writer->requests * header->num_requests, &crc) &&
-             put(file, writer->ids, writer->ids_bytes, &crc) && fwrite(&crc, 4, 1, file) == 1;
-    int error = errno;
-    ok = fclose(file) == 0 && ok;
-    if (!ok || rename(tmp, path) != 0) {
-        error = ok ? errno : error;
-        unlink(tmp);
-        return nep_fail(NEP_ERR_IO, "%s: cannot write: %s", path, strerror(error));
-    }
-    return NEP_OK;
+    put(out.file, header, sizeof *header, &crc);
+    put(out.file, writer->domains, 32 * (size_t)header->num_domains, &crc);
+    put(out.file, writer->requests, sizeof *writer->requests * header->num_requests, &crc);
+    put(out.file, writer->ids, writer->ids_bytes, &crc);
+    fwrite(&crc, 4, 1, out.file);
+    return nep_out_file_commit(&out);
 }
 
 void nep_trace_writer_destroy(struct nep_trace_writer *writer)

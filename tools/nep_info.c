@@ -7,6 +7,7 @@
 #include <stddef.h>
 #include <string.h>
 
+#include "base/out_file.h"
 #include "tools/nep_info.h"
 
 static int run(struct info *info)
@@ -44,14 +45,13 @@ int main(int argc, char **argv)
         return info_error(INFO_UNUSABLE, "%s", nep_last_message());
     }
     info.out = stdout;
+    static struct nep_out_file json;
     if (info.json_path != NULL) {
-        bool is_stdout = strcmp(info.json_path, "-") == 0;
-        info.json.file = is_stdout ? stdout : fopen(info.json_path, "we");
-        if (info.json.file == NULL) {
-            return info_error(INFO_UNUSABLE, "cannot write %s: %s", info.json_path,
-                              strerror(errno));
+        if (nep_out_file_open_arg(&json, info.json_path) != NEP_OK) {
+            return info_error(INFO_UNUSABLE, "--json %s", nep_last_message());
         }
-        info.out = is_stdout ? fopen("/dev/null", "we") : stdout;
+        info.json.file = json.file;
+        info.out = json.file == stdout ? fopen("/dev/null", "we") : stdout;
         if (info.out == NULL) {
             return info_error(INFO_FAILED, "cannot open /dev/null: %s", strerror(errno));
         }
@@ -60,10 +60,15 @@ int main(int argc, char **argv)
     json_text(&info.json, "version", nep_version_string());
     status = run(&info);
     json_close(&info.json, '}');
-    bool is_written = fflush(info.out) == 0;
+    if (fflush(info.out) != 0) {
+        nep_out_file_drop(&json);
+        return info_error(INFO_FAILED, "cannot write: %s", strerror(errno));
+    }
     if (info.json.file != NULL) {
         fputc('\n', info.json.file);
-        is_written &= fflush(info.json.file) == 0;
+        if (nep_out_file_commit(&json) != NEP_OK) {
+            return info_error(INFO_FAILED, "--json %s", nep_last_message());
+        }
     }
-    return is_written ? status : info_error(INFO_FAILED, "cannot write: %s", strerror(errno));
+    return status;
 }

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/out_file.h"
 #include "tools/json_check.h"
 #include "tools/nep_info.h"
 #include "tools/trace_merge.h"
@@ -97,16 +98,15 @@ static int write_merged(struct info *info, const struct merge *merge)
         return info_error(INFO_UNUSABLE, "the traces do not join: at byte %zu %s is missing", at,
                           expected);
     }
-    bool is_stdout = strcmp(info->merge_path, "-") == 0;
-    FILE *file = is_stdout ? stdout : fopen(info->merge_path, "we");
-    bool ok = file != NULL;
-    ok = ok && fwrite(head, 1, (size_t)head_len, file) == (size_t)head_len;
-    ok = ok && fwrite(merge->bytes + 1, 1, merge->len - 1, file) == merge->len - 1;
-    ok = ok && fflush(file) == 0;
-    int cause = errno;
-    ok = (is_stdout || file == NULL || fclose(file) == 0) && ok;
-    if (!ok) {
-        return info_error(INFO_FAILED, "cannot write %s: %s", info->merge_path, strerror(cause));
+    struct nep_out_file out;
+    enum nep_status status = nep_out_file_open_arg(&out, info->merge_path);
+    if (status == NEP_OK) {
+        fwrite(head, 1, (size_t)head_len, out.file);
+        fwrite(merge->bytes + 1, 1, merge->len - 1, out.file);
+        status = nep_out_file_commit(&out);
+    }
+    if (status != NEP_OK) {
+        return info_error(INFO_FAILED, "--merge-traces %s", nep_last_message());
     }
     fprintf(stderr,
             "%" PRIu64 " of %" PRIu64 " ranks joined; between clocks at most %" PRIu64

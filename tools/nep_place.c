@@ -69,10 +69,18 @@ int main(int argc, char **argv)
         }
     }
     json_close(&args.json, '}');
-    bool is_written = fflush(args.out) == 0;
-    if (args.json.file != NULL) {
-        fputc('\n', args.json.file);
-        is_written &= fflush(args.json.file) == 0;
+    if (fflush(args.out) != 0) {
+        nep_out_file_drop(&args.json_file);
+        return place_error(PLACE_FAILED, "cannot write: %s", strerror(errno));
     }
-    return is_written ? status : place_error(PLACE_FAILED, "cannot write: %s", strerror(errno));
+    if (args.json.file == NULL) {
+        return status;
+    }
+    fputc('\n', args.json.file);
+    if (status != PLACE_FINE) {
+        nep_out_file_drop(&args.json_file); /* no results, no file */
+    } else if (nep_out_file_commit(&args.json_file) != NEP_OK) {
+        return place_error(PLACE_FAILED, "--json %s", nep_last_message());
+    }
+    return status;
 }

@@ -3,6 +3,7 @@
 #ifndef NEP_TOOLS_NEP_PLACE_H
 #define NEP_TOOLS_NEP_PLACE_H
 
+#include "base/out_file.h"
 #include "placement/homes.h"
 #include "placement/score.h"
 #include "tools/json_out.h"
@@ -49,6 +50,7 @@ struct place_args {
     const char *warm;
     FILE *out; /* for people; not standard output when JSON goes there */
     struct json_out json;
+    struct nep_out_file json_file;
 };
 
 /* PLACE_GO_ON, or the exit status. */

@@ -235,12 +235,11 @@ static int open_outputs(struct place_args *args)
     if (args->json_path == NULL) {
         return PLACE_GO_ON;
     }
-    bool is_stdout = strcmp(args->json_path, "-") == 0;
-    args->json.file = is_stdout ? stdout : fopen(args->json_path, "we");
-    if (args->json.file == NULL) {
-        return place_error(PLACE_UNUSABLE, "cannot write %s: %s", args->json_path, strerror(errno));
+    if (nep_out_file_open_arg(&args->json_file, args->json_path) != NEP_OK) {
+        return place_error(PLACE_UNUSABLE, "--json %s", nep_last_message());
     }
-    args->out = is_stdout ? fopen("/dev/null", "we") : stdout;
+    args->json.file = args->json_file.file;
+    args->out = args->json.file == stdout ? fopen("/dev/null", "we") : stdout;
     return args->out != NULL ? PLACE_GO_ON
                              : place_error(PLACE_FAILED, "/dev/null: %s", strerror(errno));
 }

@@ -4,7 +4,6 @@
  * map changed, for people. Before and after are scored on the same requests, each with the homes
  * that it would predict; the contiguous map has random homes, as a plain installation would.
  */
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -412,14 +411,16 @@ int place_report(struct place_args *args)
             (struct side){.name = args->before != NULL ? args->before : "contiguous, random homes",
                           .map = before};
         r.after = (struct side){.name = args->map, .map = after};
-        r.file = fopen(args->output, "we");
-        if (r.file == NULL) {
-            rc = place_error(PLACE_UNUSABLE, "%s: %s", args->output, strerror(errno));
-        } else {
+        static struct nep_out_file file;
+        status = nep_out_file_open(&file, args->output);
+        if (status == NEP_OK) {
+            r.file = file.file;
             status = make_report(&r, args);
-            if (fclose(r.file) != 0) {
-                rc = place_error(PLACE_FAILED, "%s: %s", args->output, strerror(errno));
-            }
+        }
+        if (status != NEP_OK) {
+            nep_out_file_drop(&file);
+        } else if (nep_out_file_commit(&file) != NEP_OK) {
+            rc = place_error(PLACE_FAILED, "%s", nep_last_message());
         }
     }
     if (rc == PLACE_GO_ON && status == NEP_OK) {

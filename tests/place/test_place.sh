@@ -70,6 +70,18 @@ grep -q '</html>' "$dir/report.html" || { echo "FAILED: the report has no end" >
 # the sweep over limits on load: five points and the map itself
 [ "$(grep -c '<circle' "$dir/report.html")" -eq 6 ] ||
     { echo "FAILED: the report's curve has not six points" >&2; failed=1; }
+# A full disk (no file above 1 KiB here) leaves no half page or map, and no file beside it.
+mkdir "$dir/full"
+for command in "report --map $dir/map.1" "solve --nodes 4"; do
+    # shellcheck disable=SC2086
+    if (ulimit -f 1 && trap '' XFSZ && exec "$place" $command --trace "$dir/test" \
+        -o "$dir/full/out") > "$dir/out" 2> "$dir/err"; then
+        echo "FAILED: $command is said to be done on a full disk" >&2
+        failed=1
+    fi
+    grep -q "full/out: cannot write" "$dir/err" || { cat "$dir/err" >&2 && failed=1; }
+done
+[ -z "$(ls -A "$dir/full")" ] || { echo "FAILED: left: $(ls "$dir/full")" >&2 && failed=1; }
 "$place" queue --trace "$dir/test" --map "$dir/map.1" --json "$dir/queue.json" > /dev/null
 check queue "r['rules']['nearep']['rows_over_oracle_pct'] - \
 r['rules']['fcfs']['rows_over_oracle_pct']" "x < -3"

@@ -35,6 +35,9 @@ static void write_good(uint32_t experts)
     }
     int32_t bad[30] = {(int32_t)experts};
     assert_int_equal(nep_trace_writer_add(writer, &requests[0], bad), NEP_ERR_INVALID);
+    assert_int_equal(nep_trace_writer_add(writer, &requests[0], NULL), NEP_ERR_INVALID);
+    assert_int_equal(nep_trace_writer_add(NULL, &requests[0], bad), NEP_ERR_INVALID);
+    assert_int_equal(nep_trace_writer_save(writer, NULL), NEP_ERR_INVALID);
     assert_int_equal(nep_trace_writer_save(writer, path), NEP_OK);
     nep_trace_writer_destroy(writer);
 }
