@@ -195,6 +195,9 @@ enum nep_status nep_map_balance(const struct nep_map_shape *shape, uint32_t num_
     if (status != NEP_OK) {
         return status;
     }
+    if (loads == NULL || map_p == NULL) {
+        return nep_fail(NEP_ERR_INVALID, "nep_map_balance: loads or map_p is NULL");
+    }
     size_t num = (size_t)s.num_layers * s.num_experts;
     for (size_t i = 0; i < num; i++) {
         if (!(loads[i] >= 0.0 && loads[i] < 1e300)) {

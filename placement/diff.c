@@ -122,6 +122,10 @@ enum nep_status nep_map_diff(const struct nep_map *from, const struct nep_map *t
                              struct nep_map_move *moves, uint64_t capacity, uint64_t *num_p)
 {
     enum nep_status status = check(from, to, num_p);
+    if (status == NEP_OK && moves == NULL && capacity > 0) {
+        status = nep_fail(NEP_ERR_INVALID, "map diff: moves is NULL, capacity %llu",
+                          (unsigned long long)capacity);
+    }
     if (status != NEP_OK) {
         return status;
     }

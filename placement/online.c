@@ -69,6 +69,9 @@ enum nep_status nep_balance_create(const struct nep_balance_params *params,
                                    struct nep_balance **balance_p)
 {
     struct nep_balance_params p;
+    if (balance_p == NULL) {
+        return nep_fail(NEP_ERR_INVALID, "nep_balance_create: balance_p is NULL");
+    }
     enum nep_status status =
         nep_struct_copy(&p, sizeof p, params, 2 * sizeof(void *) + 4, "nep_balance_params");
     if (status != NEP_OK) {
@@ -124,6 +127,9 @@ void nep_balance_destroy(struct nep_balance *balance)
 enum nep_status nep_balance_observe(struct nep_balance *balance, uint32_t layer, uint32_t home,
                                     const int32_t *ids, uint32_t num_tokens)
 {
+    if (balance == NULL || (ids == NULL && num_tokens > 0)) {
+        return nep_fail(NEP_ERR_INVALID, "nep_balance_observe: balance or ids is NULL");
+    }
     const struct nep_map_shape *shape = &balance->map->shape;
     if (layer >= shape->num_layers || home >= shape->num_nodes) {
         return nep_fail(NEP_ERR_INVALID, "balance: layer %u of %u, home %u of %u", layer,
@@ -262,6 +268,9 @@ static int is_drifting(struct nep_balance *b, double remote)
 enum nep_status nep_balance_update(struct nep_balance *balance, struct nep_map **map_p,
                                    struct nep_balance_result *result_p)
 {
+    if (balance == NULL || map_p == NULL) {
+        return nep_fail(NEP_ERR_INVALID, "nep_balance_update: balance or map_p is NULL");
+    }
     uint32_t layers = balance->map->shape.num_layers;
     struct nep_balance_result result = {.size = sizeof result};
     struct nep_map *map = NULL;

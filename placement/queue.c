@@ -199,6 +199,14 @@ static uint32_t pick_home(const struct nep_queue *q, const float *scores)
 
 /* ---- creation ---- */
 
+static enum nep_status check_given(const void *queue, const void *argument)
+{
+    return queue != NULL && argument != NULL
+               ? NEP_OK
+               : nep_fail(NEP_ERR_INVALID, "queue: %s is NULL",
+                          queue == NULL ? "the queue" : "a pointer for the result");
+}
+
 static enum nep_status check_params(struct nep_queue_params *p)
 {
     if (p->num_homes == 0 || p->num_homes > 65536 || p->home_slots == 0 ||
@@ -249,6 +257,9 @@ static int alloc_queue(struct nep_queue *q)
 enum nep_status nep_queue_create(const struct nep_queue_params *params, struct nep_queue **queue_p)
 {
     struct nep_queue_params p;
+    if (queue_p == NULL) {
+        return check_given(params, queue_p);
+    }
     enum nep_status status =
         nep_struct_copy(&p, sizeof p, params, sizeof(size_t) + 8, "nep_queue_params");
     if (status == NEP_OK) {
@@ -353,7 +364,10 @@ enum nep_status nep_queue_push(struct nep_queue *queue, const struct nep_request
                                uint64_t now_ns)
 {
     struct nep_request r;
-    enum nep_status status = nep_struct_copy(&r, sizeof r, request, sizeof r, "nep_request");
+    enum nep_status status = check_given(queue, queue);
+    if (status == NEP_OK) {
+        status = nep_struct_copy(&r, sizeof r, request, sizeof r, "nep_request");
+    }
     if (status != NEP_OK) {
         return status;
     }
@@ -453,6 +467,9 @@ static void start(struct nep_queue *q, uint32_t at, uint32_t home, uint64_t now_
 enum nep_status nep_queue_pop(struct nep_queue *queue, uint32_t home, uint64_t now_ns,
                               struct nep_micro_batch *batch)
 {
+    if (check_given(queue, queue) != NEP_OK) {
+        return NEP_ERR_INVALID;
+    }
     if (home >= queue->params.num_homes || batch == NULL ||
         (batch->capacity > 0 && batch->ids == NULL)) {
         return nep_fail(NEP_ERR_INVALID, "queue: home %u of %u, batch %s", home,
@@ -482,6 +499,9 @@ static enum nep_status unknown(uint64_t id)
 
 enum nep_status nep_queue_finish(struct nep_queue *queue, uint64_t id)
 {
+    if (check_given(queue, queue) != NEP_OK) {
+        return NEP_ERR_INVALID;
+    }
     pthread_mutex_lock(&queue->lock);
     uint32_t at = find(queue, id);
     if (at != NONE) {
@@ -525,6 +545,9 @@ static void rehome(struct nep_queue *q, struct entry *e, const float *scores, ui
 enum nep_status nep_queue_update(struct nep_queue *queue, uint64_t id, const float *scores,
                                  uint32_t tokens_left, float move_cost, uint32_t *home_p)
 {
+    if (check_given(queue, home_p) != NEP_OK) {
+        return NEP_ERR_INVALID;
+    }
     for (uint32_t h = 0; h < queue->params.num_homes; h++) {
         if (scores == NULL || !(scores[h] >= 0.0f && scores[h] < 1e30f)) {
             return nep_fail(NEP_ERR_INVALID, "queue: request %llu, scores are %s",
@@ -551,6 +574,9 @@ enum nep_status nep_queue_update(struct nep_queue *queue, uint64_t id, const flo
 
 enum nep_status nep_queue_get_stats(struct nep_queue *queue, struct nep_queue_stats *stats_p)
 {
+    if (check_given(queue, stats_p) != NEP_OK) {
+        return NEP_ERR_INVALID;
+    }
     pthread_mutex_lock(&queue->lock);
     *stats_p = queue->stats;
     pthread_mutex_unlock(&queue->lock);

@@ -176,6 +176,19 @@ static void test_balance_wrong_observations_are_refused(void **state)
     struct nep_map *next = (void *)0x5a;
     assert_int_equal(nep_balance_update(balance, &next, NULL), NEP_OK);
     assert_null(next);
+    assert_int_equal(nep_balance_create(&params, NULL), NEP_ERR_INVALID);
+    assert_int_equal(nep_balance_create(NULL, &balance), NEP_ERR_INVALID);
+    assert_int_equal(nep_balance_observe(NULL, 0, 1, ids, 1), NEP_ERR_INVALID);
+    assert_int_equal(nep_balance_observe(balance, 0, 1, NULL, 1), NEP_ERR_INVALID);
+    assert_int_equal(nep_balance_update(NULL, &next, NULL), NEP_ERR_INVALID);
+    assert_int_equal(nep_balance_update(balance, NULL, NULL), NEP_ERR_INVALID);
+    float scores[2] = {0};
+    assert_int_equal(nep_map_home_scores(NULL, 0, ids, 1, 2, scores), NEP_ERR_INVALID);
+    assert_int_equal(nep_map_home_scores(map, 0, NULL, 1, 2, scores), NEP_ERR_INVALID);
+    assert_int_equal(nep_map_home_scores(map, 0, ids, 1, 2, NULL), NEP_ERR_INVALID);
+    const double loads[4] = {1, 2, 3, 4};
+    assert_int_equal(nep_map_balance(&shape, 1, NULL, &next), NEP_ERR_INVALID);
+    assert_int_equal(nep_map_balance(&shape, 1, loads, NULL), NEP_ERR_INVALID);
     nep_balance_destroy(balance);
     nep_map_destroy(map);
 }

@@ -102,6 +102,7 @@ static void test_diff_other_shapes_are_refused(void **state)
     assert_int_equal(nep_map_contiguous(&shape, &b), NEP_OK);
     assert_int_equal(nep_map_diff(a, b, NULL, 0, &num), NEP_ERR_MISMATCH);
     assert_int_equal(nep_map_diff(NULL, b, NULL, 0, &num), NEP_ERR_INVALID);
+    assert_int_equal(nep_map_diff(a, a, NULL, 1, &num), NEP_ERR_INVALID);
     assert_int_equal(num, 7);
     nep_map_destroy(a);
     nep_map_destroy(b);

@@ -134,6 +134,33 @@ static void test_queue_full_or_wrong_is_refused(void **state)
     struct nep_queue *none = NULL;
     assert_int_equal(nep_queue_create(&params, &none), NEP_ERR_INVALID);
     assert_null(none);
+    params.num_homes = params.home_slots = 1;
+    assert_int_equal(nep_queue_create(&params, NULL), NEP_ERR_INVALID);
+    assert_int_equal(nep_queue_create(NULL, &none), NEP_ERR_INVALID);
+    nep_queue_destroy(queue);
+}
+
+static void test_queue_null_is_refused_in_words(void **state)
+{
+    (void)state;
+    struct nep_queue *queue = make(1, 1, 2, 1, 1000);
+    const float scores[] = {1.0f};
+    const struct nep_request request = {.size = sizeof request, .scores = scores};
+    uint64_t id;
+    uint32_t home;
+    struct nep_micro_batch batch = {sizeof batch, &id, 1, 0};
+    struct nep_queue_stats stats;
+    assert_int_equal(nep_queue_push(NULL, &request, 0), NEP_ERR_INVALID);
+    assert_non_null(strstr(nep_last_message(), "NULL"));
+    assert_int_equal(nep_queue_push(queue, NULL, 0), NEP_ERR_INVALID);
+    assert_int_equal(nep_queue_pop(NULL, 0, 0, &batch), NEP_ERR_INVALID);
+    assert_int_equal(nep_queue_finish(NULL, 1), NEP_ERR_INVALID);
+    assert_int_equal(nep_queue_update(NULL, 1, scores, 1, 1.0f, &home), NEP_ERR_INVALID);
+    assert_int_equal(nep_queue_update(queue, 1, NULL, 1, 1.0f, &home), NEP_ERR_INVALID);
+    assert_int_equal(nep_queue_update(queue, 1, scores, 1, 1.0f, NULL), NEP_ERR_INVALID);
+    assert_int_equal(nep_queue_get_stats(NULL, &stats), NEP_ERR_INVALID);
+    assert_int_equal(nep_queue_get_stats(queue, NULL), NEP_ERR_INVALID);
+    nep_queue_destroy(NULL);
     nep_queue_destroy(queue);
 }
 
@@ -288,6 +315,7 @@ int main(void)
         cmocka_unit_test(test_queue_request_waits_a_little_for_its_best_home),
         cmocka_unit_test(test_queue_running_request_moves_where_it_pays),
         cmocka_unit_test(test_queue_full_or_wrong_is_refused),
+        cmocka_unit_test(test_queue_null_is_refused_in_words),
         cmocka_unit_test(test_queue_adversarial_mix_keeps_the_age_bound),
         cmocka_unit_test(test_queue_flooding_tenant_gets_its_share_only),
         cmocka_unit_test(test_queue_threads_lose_nothing),
