@@ -253,6 +253,12 @@ static const struct option table[] = {
      "write each rank's counters as Prometheus text, %r in FILE is the rank; without it, or to -, "
      "those of rank 0",
      set_text, AT(metrics)},
+    {"--record", "FILE",
+     "record the routing and write it as a trace at the end, %r in FILE is the rank; without it, "
+     "that of rank 0; each place of a rank's batch counts as one request",
+     set_text, AT(record)},
+    {"--record-ppm", "N", "with --record: of a million requests, so many (10000)", set_u32,
+     AT(record_ppm)},
     {"--json", "FILE", "write results as one JSON object to FILE, - is standard output", set_text,
      AT(json)},
 };
@@ -306,6 +312,14 @@ static int check(const struct nep_perf_options *options)
         return nep_perf_error(NEP_PERF_USAGE,
                               "--baseline mpi and --on-fault continue are for tokens "
                               "in host memory, not for --executor cuda");
+    }
+    if (options->record != NULL && (options->is_on_gpu || options->baseline != NULL)) {
+        return nep_perf_error(NEP_PERF_USAGE, "--record goes neither with --executor cuda nor with "
+                                              "--baseline");
+    }
+    if (options->record_ppm > 1000000) {
+        return nep_perf_error(NEP_PERF_USAGE, "--record-ppm %u: at most 1000000",
+                              options->record_ppm);
     }
     if (options->is_on_gpu && nep_perf_gpu_probe() != -1) {
         return NEP_PERF_USAGE;

@@ -51,7 +51,9 @@ struct nep_perf_options {
     bool is_continued;   /* on_fault is "continue" */
     const char *json;    /* NULL: for people */
     const char *metrics; /* NULL: none */
-    char **argv;         /* as given, for running the same command again under mpirun */
+    const char *record;  /* NULL: none */
+    uint32_t record_ppm;
+    char **argv; /* as given, for running the same command again under mpirun */
     int argc;
 };
 

@@ -260,6 +260,7 @@ void nep_perf_rank_destroy(struct nep_perf_rank *rank)
     nep_perf_plan_destroy(rank->plan);
     nep_comm_destroy(rank->comm);
     free(rank->samples);
+    free(rank->request_keys);
     free(rank->pairs);
 }
 
@@ -294,7 +295,8 @@ static int dispatch(struct nep_perf_rank *rank)
                                 .layer = nep_perf_plan_map_layer(rank->plan, lane->batch),
                                 .x = lane->x,
                                 .topk_ids = lane->ids,
-                                .topk_weights = lane->weights};
+                                .topk_weights = lane->weights,
+                                .request_keys = rank->request_keys};
         if (nep_dispatch_send(rank->ep, lane->handle, &in, NULL) != NEP_OK) {
             return nep_perf_trouble(rank, "nep_dispatch_send");
         }
@@ -526,7 +528,13 @@ int nep_perf_rank_main(const struct nep_perf_options *options, struct nep_perf_s
     struct nep_perf_rank rank;
     int rc = nep_perf_rank_create(options, seat, &rank);
     if (rc == -1) {
+        rc = nep_perf_record_start(&rank);
+    }
+    if (rc == -1) {
         rc = nep_perf_rank_block(&rank, rank.options.warmup, rank.options.iters);
+    }
+    if (rc == -1) {
+        rc = nep_perf_record_save(&rank);
     }
     if (rc == -1) {
         rc = nep_perf_metrics(&rank);

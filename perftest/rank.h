@@ -38,6 +38,7 @@ struct nep_perf_rank {
     struct nep_perf_plan *plan;
     struct nep_ep *ep;
     struct nep_perf_lane lanes[8];
+    uint64_t *request_keys;          /* [T] with --record, else NULL */
     struct nep_perf_gpu *gpu;        /* NULL: tokens are in host memory */
     uint64_t capacity;               /* output rows */
     struct nep_perf_sample *samples; /* of all timed iterations so far */
@@ -77,6 +78,11 @@ int nep_perf_rank_renew_tensors(struct nep_perf_rank *rank);
 int nep_perf_rank_block(struct nep_perf_rank *rank, uint32_t warmup, uint32_t iters);
 /* Everything of a rank: create, a block, results, destroy. Exit status. */
 int nep_perf_rank_main(const struct nep_perf_options *options, struct nep_perf_seat *seat);
+
+/* --record: from before the first iteration, and the trace at the end. Exit status, or -1: go on.
+ */
+int nep_perf_record_start(struct nep_perf_rank *rank);
+int nep_perf_record_save(struct nep_perf_rank *rank);
 
 /* Writes the counters where --metrics says. Exit status, or -1: go on. */
 int nep_perf_metrics(struct nep_perf_rank *rank);

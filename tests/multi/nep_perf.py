@@ -8,8 +8,10 @@ usage: nep_perf.py NEP_PERF TRACE
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
+import tempfile
 import time
 import unittest
 
@@ -67,7 +69,8 @@ class Arguments(unittest.TestCase):
                      ["--top-k", "33"], ["--executor", "tpu"], ["--layout", "foo"],
                      ["--ranks", "3", "--ranks-per-node", "2,2"], ["--routing", "trace:/no/file"],
                      ["--map", "/no/file"], ["--tokens"], ["--threads=1"], ["--outstanding", "9"],
-                     ["--intra", "nothing"], ["--inter", "nothing"]):
+                     ["--intra", "nothing"], ["--inter", "nothing"],
+                     ["--record", "x", "--baseline", "mpi"], ["--record-ppm", "1000001"]):
             with self.subTest(args=args):
                 done = run(*args)
                 self.assertEqual(done.returncode, 2, done.stderr)
@@ -126,6 +129,20 @@ class Results(unittest.TestCase):
         self.assertEqual(got["wrong_elements"], 0)
         self.assertGreater(got["remote_rows"], 0)
         self.assertEqual(got["remote_rows"], got["predicted_remote_rows"])
+
+    def test_record_writes_what_was_routed(self):
+        with tempfile.TemporaryDirectory() as folder:
+            got = result("--record", os.path.join(folder, "%r.nept"), "--record-ppm", "1000000")
+            names = [f"{r}.nept" for r in range(8)]
+            self.assertEqual(sorted(os.listdir(folder)), names)
+            for name in names:
+                with open(os.path.join(folder, name), "rb") as file:
+                    data = file.read()
+                layers, experts, top_k, requests = struct.unpack_from("<4I", data, 12)
+                tokens = struct.unpack_from("<Q", data, 40 - 8)[0]
+                self.assertEqual((layers, experts, top_k, requests, tokens),
+                                 (1, 32, 4, 24, 24 * (4 + 5)))  # --warmup 5
+        self.assertEqual(got["output_digest"], result()["output_digest"])
 
     def test_launcher_environment_decides(self):
         env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
