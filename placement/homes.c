@@ -12,6 +12,7 @@
  */
 #include "placement/homes.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -56,13 +57,26 @@ static void set_limits(const struct nep_homes_params *params, uint64_t *limit)
     }
 }
 
-/* The node relatively least loaded: where a request goes that fits nowhere. */
-static uint32_t least_loaded(const struct assign *a)
+static double fill_of(const struct assign *a, uint32_t node, uint64_t load)
 {
-    uint32_t best = 0;
-    for (uint32_t n = 1; n < a->params->num_nodes; n++) {
-        if ((double)a->load[n] * a->params->ranks_per_node[best] <
-            (double)a->load[best] * a->params->ranks_per_node[n]) {
+    return (double)load / (double)(a->limit[node] + 1);
+}
+
+/* Where a request goes that fits nowhere: of the nodes relatively least loaded, give or take the
+ * slack, the cheapest; among equals the one after `turn`. */
+static uint32_t least_loaded(const struct assign *a, const float *cost, uint32_t turn)
+{
+    uint32_t nodes = a->params->num_nodes;
+    double least = INFINITY;
+    for (uint32_t n = 0; n < nodes; n++) {
+        double fill = fill_of(a, n, a->load[n]);
+        least = fill < least ? fill : least;
+    }
+    uint32_t best = UINT32_MAX;
+    for (uint32_t i = 0; i < nodes; i++) {
+        uint32_t n = (turn + i) % nodes;
+        if (fill_of(a, n, a->load[n]) <= least + NEP_HOMES_SLACK &&
+            (best == UINT32_MAX || (cost != NULL && cost[n] < cost[best]))) {
             best = n;
         }
     }
@@ -123,11 +137,19 @@ static void assign_by_regret(struct assign *a, struct by_regret *order)
             }
         }
         if (best == UINT32_MAX) {
-            best = least_loaded(a);
+            best = least_loaded(a, cost, 0);
         }
         a->homes[request] = best;
         a->load[best] += params->tokens[request];
     }
+}
+
+/* A request larger than a node's limit fits nowhere; it may still go where it leaves no node fuller
+ * than its own was. */
+static int may_move(const struct assign *a, uint32_t from, uint32_t to, uint64_t tokens)
+{
+    return fits(a, to, tokens) ||
+           fill_of(a, to, a->load[to] + tokens) <= fill_of(a, from, a->load[from]);
 }
 
 static int improve_moves(struct assign *a)
@@ -139,7 +161,7 @@ static int improve_moves(struct assign *a)
         uint32_t from = a->homes[i];
         uint32_t best = from;
         for (uint32_t n = 0; n < params->num_nodes; n++) {
-            if (n != from && cost[n] < cost[best] && fits(a, n, params->tokens[i])) {
+            if (n != from && cost[n] < cost[best] && may_move(a, from, n, params->tokens[i])) {
                 best = n;
             }
         }
@@ -153,15 +175,19 @@ static int improve_moves(struct assign *a)
     return moved;
 }
 
-/* May i and j exchange homes: neither node may end above its limit, unless it only gets lighter. */
+/* May i and j exchange homes: neither node may end above its limit, unless the fuller of the two
+ * gets no fuller. */
 static int may_swap(const struct assign *a, uint32_t i, uint32_t j)
 {
     uint64_t wi = a->params->tokens[i];
     uint64_t wj = a->params->tokens[j];
-    uint64_t at_i = a->load[a->homes[i]] - wi + wj;
-    uint64_t at_j = a->load[a->homes[j]] - wj + wi;
-    return (at_i <= a->limit[a->homes[i]] || wj <= wi) &&
-           (at_j <= a->limit[a->homes[j]] || wi <= wj);
+    uint32_t hi = a->homes[i];
+    uint32_t hj = a->homes[j];
+    uint64_t at_i = a->load[hi] - wi + wj;
+    uint64_t at_j = a->load[hj] - wj + wi;
+    return (at_i <= a->limit[hi] && at_j <= a->limit[hj]) ||
+           fmax(fill_of(a, hi, at_i), fill_of(a, hj, at_j)) <=
+               fmax(fill_of(a, hi, a->load[hi]), fill_of(a, hj, a->load[hj]));
 }
 
 static int improve_swaps(struct assign *a)
@@ -262,7 +288,9 @@ enum nep_status nep_homes_random(const struct nep_requests *requests,
                 open[num_open++] = n;
             }
         }
-        uint32_t node = num_open > 0 ? open[nep_rng_below(&rng, num_open)] : least_loaded(&a);
+        uint32_t node = num_open > 0
+                            ? open[nep_rng_below(&rng, num_open)]
+                            : least_loaded(&a, NULL, nep_rng_below(&rng, shape->num_nodes));
         homes[order[i]] = node;
         load[node] += tokens[order[i]];
     }
@@ -412,9 +440,12 @@ enum nep_status nep_map_home_scores(const struct nep_map *map, uint32_t layer, c
                                     uint32_t num_tokens, uint32_t top_k, float *scores)
 {
     struct nep_copies copies;
-    if (map == NULL || top_k == 0 || top_k > NEP_TRACE_TOP_K_LIMIT) {
-        return nep_fail(NEP_ERR_INVALID, "home scores: map %s, top_k %u (1 to %d)",
-                        map == NULL ? "is NULL" : "given", top_k, NEP_TRACE_TOP_K_LIMIT);
+    if (map == NULL || scores == NULL || (ids == NULL && num_tokens > 0)) {
+        return nep_fail(NEP_ERR_INVALID, "home scores: map, ids or scores is NULL");
+    }
+    if (top_k == 0 || top_k > NEP_TRACE_TOP_K_LIMIT) {
+        return nep_fail(NEP_ERR_INVALID, "home scores: top_k %u (1 to %d)", top_k,
+                        NEP_TRACE_TOP_K_LIMIT);
     }
     enum nep_status status = nep_map_copies(map, layer, &copies);
     if (status != NEP_OK) {
