@@ -218,7 +218,7 @@ static void note_named(struct mortals_seat *seat, uint32_t d)
     }
     if (atomic_fetch_add(&words[MORTALS_NAMED_WORD + d], 1) + 1 == num_survivors &&
         death->moment.name != NULL) {
-        print_message("      %s: rank %u, named by all %u others after %.0f ms\n",
+        print_message("      %s: rank %u, named by all others (%u) after %.0f ms\n",
                       death->moment.name, death->rank, num_survivors,
                       (double)atomic_load(&words[MORTALS_SLOWEST_WORD + d]) / 1e6);
     }

@@ -21,8 +21,8 @@ ranks_of() { # process ids of the ranks of job $1, in order of their start
 "$bin/test_deaths" verbs >/run/out 2>/run/err
 status=$?
 check "a rank dies at every moment of an operation" 0 $status
-check "  and is named by all others" 21 "$(grep -c ' named by all ' /run/out)"
-grep ' named by all ' /run/out
+check "  and is named by all others" 21 "$(grep -c ' named by all others ' /run/out)"
+grep ' named by all others ' /run/out
 [ $status = 0 ] || tail -n 20 /run/out /run/err
 
 # A process that comes back: the same job, started again on the devices that the dead one used.
