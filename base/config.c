@@ -101,7 +101,8 @@ static const struct row rows[] = {
      "retries when the receiver has no receive posted, 0 to 7; 7 is endless"},
     {"NEP_VERBS_REVIVE", TIME, NULL, FIELD(verbs_revive_ns), "5s", false,
      "how long a peer that no queue pair reaches is tried to be reached again before it is lost; "
-     "NEP_TIMEOUT while a port of this side is down; 0: dead queue pairs stay dead"},
+     "NEP_TIMEOUT while a port of this side is down; one whose machine says that its process has "
+     "ended is lost at once; 0: dead queue pairs stay dead, and nobody is asked"},
     {"NEP_VERBS_DEPTH", COUNT, NULL, FIELD(verbs_depth), "128", false,
      "work requests in each send queue, 8 to 16384; what does not fit waits inside"},
     {"NEP_VERBS_SPLIT", BYTES, NULL, FIELD(verbs_split_bytes), "64k", false,

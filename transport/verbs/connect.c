@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/log.h"
 #include "transport/bootstrap.h"
@@ -272,6 +273,7 @@ static void fill_card(const struct nep_verbs *verbs, struct card *card)
         out->link_layer = path->port_attr.link_layer;
         out->lid = path->port_attr.lid;
         out->port = path->port;
+        out->door_port = path->door_port;
         out->knock_qp = path->knocks.qp == NULL ? 0 : path->knocks.qp->qp_num;
     }
     for (uint32_t r = 0; r < verbs->num_ranks; r++) {
@@ -382,11 +384,15 @@ void nep_verbs_disconnect(struct nep_verbs *verbs)
         }
         free(peer->qps);
         peer->qps = NULL;
+        nep_verbs_ask_end(peer);
         for (uint32_t p = 0; p < verbs->num_paths; p++) {
             if (peer->ahs[p] != NULL) {
                 verbs->api.destroy_ah(peer->ahs[p]);
             }
         }
+    }
+    if (verbs->try_fd >= 0) {
+        close(verbs->try_fd);
     }
     free(verbs->keys);
     free(verbs->cards);

@@ -223,6 +223,7 @@ enum nep_status nep_verbs_path_open(struct nep_verbs *verbs, struct nep_verbs_pa
     if (status == NEP_OK) {
         find_bound_windows(verbs, path);
         nep_verbs_knocks_open(verbs, path);
+        nep_verbs_door_open(verbs, path);
     }
     return status; /* the caller closes what was made */
 }
@@ -230,6 +231,7 @@ enum nep_status nep_verbs_path_open(struct nep_verbs *verbs, struct nep_verbs_pa
 void nep_verbs_path_close(struct nep_verbs *verbs, struct nep_verbs_path *path)
 {
     const struct nep_verbs_api *api = &verbs->api;
+    nep_verbs_door_close(path);
     nep_verbs_knocks_close(verbs, path);
     free(path->table.keys);
     if (path->srq != NULL) {

@@ -24,6 +24,9 @@
 
 enum { NAP_NS = 200000, SEND_NS = 5000000, SLEEP_NS = 200000000 };
 
+/* What the thread sleeps on: these of each path, then, behind them, the last two. */
+enum { CHANNEL, EVENTS, DOOR, PER_PATH, WAKE = 0, TRY, OTHERS };
+
 void nep_verbs_progress(struct nep_transport *transport)
 {
     struct nep_verbs *verbs = (struct nep_verbs *)transport;
@@ -78,49 +81,69 @@ static void device_gone(struct nep_verbs *verbs, struct nep_verbs_path *path, st
     }
 }
 
-/* Takes what the channels and event files hold. */
+static void drain_path(struct nep_verbs *verbs, struct nep_verbs_path *path, struct pollfd *files)
+{
+    struct ibv_cq *cq;
+    void *context;
+    while ((files[CHANNEL].revents & POLLIN) != 0 &&
+           verbs->api.get_cq_event(path->channel, &cq, &context) == 0) {
+        /* acknowledging takes a mutex: in bundles */
+        if (++path->num_unacked >= 64) {
+            verbs->api.ack_cq_events(path->cq, path->num_unacked);
+            path->num_unacked = 0;
+        }
+    }
+    struct ibv_async_event event;
+    while ((files[EVENTS].revents & POLLIN) != 0 &&
+           verbs->api.get_async_event(path->context, &event) == 0) {
+        pthread_mutex_lock(&verbs->poll_lock);
+        nep_verbs_event_handle(verbs, path, &event);
+        pthread_mutex_unlock(&verbs->poll_lock);
+        verbs->api.ack_async_event(&event);
+    }
+    for (uint32_t i = CHANNEL; i <= EVENTS; i++) {
+        if ((files[i].revents & (POLLERR | POLLHUP | POLLNVAL)) != 0 &&
+            (files[i].revents & POLLIN) == 0) {
+            device_gone(verbs, path, &files[i]);
+        }
+    }
+    if (files[DOOR].revents != 0 && !nep_verbs_door_answer(path)) {
+        files[DOOR].fd = -1;
+    }
+}
+
+/* Takes what the channels and event files hold, and sees to who asks whether this rank lives. */
 static void drain(struct nep_verbs *verbs, struct pollfd *files)
 {
     for (uint32_t p = 0; p < verbs->num_paths; p++) {
-        struct nep_verbs_path *path = &verbs->paths[p];
-        struct ibv_cq *cq;
-        void *context;
-        while ((files[2 * p].revents & POLLIN) != 0 &&
-               verbs->api.get_cq_event(path->channel, &cq, &context) == 0) {
-            /* acknowledging takes a mutex: in bundles */
-            if (++path->num_unacked >= 64) {
-                verbs->api.ack_cq_events(path->cq, path->num_unacked);
-                path->num_unacked = 0;
-            }
-        }
-        struct ibv_async_event event;
-        while ((files[2 * p + 1].revents & POLLIN) != 0 &&
-               verbs->api.get_async_event(path->context, &event) == 0) {
-            pthread_mutex_lock(&verbs->poll_lock);
-            nep_verbs_event_handle(verbs, path, &event);
-            pthread_mutex_unlock(&verbs->poll_lock);
-            verbs->api.ack_async_event(&event);
-        }
-        for (uint32_t i = 2 * p; i < 2 * p + 2; i++) {
-            if ((files[i].revents & (POLLERR | POLLHUP | POLLNVAL)) != 0 &&
-                (files[i].revents & POLLIN) == 0) {
-                device_gone(verbs, path, &files[i]);
-            }
-        }
+        drain_path(verbs, &verbs->paths[p], &files[PER_PATH * p]);
     }
+    struct pollfd *attempt = &files[PER_PATH * verbs->num_paths + TRY];
+    if (attempt->revents != 0) {
+        nep_verbs_door_tried(verbs);
+        attempt->fd = -1;
+    }
+}
+
+static nfds_t fill_files(const struct nep_verbs *verbs, struct pollfd *files)
+{
+    for (uint32_t p = 0; p < verbs->num_paths; p++) {
+        const struct nep_verbs_path *path = &verbs->paths[p];
+        files[CHANNEL] = (struct pollfd){.fd = path->channel->fd, .events = POLLIN};
+        files[EVENTS] = (struct pollfd){.fd = path->context->async_fd, .events = POLLIN};
+        files[DOOR] = (struct pollfd){.fd = path->door_fd, .events = POLLIN};
+        files += PER_PATH;
+    }
+    files[WAKE] = (struct pollfd){.fd = verbs->wake_fd, .events = POLLIN};
+    files[TRY] = (struct pollfd){.fd = verbs->try_fd, .events = POLLOUT};
+    return PER_PATH * verbs->num_paths + OTHERS;
 }
 
 static void *run(void *arg)
 {
     struct nep_verbs *verbs = arg;
-    struct pollfd files[2 * NEP_VERBS_MAX_PATHS + 1];
-    nfds_t num_files = 2 * verbs->num_paths + 1;
-    for (uint32_t p = 0; p < verbs->num_paths; p++) {
-        files[2 * p] = (struct pollfd){.fd = verbs->paths[p].channel->fd, .events = POLLIN};
-        files[2 * p + 1] =
-            (struct pollfd){.fd = verbs->paths[p].context->async_fd, .events = POLLIN};
-    }
-    files[num_files - 1] = (struct pollfd){.fd = verbs->wake_fd, .events = POLLIN};
+    struct pollfd files[PER_PATH * NEP_VERBS_MAX_PATHS + OTHERS];
+    nfds_t num_files = fill_files(verbs, files);
     uint32_t spin = verbs->params.config->spin, num_idle = 0;
     if (spin == UINT32_MAX) {
         spin = nep_topology_num_cores() > verbs->num_ranks ? 2000 : 0;

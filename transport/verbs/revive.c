@@ -243,6 +243,7 @@ static void go_on(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_t
         peer->qps[q].told &= (uint16_t)~bit;
     }
     peer->num_alive++;
+    nep_verbs_ask_end(peer);
     atomic_fetch_add_explicit(&verbs->revivals, 1, memory_order_relaxed);
     nep_warn("verbs: QP %u of %s port %u to rank %u works again; %u of %u QPs carry on",
              qp->qp->qp_num, verbs->paths[qp->path].device, verbs->paths[qp->path].port,
@@ -346,7 +347,12 @@ static bool revive_peer(struct nep_verbs *verbs, struct nep_verbs_peer *peer)
             any = true;
         }
     }
-    if (peer->num_alive == 0 && now_ns - peer->silent_ns > patience_ns(verbs)) {
+    if (peer->num_alive == 0 && nep_verbs_has_ended(verbs, peer, now_ns)) {
+        size_t len = strlen(peer->message);
+        snprintf(peer->message + len, sizeof peer->message - len, "; its process has ended");
+        nep_verbs_peer_lose(verbs, peer);
+        any = false;
+    } else if (peer->num_alive == 0 && now_ns - peer->silent_ns > patience_ns(verbs)) {
         nep_verbs_peer_lose(verbs, peer);
         any = false;
     }

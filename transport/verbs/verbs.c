@@ -173,6 +173,7 @@ static enum nep_status make_peers(struct nep_verbs *verbs)
         struct nep_verbs_peer *peer = &verbs->peers[r];
         pthread_mutex_init(&peer->lock, NULL);
         peer->rank = r;
+        peer->ask_fd = -1;
         peer->is_served =
             r != verbs->rank && (!verbs->params.node_only ||
                                  topology->node_of_rank[r] == topology->node_of_rank[verbs->rank]);
@@ -223,6 +224,7 @@ static enum nep_status set_up(struct nep_verbs *verbs)
         status = nep_verbs_connect(verbs);
     }
     if (status == NEP_OK) {
+        nep_verbs_door_try(verbs);
         status = nep_bootstrap_common(verbs->params.bootstrap, verbs->rank, verbs->num_ranks,
                                       nep_verbs_progress_start(verbs), verbs->params.timeout_ns);
     }
@@ -250,7 +252,7 @@ enum nep_status nep_verbs_create_with(const struct nep_verbs_api *api,
     verbs->num_qps = config->verbs_paths * config->verbs_qps;
     verbs->depth = config->verbs_depth;
     verbs->max_message_bytes = UINT32_MAX;
-    verbs->wake_fd = -1;
+    verbs->wake_fd = verbs->try_fd = -1;
     if (getrandom(&verbs->key, sizeof verbs->key, 0) != sizeof verbs->key) {
         verbs->key = nep_now_ns() << 16 ^ (uint64_t)getpid(); /* unlike that of other runs */
     }

@@ -111,6 +111,7 @@ struct nep_verbs_card {
     uint32_t link_layer;
     uint32_t knock_qp; /* 0: it has none */
     uint16_t lid;
+    uint16_t door_port; /* TCP, where it listens while it lives; 0: nowhere */
     uint8_t port;
 };
 
@@ -138,6 +139,8 @@ struct nep_verbs_path {
     struct nep_verbs_gids gids;
     struct nep_verbs_qp_table table;
     struct nep_verbs_knocks knocks;
+    int door_fd; /* listens; door.c */
+    uint16_t door_port;
     uint32_t cq_depth;
     uint32_t srq_depth;
     uint32_t srq_posted;   /* receives there now; poll lock */
@@ -216,6 +219,9 @@ struct nep_verbs_peer {
     char message[512]; /* written before status, as soon as no QP is left */
     atomic_uint_fast64_t last_heard_ns;
     uint64_t last_ping_ns;
+    int ask_fd; /* connects to its door; -1: not now. This and the next: progress thread */
+    uint32_t ask_path;
+    uint64_t ask_ns; /* until when an answer is waited for; when to ask again */
     struct nep_verbs_assembly parts[NEP_VERBS_MAX_QPS + 1]; /* by number of parts; poll lock */
 };
 
@@ -287,7 +293,9 @@ struct nep_verbs {
     atomic_bool stop;
     atomic_uint_fast64_t num_caller_polls; /* by threads that wait: then the thread steps aside */
     atomic_bool has_dead;                  /* there are QPs to revive */
-    uint64_t next_revive_ns;               /* progress thread */
+    uint64_t next_revive_ns;               /* progress thread, as the next two */
+    int try_fd;                            /* connects to another rank's door, once; else -1 */
+    bool believes_refusals;                /* and that went well */
     atomic_uint_fast64_t arrivals, retries, stale, revivals;
 };
 
@@ -457,6 +465,21 @@ void nep_verbs_qp_reported(struct nep_verbs *verbs, struct nep_verbs_peer *peer,
                            uint32_t incarnation);
 /* Progress thread, while has_dead: knocks, arms, goes on; gives peers up. */
 void nep_verbs_revive(struct nep_verbs *verbs);
+
+/* ---- door.c --------------------------------------------------------------------------------- */
+
+/* Listens, where the path has an address; a path without one is no fault. */
+void nep_verbs_door_open(struct nep_verbs *verbs, struct nep_verbs_path *path);
+void nep_verbs_door_close(struct nep_verbs_path *path);
+/* Lets in and sees off who has come; false: it cannot, and is not to be called again. */
+bool nep_verbs_door_answer(const struct nep_verbs_path *path);
+/* Begins to connect to a rank of another node, while all live; its end is for _tried. */
+void nep_verbs_door_try(struct nep_verbs *verbs);
+void nep_verbs_door_tried(struct nep_verbs *verbs);
+/* Asks, now and then; true: its machine says that its process is gone. Progress thread, and the
+ * peer's lock held. */
+bool nep_verbs_has_ended(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint64_t now_ns);
+void nep_verbs_ask_end(struct nep_verbs_peer *peer);
 
 /* ---- progress.c ----------------------------------------------------------------------------- */
 

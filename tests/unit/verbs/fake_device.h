@@ -99,6 +99,7 @@ struct fake_fabric {
     struct fake_mw *mws[FAKE_MRS];
     uint32_t num_qps, num_mrs, num_mws;
     bool no_mw;
+    bool is_loopback;       /* GIDs are addresses that this machine has */
     uint64_t max_reg_bytes; /* larger registrations fail with ENOMEM; 0: no limit */
     uint32_t num_overflows;
     uint32_t num_bad;
@@ -258,6 +259,10 @@ static int fake_query_gid(struct ibv_context *context, uint8_t port, uint32_t in
         entry->gid.raw[1] = 0x80;
     } else {
         memcpy(entry->gid.raw, mapped, 16);
+        if (fake.is_loopback) {
+            entry->gid.raw[12] = 127;
+            entry->gid.raw[13] = 0;
+        }
     }
     entry->gid.raw[15] = (uint8_t)(context->device->name[4] - '0' + 1);
     return 0;

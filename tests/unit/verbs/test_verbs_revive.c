@@ -5,6 +5,7 @@
  * damaged; at the end every QP lives and carries puts. And what cannot come back is given up.
  */
 #include <string.h>
+#include <sys/socket.h>
 
 #include "tests/unit/cmocka_all.h"
 
@@ -150,6 +151,7 @@ static void run_flapped(uint32_t paths, uint32_t qps, uint32_t devices, uint32_t
     static struct world world;
     fake_reset(4);
     fake.lost_datagrams = lost_datagrams;
+    fake.is_loopback = true; /* they may ask, and learn that both live */
     world_config(&world.config);
     world.config.verbs_revive_ns = 60 * NEP_S;
     world.config.verbs_paths = paths;
@@ -246,6 +248,65 @@ static void test_verbs_without_datagrams_the_last_death_is_a_loss(void **state)
     run_cut_for_good(0, false);
 }
 
+/* ---- a process that ends -------------------------------------------------------------------- */
+
+/* As when rank 1 is killed: its device says nothing any more, and nobody listens for it. */
+static void end_of_one(struct seat *seat)
+{
+    const struct nep_transport_ops *ops = seat->transport->ops;
+    uint32_t other = 1 - seat->rank;
+    struct nep_verbs *verbs = inner(seat);
+    seat->num_errors += verbs->paths[0].door_port == 0;
+    pthread_barrier_wait(&seat->world->barrier);
+    if (seat->rank == 1) {
+        cut(1);
+        shutdown(verbs->paths[0].door_fd, SHUT_RDWR);
+    }
+    pthread_barrier_wait(&seat->world->barrier);
+    seat_put(seat, other, 0, 0);
+    uint64_t deadline_ns = nep_deadline_ns(60 * NEP_S);
+    while (seat->rank == 0 && ops->peer_status(seat->transport, other) == NEP_OK &&
+           nep_left_ns(deadline_ns) > 0) {
+        ops->progress(seat->transport);
+        usleep(1000);
+    }
+    if (seat->rank == 0) {
+        seat->num_errors += ops->peer_status(seat->transport, other) != NEP_ERR_PEER_LOST;
+        snprintf(seat->message, sizeof seat->message, "%.511s", nep_last_message());
+    }
+    pthread_barrier_wait(&seat->world->barrier);
+    if (seat->rank == 1) { /* whose own question is answered: it waits for the path */
+        while (num_alive(seat) > 0 && nep_left_ns(deadline_ns) > 0) {
+            ops->progress(seat->transport);
+            usleep(1000);
+        }
+        usleep(300000); /* time to ask; nothing depends on how often it does */
+        seat->num_errors += ops->peer_status(seat->transport, other) != NEP_OK;
+    }
+    pthread_barrier_wait(&seat->world->barrier);
+}
+
+static void test_verbs_process_that_ended_is_not_waited_for(void **state)
+{
+    static struct world world;
+    (void)state;
+    fake_reset(2);
+    fake.is_loopback = true;
+    world_config(&world.config);
+    world.config.verbs_revive_ns = 3600 * NEP_S;
+    world.seed = world_seed("ended");
+    world_run(&world, 2, end_of_one);
+    for (uint32_t r = 0; r < 2; r++) {
+        print_message("rank %u: %s\n", r, world.seats[r].message);
+        assert_int_equal(world.seats[r].status, NEP_OK);
+        assert_int_equal(world.seats[r].num_errors, 0);
+    }
+    assert_non_null(strstr(world.seats[0].message, "is lost: QP"));
+    assert_non_null(strstr(world.seats[0].message, "its process has ended"));
+    assert_int_equal(fake.num_live, 0);
+    world_free(&world);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -254,6 +315,7 @@ int main(void)
         cmocka_unit_test(test_verbs_all_paths_flap_and_datagrams_are_lost),
         cmocka_unit_test(test_verbs_path_that_stays_away_is_given_up_in_time),
         cmocka_unit_test(test_verbs_without_datagrams_the_last_death_is_a_loss),
+        cmocka_unit_test(test_verbs_process_that_ended_is_not_waited_for),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
