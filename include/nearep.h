@@ -488,9 +488,10 @@ NEP_API enum nep_status nep_dispatch_recv(struct nep_ep *ep, struct nep_handle *
                                           const struct nep_rows *out, void *stream);
 /*
  * Sends the expert outputs back and sums them per token: y[t] = sum over k of weight[t][k] *
- * expert(t, k) (expert layouts), or the sum of the ranks' rows (rank layout). fp32, fixed order,
- * rounded once per level: rank (k ascending), node (ranks ascending), home (nodes ascending); the
- * same bits on every transport. `in->y` must stay as it is until nep_combine_recv returns.
+ * expert(t, k) (expert layouts; a weight of 0 leaves the row out, also one of NaN), or the sum of
+ * the ranks' rows (rank layout). fp32, fixed order, rounded once per level: rank (k ascending),
+ * node (ranks ascending), home (nodes ascending); the same bits on every transport. `in->y` must
+ * stay as it is until nep_combine_recv returns.
  */
 NEP_API enum nep_status nep_combine_send(struct nep_ep *ep, struct nep_handle *handle,
                                          const struct nep_expert_rows *in, void *stream);

@@ -65,9 +65,11 @@ template <class T, bool kWeighs> struct levels {
                 node[i] = __fadd_rn(node[i], x[i]);
             }
         } else {
+            if (weight != 0) {
 #pragma unroll
-            for (int i = 0; i < T::num; i++) {
-                rank[i] = __fmaf_rn(weight, x[i], rank[i]);
+                for (int i = 0; i < T::num; i++) {
+                    rank[i] = __fmaf_rn(weight, x[i], rank[i]);
+                }
             }
             if (ends != 0) {
                 T::round(rank);

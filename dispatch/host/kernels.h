@@ -36,7 +36,8 @@ struct nep_term {
 
 /*
  * out[e] = the sum tree of docs/protocol.md, per element, in fp32:
- *   rank += weight * row[e], fused, from +0, terms in array order;
+ *   rank += weight * row[e], fused, from +0, terms in array order; where the weight is 0 the row
+ *   is left out, whatever it holds;
  *   at the end of a rank  node += round(rank), rank = +0;
  *   at the end of a node  home += round(node), node = +0;
  *   out = round(home).

@@ -65,7 +65,7 @@ void nep_sum_c_range(void *out, const struct nep_term *terms, uint32_t num_terms
         float home[COLUMNS] = {0};
         for (uint32_t t = 0; t < num_terms; t++) {
             uint32_t ends = t + 1 == num_terms ? NEP_ENDS_NODE : terms[t].ends;
-            for (size_t i = 0; i < num; i++) {
+            for (size_t i = 0; i < num && terms[t].weight != 0; i++) {
                 rank[i] = fmaf(terms[t].weight, load(terms[t].row, column + i, dtype), rank[i]);
             }
             if (ends != 0) {

@@ -193,32 +193,35 @@ INLINE void sum_block(void *out, const struct nep_term *terms, uint32_t num_term
                       const struct block block)
 {
     vf rank[VECS], node[VECS], home[VECS], x[VECS];
-    bool first = true; /* the next term is the first of its rank */
+    bool first = true; /* nothing has been added to the rank yet */
     UNROLL
     for (int v = 0; v < block.num_vecs; v++) {
         rank[v] = node[v] = home[v] = vf_zero();
     }
     for (uint32_t t = 0; t < num_terms; t++) {
         uint32_t ends = t + 1 == num_terms ? NEP_ENDS_NODE : terms[t].ends;
-        if (block.ahead) {
-            block_prefetch(terms[t].row, column, block);
+        if (terms[t].weight != 0) {
+            if (block.ahead) {
+                block_prefetch(terms[t].row, column, block);
+            }
+            block_load(x, terms[t].row, column, block);
+            if (first && ends != 0 && terms[t].weight == 1) {
+                /* a rank of one row as it is, or a partial: rounding would give it back */
+                UNROLL
+                for (int v = 0; v < block.num_vecs; v++) {
+                    node[v] = vf_add(node[v], x[v]);
+                }
+            } else {
+                UNROLL
+                for (int v = 0; v < block.num_vecs; v++) {
+                    rank[v] = vf_fma(vf_set1(terms[t].weight), x[v], rank[v]);
+                }
+                first = false;
+            }
         }
-        block_load(x, terms[t].row, column, block);
-        if (first && ends != 0 && terms[t].weight == 1) {
-            /* a rank of one row as it is, or a partial: rounding would give it back */
-            UNROLL
-            for (int v = 0; v < block.num_vecs; v++) {
-                node[v] = vf_add(node[v], x[v]);
-            }
-        } else {
-            UNROLL
-            for (int v = 0; v < block.num_vecs; v++) {
-                rank[v] = vf_fma(vf_set1(terms[t].weight), x[v], rank[v]);
-            }
-            first = ends != 0;
-            if (first) {
-                level_end(node, rank, block.num_vecs, block.dtype);
-            }
+        if (ends != 0 && !first) {
+            level_end(node, rank, block.num_vecs, block.dtype);
+            first = true;
         }
         if (ends & NEP_ENDS_NODE) {
             level_end(home, node, block.num_vecs, block.dtype);

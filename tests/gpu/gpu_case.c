@@ -419,6 +419,7 @@ static void draw_rank(struct gpu_case *c, uint64_t round, uint32_t rank)
                 }
             } while (i < k);
             float weight = (float)(nep_ref_rng_unit(&rng) * 2 - 0.5);
+            weight = nep_ref_rng_below(&rng, 8) == 0 ? 0 : weight; /* such a row is left out */
             c->weights[rank][(uint64_t)t * s->top_k + k] = weight;
         }
         for (uint32_t k = 0; !s->is_full && k < s->top_k; k++) {

@@ -204,7 +204,8 @@ def weights(rank, ranks, nodes):
     experts, per_rank = 2 * ranks, 2
     buffer = on_device(deep_ep.Buffer(dist.group.WORLD, 0, 1 << 20, ranks_per_node=nodes, enable_shrink=True))
     for step in range(3):
-        mine = world(ranks, [0 if r == step else 5 + r for r in range(ranks)], H, experts, K, salt=step)[rank]
+        tokens = world(ranks, [0 if r == step else 5 + r for r in range(ranks)], H, experts, K, salt=step)
+        mine = tokens[rank]
         x, _, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.ids, M, experts, use_fp8=False,
                                                          topk_weights=mine.weights)
         if DEVICE == "cpu":
@@ -220,6 +221,11 @@ def weights(rank, ranks, nodes):
         x, _, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.ids, M, experts, use_fp8=False)
         fewer = mine.ids.clone()
         fewer[:, 0] = -1
+        for local in range(per_rank):  # what is left out may hold anything
+            expert = rank * per_rank + local
+            for row, (s, t) in enumerate(pairs_of(tokens, expert)):
+                if int(tokens[s].ids[t, 0]) == expert or (step == 2 and rank == ranks - 1):
+                    x[local, row] = float("nan")
         buffer.low_latency_update_mask_buffer(ranks - 1, step == 2)
         y = buffer.low_latency_combine(x, fewer, mine.weights, handle)[0]
         buffer.low_latency_update_mask_buffer(ranks - 1, False)

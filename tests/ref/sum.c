@@ -99,7 +99,9 @@ static bool add_rank(const struct nep_ref_group *group, uint32_t rank, uint32_t 
         }
         simd->scale(scratch->x, group->factor[slot], hidden, scratch->y);
         nep_ref_row_round(group->dtype, scratch->y, hidden);
-        simd->fma(scratch->rank_acc, scratch->y, weight_of(group, rank, i), hidden);
+        if (weight_of(group, rank, i) != 0) {
+            simd->fma(scratch->rank_acc, scratch->y, weight_of(group, rank, i), hidden);
+        }
     }
     if (has_any) {
         nep_ref_row_round(group->dtype, scratch->rank_acc, hidden);
@@ -140,7 +142,7 @@ void nep_ref_sum_exact(const struct nep_ref_group *group, uint32_t rank, uint32_
     for (uint32_t k = 0; k < group->top_k; k++) {
         size_t i = (size_t)token * group->top_k + k;
         uint32_t slot = group->slots[rank][i];
-        if (slot == NEP_REF_NONE) {
+        if (slot == NEP_REF_NONE || weight_of(group, rank, i) == 0) {
             continue;
         }
         simd->scale(scratch->x, group->factor[slot], group->hidden, scratch->y);

@@ -63,9 +63,11 @@ template <class T> struct levels {
     {
         float x[T::num];
         T::load(v, x);
+        if (weight != 0) {
 #pragma unroll
-        for (int i = 0; i < T::num; i++) {
-            rank[i] = __fmaf_rn(weight, x[i], rank[i]);
+            for (int i = 0; i < T::num; i++) {
+                rank[i] = __fmaf_rn(weight, x[i], rank[i]);
+            }
         }
         if ((ends & NEP_ENDS_RANK) != 0) {
             T::round(rank);

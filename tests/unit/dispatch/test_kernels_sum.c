@@ -83,7 +83,8 @@ static uint32_t tree_element(const struct tree *tree, size_t idx)
     float rank = 0, node = 0, home = 0;
     for (uint32_t t = 0; t < tree->num_terms; t++) {
         uint32_t bits = ref_load(tree->terms[t].row, idx, tree->dtype);
-        rank = fmaf(tree->terms[t].weight, (float)ref_decode(bits, format), rank);
+        float value = (float)ref_decode(bits, format);
+        rank = tree->terms[t].weight != 0 ? fmaf(tree->terms[t].weight, value, rank) : rank;
         bool last = t + 1 == tree->num_terms;
         if (last || tree->terms[t].ends != 0) {
             node += (float)ref_quantise(rank, format);
