@@ -14,6 +14,7 @@ Importing needs neither a GPU nor torch; a call that needs what is not here says
 """
 from . import eplb
 from ._lib import lib as _library
+from .balance import Balance, BalanceResult, map_pays
 from .comm import Comm, Fault, Topology
 from .ep import Buffer, Counts, Ep, Handle
 from .errors import (BrokenError, BusyError, DeadlineError, Error, FormatError, InternalError, InvalidError,
@@ -26,11 +27,12 @@ from .trace import Recorder, Request, Trace, TraceShape, TraceWriter, from_sglan
 __version__ = _library.nep_version_string().decode()
 
 __all__ = [
+    "Balance", "BalanceResult",
     "BrokenError", "Buffer", "BusyError", "Comm", "Counts", "DeadlineError", "Ep", "Error", "Fault",
     "FormatError", "Handle", "InternalError", "InvalidError", "Map", "MapShape", "MismatchError", "Move",
     "NoMemoryError", "NotFoundError", "PeerLostError", "Queue", "Recorder", "Request", "RoomError",
     "SystemCallError", "Topology", "Trace", "TraceShape", "TraceWriter", "UnsupportedError", "eplb",
-    "from_sglang", "from_vllm",
+    "from_sglang", "from_vllm", "map_pays",
 ]
 
 

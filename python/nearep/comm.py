@@ -254,6 +254,23 @@ class Comm(Owner):
         self.guarded(lambda: check(lib.nep_comm_newcomers(self.pointer, ctypes.addressof(num))))
         return num.value
 
+    def metrics(self) -> str:
+        """Counters of all its eps, waits and state as Prometheus text. While no other thread is inside a call
+        on these eps."""
+        length = ctypes.c_size_t(0)
+        for _ in range(8):
+            room = ctypes.create_string_buffer(length.value + 1024)
+            status = lib.nep_comm_metrics(self.pointer, room, len(room), ctypes.addressof(length))
+            if status != _abi.NEP_ERR_OVERFLOW:
+                break
+        check(status)
+        return room.value.decode()
+
+    def dump_events(self, path: Any) -> None:
+        """Writes what happened last on this rank's wire as trace JSON for Perfetto; %r in path is the rank, %p the
+        process, %h the host."""
+        check(lib.nep_comm_dump_events(self.pointer, text(path)))
+
     def ep(self, **shape: Any) -> "Ep":
         """An Ep on this communicator; collective. See Ep."""
         from .ep import Ep

@@ -107,6 +107,7 @@ class Ep(Owner):
         self.num_layers = num_layers or (map.shape.num_layers if map is not None else 1)
         self._scale = scale or "fp32"
         self._row = (row_bytes, scale_bytes)
+        self._registered: Dict[int, Any] = {}
         # One set of argument structures for each ep: filled in for each call, never allocated.
         self.tokens = sized(_abi.nep_tokens)
         self.rows = sized(_abi.nep_rows)
@@ -422,6 +423,30 @@ class Ep(Owner):
         """num_bytes of memory that the ranks of this node map: rows in it move once. Zeroed, aligned
         to 4096. When the pool is exhausted it is private memory, with one more copy."""
         return Buffer(self, num_bytes)
+
+    def register(self, value: Any = None, fd: int = -1) -> int:
+        """Lets the ranks of the node reach an array of the caller's, so that rows in it move once. Collective,
+        in the same order on all ranks, with no operation outstanding. value: contiguous, in host memory; None:
+        this rank takes part and has nothing. fd: of the memfd or shared memory object that it is mapped from
+        (mmap with MAP_SHARED); -1 works where all ranks are threads of one process. Returns the number for
+        deregister(); until then, or until the ep is closed, the array is kept and must stay mapped."""
+        params = sized(_abi.nep_buffer_params, fd=fd)
+        found = array_of(value) if value is not None else None
+        if found is not None:
+            size = SIZES[found.dtype]
+            for extent in found.shape:
+                size *= extent
+            params.base, params.bytes = found.pointer or None, size
+        number = ctypes.c_uint32()
+        self.comm.guarded(lambda: check(lib.nep_buffer_register(self.pointer, ctypes.addressof(params),
+                                                                ctypes.addressof(number))))
+        self._registered[number.value] = found
+        return number.value
+
+    def deregister(self, number: int) -> None:
+        """Every rank calls it, in the same order; waits for nobody."""
+        check(lib.nep_buffer_deregister(self.pointer, number))
+        self._registered.pop(number, None)
 
     def empty(self, shape: Sequence[int], dtype: Any) -> Any:
         """A torch tensor (dtype of torch) or a NumPy array (any other dtype) in such memory."""

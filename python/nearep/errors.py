@@ -67,6 +67,7 @@ class InternalError(Error):
     """A fault of nearep itself; please report it."""
 
 
+# Names as nep_status_name gives them; here, so that an exception needs no library (a test compares them).
 _CLASSES: Dict[int, Tuple[str, Type[Error]]] = {
     -1: ("NEP_ERR_INVALID", InvalidError), -2: ("NEP_ERR_UNSUPPORTED", UnsupportedError),
     -3: ("NEP_ERR_BUSY", BusyError), -4: ("NEP_ERR_NOT_FOUND", NotFoundError),

@@ -2,6 +2,8 @@
 """The nearep package by itself: declarations, arrays, errors, halves, maps, queue, traces, EPLB."""
 import array
 import ctypes
+import json
+import mmap
 import os
 import re
 import subprocess
@@ -51,6 +53,19 @@ class DeclarationsTest(unittest.TestCase):
                 with self.assertRaises(nearep.Error) as caught:
                     nearep.errors.raise_status(int(value), "why")
                 self.assertEqual(caught.exception.name, name)
+
+    def test_every_function_is_called_by_the_package(self):
+        """Or why not. Names in the text of the package: a binding that is never called would not be there."""
+        reasons = {"nep_status_name": "errors.py has the names, which need no library"}
+        folder, said = os.path.dirname(nearep.__file__), ""
+        for name in os.listdir(folder):
+            if name.endswith(".py") and name != "_abi.py":
+                with open(os.path.join(folder, name), encoding="utf-8") as file:
+                    said += file.read()
+        used = set(re.findall(r"lib(?:rary)?\.(nep_\w+)", said))
+        declared = set(_abi.FUNCTIONS)
+        self.assertEqual(used - declared, set())
+        self.assertEqual(declared - used, set(reasons))
 
 
 class ArraysTest(unittest.TestCase):
@@ -158,11 +173,51 @@ def halves(rank, ranks):
     gaps = max(b - a for a, b in zip(ticks, ticks[1:]))
     must(rank == 0 or len(ticks) > 20, f"the other thread ran {len(ticks)} times, longest gap {gaps}")
     must(ep.stats()["dispatches"] == 2 and sum(ep.load()) == 2 * int((ids >= 0).sum()), "counters")
+    must(comm.metrics().count("# TYPE") > 5, "metrics")
+    with tempfile.TemporaryDirectory() as folder:
+        comm.dump_events(os.path.join(folder, "%r.json"))
+        with open(os.path.join(folder, f"{rank}.json"), encoding="utf-8") as file:
+            must(len(json.load(file)["traceEvents"]) > 0, "events")
     shared = ep.empty((4, 32), torch.float32)
     must(shared.shape == (4, 32) and float(shared.abs().sum()) == 0, "memory of the pool")
     kept = ep.empty((2, 3), numpy.int32)
     kept[:] = 7
     must(int(kept.sum()) == 42, "as NumPy")
+
+
+def registered(rank, ranks):
+    """Memory of the caller's own: tokens, received rows and results in one shared memory object."""
+    comm = nearep.Comm.from_torch()
+    ep = comm.ep(num_experts=2 * ranks, top_k=2, hidden=32, max_tokens=8, dtype="fp32")
+    size = (8 + ep.max_rows() + 8) * 32
+    fd = os.memfd_create("rows")
+    os.ftruncate(fd, size * 4)
+    with mmap.mmap(fd, size * 4) as memory:
+        mine = numpy.frombuffer(memory, numpy.float32).reshape(-1, 32)
+        mine[:] = numpy.nan
+        try:
+            ep.register(numpy.zeros(16, numpy.float32))
+            must(False, "memory without a file, between processes")
+        except nearep.UnsupportedError as error:
+            must("nep_buffer_alloc" in str(error), str(error))
+        number = ep.register(mine, fd) if rank != ranks - 1 else ep.register()
+        tokens = world(ranks, [8] * ranks, 32, 2 * ranks, 2)[rank]
+        x, rows, out = mine[:8], mine[8:-8], mine[-8:]
+        x[:] = tokens.x.float().numpy()
+        for _ in range(2):
+            handle = ep.handle()
+            ep.dispatch_send(handle, x, tokens.ids.numpy(), tokens.weights.numpy())
+            ep.dispatch_recv(handle, rows)
+            ep.combine_send(handle, rows)
+            ep.combine_recv(handle, out)
+            used = ((tokens.ids >= 0) * tokens.weights).sum(1, keepdims=True).numpy()
+            must(numpy.abs(out - used * x).max() < 1e-5, "sums")
+            if number is not None:
+                ep.deregister(number)  # and once more from private memory
+                number = None
+        del mine, x, rows, out, handle
+        ep.close()
+    os.close(fd)
 
 
 def recording(rank, ranks, path):
@@ -185,6 +240,9 @@ def recording(rank, ranks, path):
 class GroupTest(unittest.TestCase):
     def test_halves(self):
         run(3, halves)
+
+    def test_memory_of_the_callers_own(self):
+        run(2, registered)
 
     def test_recording(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -251,6 +309,23 @@ class PlacementTest(unittest.TestCase):
             self.assertEqual(len(scores), 2)
         with self.assertRaises(ValueError):
             nearep.Map.from_slots([[5]], 4, [1])
+
+    def test_balance(self):
+        with nearep.Map.contiguous(8, [1, 1, 1, 1], slots_per_rank=3) as found, \
+                nearep.Balance(found, 2, window_tokens=64, max_moves=4) as balance:
+            moved, result = balance.update()
+            self.assertIsNone(moved)
+            self.assertEqual(result.moved_copies, 0)
+            for home in range(4):  # all want the experts of one node
+                balance.observe(0, home, torch.tensor([[0, 1]] * 32, dtype=torch.int32))
+            moved, result = balance.update()
+            self.assertGreater(result.imbalance, 1.13)
+            self.assertEqual(moved is not None, result.moved_copies > 0)
+            with self.assertRaises(ValueError):
+                balance.observe(0, 0, torch.tensor([[0, 1, 2]], dtype=torch.int32))
+        some = dict(row_bytes=1e4, token_layers=1e6, num_moves=8, expert_bytes=1e7)
+        self.assertTrue(nearep.map_pays(rows_saved_per_token=1.0, **some))
+        self.assertFalse(nearep.map_pays(rows_saved_per_token=1e-4, **some))
 
     def test_eplb_answers_as_deepseek(self):
         rng = torch.Generator().manual_seed(1)
