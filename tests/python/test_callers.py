@@ -8,9 +8,10 @@ import deep_ep
 import torch
 import torch.distributed as dist
 from deep_ep.utils import EventHandle, EventOverlap
-from ranks import close, must, run, world
+from ranks import PLACE, close, must, on_the_device, run, world
 
 H, K, M = 256, 4, 16
+on_the_device()
 
 
 def combined(tokens, factor):
@@ -89,6 +90,8 @@ def vllm_high_throughput(rank, ranks):
 
     def work(ubatch):
         """Dual-batch overlap: two threads share the buffer, each with its own handle alive."""
+        if PLACE[0] != "cpu":
+            torch.set_default_device(PLACE[0])
         try:
             tokens = batches[ubatch][rank]
             my_turn(ubatch)
@@ -244,12 +247,13 @@ def vllm_v2(rank, ranks):
         buffer.destroy()
 
 
-def sglang_v2(rank, ranks):
-    """token_dispatcher/deepep_v2.py: expanded with alignment, without a wait, and by token with one."""
+def sglang_v2(rank, ranks, kind):
+    """token_dispatcher/deepep_v2.py and deepep_v2_5.py: expanded with alignment, without a wait, and by token with
+    one; its prefetcher of redundant experts."""
     experts = 2 * ranks
-    buffer = deep_ep.ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=32, hidden=H, num_topk=K,
-                                   use_fp8_dispatch=False, allow_hybrid_mode=True, sl_idx=0,
-                                   prefer_overlap_with_compute=False)
+    buffer = getattr(deep_ep, kind)(
+        dist.group.WORLD, num_max_tokens_per_rank=32, hidden=H, num_topk=K, use_fp8_dispatch=False,
+        allow_hybrid_mode=True, sl_idx=0, prefer_overlap_with_compute=False)
     must(buffer.num_bytes > 0, "num_bytes")
     for step, (expands, waits) in enumerate(((True, False), (True, True), (False, True))):
         mine = world(ranks, [1 + 9 * r for r in range(ranks)], H, experts, K, salt=step)[rank]
@@ -260,14 +264,43 @@ def sglang_v2(rank, ranks):
         if expands:
             ends = handle.psum_num_recv_tokens_per_expert.tolist()
             used = handle.num_unaligned_recv_tokens_per_expert.tolist()
-            must(weights.shape == (x.shape[0],) and all(end % 128 == 0 for end in ends), "aligned slots")
-            must(x.shape[0] >= ends[-1], "room")
+            begins = [-(-end // 128) * 128 for end in [0] + ends]
+            must(weights.shape == (x.shape[0],) and x.shape[0] >= begins[-1], "room for aligned slots")
             ids = torch.full((x.shape[0], 1), -1)
-            for local, (begin, num) in enumerate(zip([0] + ends, used)):
-                ids[begin:begin + num] = local
+            for local, (begin, end, num) in enumerate(zip(begins, ends, used)):
+                must(end - begin == num, "slots as they end")
+                ids[begin:end] = local
             weights = weights[:, None]
         y = buffer.combine(expert_of_rows(x, ids, weights, 2 * rank), handle)[0]
         close(y, *combined(mine, lambda e: 1 + e), f"SGLang V2, step {step}", roundings=4)
+    dist.barrier()
+
+
+def sglang_prefetch(rank, ranks):
+    """deepep_v2_5.py: replicas planned before the buffer, filled for each layer by a mapping on the device."""
+    from deep_ep import BufferAllocator, get_num_tma_alignment
+    from deep_ep.utils.envs import get_physical_domain_size
+    must(get_physical_domain_size(dist.group.WORLD) == (1, ranks), "one domain")
+    masters, slots, pitch = 2, 3, 3 * get_num_tma_alignment()
+    plan = BufferAllocator()
+    replicas = tuple(plan.allocate((slots, size), torch.uint8) for size in (pitch, 4 * pitch))
+    if PLACE[0] == "cpu":
+        replicas = tuple(part.cpu() for part in replicas)
+    buffer = deep_ep.EPBuffer(
+        dist.group.WORLD, num_max_tokens_per_rank=32, hidden=H, num_topk=K, use_fp8_dispatch=False,
+        allow_hybrid_mode=False, sl_idx=0, prefer_overlap_with_compute=False, lb_allocation_plan_or_num_bytes=plan)
+    for layer in range(3):
+        experts = [(torch.arange(ranks * masters)[:, None] * 16 + layer).expand(-1, part.shape[1]).to(torch.uint8)
+                   for part in replicas]
+        mapping = ((torch.arange(ranks * slots).view(ranks, slots) * 5 + layer) % (ranks * masters)).int()
+        mapping[layer % ranks, 1] = -1
+        event = buffer.lb_prefetch_weights(
+            replicas, tuple(part[rank * masters:(rank + 1) * masters].contiguous() for part in experts), mapping,
+            previous_event=None)
+        event.current_stream_wait()
+        for got, part in zip(replicas, experts):
+            for slot, expert in enumerate(mapping[rank].tolist()):
+                must(expert < 0 or bool((got[slot] == part[expert]).all()), f"replica {slot}")
     dist.barrier()
 
 
@@ -468,7 +501,11 @@ class CallersTest(unittest.TestCase):
         run(2, vllm_v2)
 
     def test_sglang_v2(self):
-        run(2, sglang_v2)
+        run(2, sglang_v2, "ElasticBuffer")
+
+    def test_sglang_v2_5(self):
+        run(2, sglang_v2, "EPBuffer")
+        run(2, sglang_prefetch)
 
     def test_megatron(self):
         run(3, megatron)

@@ -6,8 +6,9 @@ import unittest
 import deep_ep
 import torch
 import torch.distributed as dist
-from device import on_device
-from ranks import RANKS, arrivals, close, equal, must, run, world
+from device import DEVICE, on_device
+from deep_ep.utils.envs import get_physical_domain_size
+from ranks import RANKS, arrivals, close, equal, generator, must, run, world
 
 H, K = 256, 4
 
@@ -38,7 +39,8 @@ def one(buffer, rank, ranks, experts, tokens, expand, sync, alignment, bias):
     must(handle.num_recv_tokens_per_expert_list ==
          ([-(-n // alignment) * alignment for n in pairs] if sync else []), "list")
     aligned = torch.tensor([-(-n // alignment) * alignment for n in pairs])
-    equal(handle.psum_num_recv_tokens_per_expert, aligned.cumsum(0).int(), "sums by expert")
+    ends = aligned.cumsum(0) - ((aligned - torch.tensor(pairs)) if expand else 0)
+    equal(handle.psum_num_recv_tokens_per_expert, ends.int(), "sums by expert")
     equal(handle.num_unaligned_recv_tokens_per_expert, torch.tensor(pairs).int(), "rows by expert")
     from_rank = [s for _, s, _, _ in expanded_rows(tokens, rank, per_rank, alignment)[0]] if expand else \
         [s for s, _ in arrivals(tokens, rank, per_rank)]
@@ -85,7 +87,8 @@ def fp8(buffer, rank, ranks, experts, number):
     waits = number % 3 != 0
     (x, scales), ids, weights, handle, event = buffer.dispatch(
         parts[rank], topk_idx=mine.ids, topk_weights=mine.weights, num_experts=experts, do_expand=expand,
-        do_handle_copy=number % 8 < 4, expert_alignment=(1, 128)[number % 5 == 0], do_cpu_sync=waits,
+        do_handle_copy=number % 8 < 4, use_tma_aligned_col_major_sf=number % 3 == 1,
+        expert_alignment=(1, 128)[number % 5 == 0], do_cpu_sync=waits,
         async_with_compute_stream=number % 4 == 0, allocate_on_comm_stream=number % 4 == 0, **flags)
     if number % 4 == 0:
         event.current_stream_wait()
@@ -95,6 +98,8 @@ def fp8(buffer, rank, ranks, experts, number):
     for row, s, t in rows:
         equal(x[row], parts[s][0][t], "fp8 bytes")
         equal(scales[row], parts[s][1][t], "their scales")
+    pitch = -(-x.shape[0] // 4) * 4
+    must(number % 3 != 1 or x.shape[0] < 2 or DEVICE != "cpu" or scales.stride() == (1, pitch), "tokens contiguous")
     y_in = torch.zeros(x.shape[0], H).bfloat16()
     for row, s, t in rows:
         y_in[row] = tokens[s].x[t]
@@ -112,7 +117,7 @@ def matrix(rank, ranks, nodes):
     experts = 3 * ranks
     buffer = on_device(deep_ep.ElasticBuffer(dist.group.WORLD, num_max_tokens_per_rank=64, hidden=H, num_topk=K,
                                              explicitly_destroy=True, ranks_per_node=nodes))
-    must(buffer.get_physical_domain_size()[1] == len(nodes), "domains")
+    must(buffer.get_physical_domain_size()[0] == len(nodes), "domains")
     cases = itertools.product((False, True), (True, False), (1, 16), (False, True))
     for number, (expand, sync, alignment, bias) in enumerate(cases):
         sizes = [0 if r == number % ranks else max(1, 9 - r) for r in range(ranks)]
@@ -136,7 +141,97 @@ def matrix(rank, ranks, nodes):
     buffer.destroy()
 
 
+def deferred(rank, ranks, nodes):
+    """EPBuffer: second halves put off, waited for in any order or not at all; new weights with a handle, weights
+    back of both layouts."""
+    experts, per_rank = 3 * ranks, 3
+    buffer = on_device(deep_ep.EPBuffer(dist.group.WORLD, num_max_tokens_per_rank=64, hidden=H, num_topk=K,
+                                        explicitly_destroy=True, ranks_per_node=nodes))
+    for turn in range(4):
+        expand, sync = turn % 2 == 1, turn < 2
+        tokens = [world(ranks, [5 + 3 * r for r in range(ranks)], H, experts, K, salt=salt)
+                  for salt in (turn, 10 + turn)]
+        events = [buffer.dispatch(given[rank].x, topk_idx=given[rank].ids, topk_weights=given[rank].weights,
+                                  num_experts=experts, do_expand=expand, do_cpu_sync=sync, expert_alignment=8,
+                                  async_with_compute_stream=True, defer_epilogue=True) for given in tokens]
+        results = [event.wait() for event in (events if turn % 2 else events[::-1])]
+        for given, (x, ids, weights, handle) in zip(tokens, results if turn % 2 else results[::-1]):
+            mine = given[rank]
+            rows = [(row, s, t, k) for row, s, t, k in expanded_rows(given, rank, per_rank, 8)[0]] if expand else \
+                [(row, s, t, None) for row, (s, t) in enumerate(arrivals(given, rank, per_rank))]
+            for row, s, t, k in rows:
+                equal(x[row], given[s].x[t], "row")
+                must(k is None or float(weights[row]) == float(given[s].weights[t, k]), "weight")
+            event = buffer.combine(x.clone(), handle, topk_weights=weights, async_with_compute_stream=True,
+                                   defer_epilogue=True)
+            again = buffer.dispatch(mine.x, topk_weights=mine.weights * 2, handle=handle)
+            for row, s, t, k in rows:  # what was deferred is done; the same routing with other weights
+                equal(again[0][row], given[s].x[t], "cached row")
+                must(k is None or float(again[2][row]) == 2 * float(given[s].weights[t, k]), "new weight")
+            y, back = event.wait()
+            equal(back, torch.where(mine.ids >= 0, mine.weights, torch.zeros(())), "weights back")
+            owner = torch.where(mine.ids >= 0, torch.div(mine.ids, per_rank, rounding_mode="floor"),
+                                torch.full_like(mine.ids, -1))
+            num = (mine.ids >= 0).sum(1, keepdim=True) if expand else \
+                torch.stack([(owner == r).any(1) for r in range(ranks)], 1).sum(1, keepdim=True)
+            close(y, mine.x.double() * num, mine.x.double().abs() * (num + 1), "combine", roundings=3)
+            y = buffer.combine(again[0], handle, topk_weights=again[2])
+            equal(y[1], back * 2, "weights back, again")
+    for bad, word in ((dict(defer_epilogue=True), "async_with_compute_stream"),
+                      (dict(do_handle_copy=True), "by reference")):
+        try:
+            buffer.dispatch(mine.x, topk_idx=mine.ids, topk_weights=mine.weights, num_experts=experts, **bad)
+            must(False, word)
+        except ValueError as error:
+            must(word in str(error), str(error))
+    buffer.destroy()
+
+
+def redundant(rank, ranks, nodes, slots):
+    """Weights of several tensors to borrowed slots and gradients back; slots that nobody asked for stay as they are."""
+    experts = 2
+    buffer = on_device(deep_ep.EPBuffer(dist.group.WORLD, explicitly_destroy=True, ranks_per_node=nodes))
+    rng = generator(0, 5)  # the same on all ranks
+    for sizes in ((16,), (70000, 48), (1 << 16,)):
+        mapping = torch.randint(-1, ranks * experts, (ranks, slots), generator=rng, dtype=torch.int32)
+        whole = [torch.randint(0, 256, (ranks * experts, size), generator=rng, dtype=torch.uint8) for size in sizes]
+        mine = [part[rank * experts:(rank + 1) * experts].contiguous() for part in whole]
+        into = [torch.full((slots, size), 7, dtype=torch.uint8) for size in sizes]
+        buffer.lb_prefetch_weights(into, mine, mapping).wait()
+        for got, part in zip(into, whole):
+            for slot, expert in enumerate(mapping[rank].tolist()):
+                equal(got[slot], part[expert] if expert >= 0 else torch.full_like(part[0], 7), "borrowed weights")
+        lent = [torch.randint(-99, 99, (slots, sizes[0] // 4), generator=rng).float() for _ in range(ranks)]
+        grads = torch.ones(experts, sizes[0] // 4)
+        buffer.lb_reduce_grads(lent[rank], grads, mapping).wait()
+        want = torch.ones(experts, sizes[0] // 4)
+        for borrower in range(ranks):
+            for slot, expert in enumerate(mapping[borrower].tolist()):
+                if expert >= 0 and expert // experts == rank:
+                    want[expert % experts] += lent[borrower][slot]
+        equal(grads, want, "gradients")
+    plan = deep_ep.BufferAllocator()
+    must(plan.allocate((2, 3), torch.float32).shape == (2, 3) and plan.num_bytes == 1 << 21, "plan")
+    must(get_physical_domain_size(dist.group.WORLD) == (1, ranks), "domains without a buffer")
+    try:
+        buffer.lb_prefetch_weights(into, mine, mapping[:, :1])
+        must(slots == 1, "another shape of the mapping")
+    except ValueError as error:
+        must("redundancy_mapping" in str(error), str(error))
+    buffer.destroy()
+
+
 class ElasticTest(unittest.TestCase):
+    def test_deferred(self):
+        run(RANKS, deferred, [RANKS])
+
+    def test_deferred_two_nodes(self):
+        run(3, deferred, [2, 1])
+
+    def test_redundant_experts(self):
+        run(RANKS, redundant, [RANKS], 3)
+        run(3, redundant, [2, 1], 12)  # more slots than a token can go to at once
+
     def test_one_node(self):
         run(RANKS, matrix, [RANKS])
 

@@ -4,8 +4,11 @@ without NVSHMEM, on host memory too. docs/deep_ep.md of nearep lists every call 
 from . import utils
 from .buffer import Buffer, topk_idx_t
 from .config import Config
-from .elastic import ElasticBuffer, EPHandle
+from .elastic import ElasticBuffer, EPBuffer
 from .events import EventHandle, EventOverlap
+from .halves import EPHandle
+from .lb import BufferAllocator, get_num_allocation_alignment, get_num_tma_alignment
 
 __version__ = "1.2.1+nearep"
-__all__ = ["Buffer", "Config", "EPHandle", "ElasticBuffer", "EventHandle", "EventOverlap", "topk_idx_t", "utils"]
+__all__ = ["Buffer", "BufferAllocator", "Config", "EPBuffer", "EPHandle", "ElasticBuffer", "EventHandle",
+           "EventOverlap", "get_num_allocation_alignment", "get_num_tma_alignment", "topk_idx_t", "utils"]

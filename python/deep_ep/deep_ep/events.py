@@ -4,7 +4,7 @@ empty; on a GPU they are torch's."""
 from __future__ import annotations
 
 import contextlib
-from typing import Any, List, Optional, Tuple, Union
+from typing import Any, Callable, List, Optional, Tuple, Union
 
 import torch
 
@@ -37,20 +37,44 @@ class EventOverlap:
     def __init__(self, event: Optional[EventHandle] = None, extra_tensors: Optional[Tuple[torch.Tensor, ...]] = None):
         self.event = event
         self.extra_tensors = extra_tensors
+        self.hook_after_wait: Optional[Callable[[], Any]] = None
+        self._releases = False
 
-    def current_stream_wait(self) -> None:
-        """Makes torch's current stream wait for it."""
+    def current_stream_wait(self, release_handle: bool = False) -> Any:
+        """Makes torch's current stream wait for it, then runs the hook, if there is one, and returns what it
+        gives: the result of a deferred call. release_handle: forgets the event."""
         if self.event is None:
             raise RuntimeError("deep_ep: there is no event to wait for: the call that returned this has waited "
                                "itself (pass async_finish=True to get an event)")
         self.event.current_stream_wait()
+        hook, self.hook_after_wait = self.hook_after_wait, None
+        result = hook() if hook is not None else None
+        if release_handle:
+            self.event = None
+        return result
+
+    def wait(self) -> Any:
+        """The same."""
+        return self.current_stream_wait()
+
+    def register_hook_after_wait(self, hook_after_wait: Callable[[], Any]) -> None:
+        """Runs once, after the wait."""
+        if self.hook_after_wait is not None:
+            raise RuntimeError("deep_ep: this EventOverlap has a hook already")
+        self.hook_after_wait = hook_after_wait
+
+    def __call__(self, release_handle: bool = False) -> EventOverlap:
+        """For `with event(release_handle=True)`."""
+        self._releases = release_handle
+        return self
 
     def __enter__(self) -> EventOverlap:
         return self
 
     def __exit__(self, *_: Any) -> None:
         if self.event is not None:
-            self.event.current_stream_wait()
+            self.current_stream_wait(self._releases)
+        self._releases = False
 
 
 class Streams:

@@ -89,11 +89,11 @@ class NormalHandle(_Lazy):
             found = self.source_rank[:self.num_rows]
             self.rows_per_source = torch.bincount(found[found >= 0].long().cpu(),
                                                   minlength=self.topology.num_ranks).tolist()
-        return torch.tensor(self.rows_per_source, dtype=torch.int32)
+        return torch.tensor(self.rows_per_source, dtype=torch.int32, device="cpu")
 
     def _rank_prefix(self) -> torch.Tensor:
         ranks = self.topology.num_ranks
-        matrix = torch.full((ranks, ranks), -1, dtype=torch.int32)
+        matrix = torch.full((ranks, ranks), -1, dtype=torch.int32, device="cpu")
         matrix[:, self.topology.rank] = torch.cumsum(self._sources(), 0).int()
         return matrix.to(self.is_token_in_rank.device)
 
@@ -122,20 +122,21 @@ class NormalHandle(_Lazy):
         """Where this rank's rows of each (source, channel) start, channels by equal shares of rows."""
         rows = self._sources()
         share = torch.div(rows + self.num_channels - 1, self.num_channels, rounding_mode="floor")
-        return torch.minimum(share[:, None] * torch.arange(self.num_channels, dtype=torch.int32), rows[:, None])
+        channels = torch.arange(self.num_channels, dtype=torch.int32, device="cpu")
+        return torch.minimum(share[:, None] * channels, rows[:, None])
 
     def _recv_rdma_channel_prefix(self) -> torch.Tensor:
         found = self._recv_channel_prefix()
-        nodes = torch.tensor(self.topology.node_of_rank)
-        return torch.zeros(self.topology.num_nodes, self.num_channels, dtype=torch.int32).index_add_(
+        nodes = torch.tensor(self.topology.node_of_rank, device="cpu")
+        return torch.zeros(self.topology.num_nodes, self.num_channels, dtype=torch.int32, device="cpu").index_add_(
             0, nodes, found)
 
     def _recv_gbl_rank_prefix_sum(self) -> torch.Tensor:
         return torch.cumsum(self._sources(), 0).int().to(self.is_token_in_rank.device)
 
     def _recv_rdma_rank_prefix_sum(self) -> torch.Tensor:
-        nodes = torch.tensor(self.topology.node_of_rank)
-        sums = torch.zeros(self.topology.num_nodes, dtype=torch.int64)
+        nodes = torch.tensor(self.topology.node_of_rank, device="cpu")
+        sums = torch.zeros(self.topology.num_nodes, dtype=torch.int64, device="cpu")
         sums.index_add_(0, nodes, self._sources().long())
         return sums.cumsum(0).int()
 
@@ -162,7 +163,7 @@ class NormalHandle(_Lazy):
 
     def _nvl_head(self) -> torch.Tensor:
         size = max(self.topology.node_ranks)
-        return torch.zeros(self.num_rows, size, dtype=torch.int32)
+        return torch.zeros(self.num_rows, size, dtype=torch.int32, device=self.is_token_in_rank.device)
 
 
 class LowLatencyHandle(_Lazy):

@@ -62,10 +62,10 @@ def contiguous_layout(topk_idx: torch.Tensor, num_experts: int, topology: Any) -
 def mapped_layout(ep: Any, topk_idx: torch.Tensor, topology: Any) -> Layout:
     """The same with a map: nearep chooses the copies. num_tokens_per_expert counts slots, [R * L]."""
     device, tokens = topk_idx.device, topk_idx.shape[0]
-    per_rank = torch.empty(topology.num_ranks, dtype=torch.int32)
-    per_node = torch.empty(topology.num_nodes, dtype=torch.int32)
-    per_slot = torch.empty(topology.num_ranks * ep.slots_per_rank, dtype=torch.int32)
-    in_rank = torch.empty(tokens, topology.num_ranks, dtype=torch.bool)
+    per_rank = torch.empty(topology.num_ranks, dtype=torch.int32, device="cpu")
+    per_node = torch.empty(topology.num_nodes, dtype=torch.int32, device="cpu")
+    per_slot = torch.empty(topology.num_ranks * ep.slots_per_rank, dtype=torch.int32, device="cpu")
+    in_rank = torch.empty(tokens, topology.num_ranks, dtype=torch.bool, device="cpu")
     ep.layout_counts(topk_idx.cpu(), rows_per_rank=per_rank, rows_per_node=per_node, rows_per_slot=per_slot,
                      is_token_in_rank=in_rank)
     return (per_rank.to(device), per_node.to(device) if topology.num_nodes > 1 else None, per_slot.to(device),

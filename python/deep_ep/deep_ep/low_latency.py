@@ -289,7 +289,8 @@ class LowLatency:
                     owned.handle.device_count = view.view(torch.int32)
                 count.copy_(owned.handle.device_count)
             else:
-                count.copy_(torch.tensor(ep.dispatch_counts(owned.handle).rows_per_slot, dtype=torch.int32))
+                rows = ep.dispatch_counts(owned.handle).rows_per_slot
+                count.copy_(torch.tensor(rows, dtype=torch.int32, device="cpu"))
             if scales is not None and raw_scales is not None and ep.wire == "fp8":
                 scales.copy_(raw_scales.view(scales.dtype).view(scales.shape))
             if received is not None:
@@ -300,7 +301,7 @@ class LowLatency:
         if cost.is_cuda:
             return
         now = seat.ep.wait_by_rank()
-        cost += torch.tensor([a - b for a, b in zip(now, seat.waited)], dtype=cost.dtype)
+        cost += torch.tensor([a - b for a, b in zip(now, seat.waited)], dtype=cost.dtype, device="cpu")
         seat.waited = now
 
     # ---- combine ------------------------------------------------------------------------------

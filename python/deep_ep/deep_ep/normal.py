@@ -2,7 +2,7 @@
 """Dispatch and combine in normal mode: one row per token and rank, ordered by source rank, then token."""
 from __future__ import annotations
 
-from typing import Any, List, Optional, Tuple, Union
+from typing import Any, Callable, List, Optional, Tuple, Union
 
 import torch
 from nearep import InvalidError
@@ -291,37 +291,49 @@ class Normal:
         """
         with self._lock:
             self._check_alive()
-            ep = handle.owned.seat.ep
-            if x.dim() != 2 or not x.is_contiguous() or x.shape != (handle.num_rows, ep.hidden):
-                raise ValueError(f"deep_ep: x has shape {tuple(x.shape)}; combine needs contiguous rows "
-                                 f"[{handle.num_rows}, {ep.hidden}] of the dispatch")
-            if DTYPES.get(x.dtype) != ep.dtype:
-                raise ValueError(f"deep_ep: x is of type {x.dtype}; the dispatch of this handle was made for "
-                                 f"{ep.dtype}")
+            self._check_combine(x, handle)
             biases = bias if isinstance(bias, (tuple, list)) else (bias, None)
             with self._streams.on(x, previous_event, async_finish, allocate_on_comm_stream) as scope:
                 return self._combine(x, handle, topk_weights, biases, scope)
 
     internode_combine = combine
 
-    def _combine(self, x: torch.Tensor, handle: NormalHandle, weights: Optional[torch.Tensor], biases: Any,
-                 scope: Any) -> Tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
-        ep, owned, device = handle.owned.seat.ep, handle.owned, x.device
+    @staticmethod
+    def _check_combine(x: torch.Tensor, handle: NormalHandle) -> None:
+        ep = handle.owned.seat.ep
+        if x.dim() != 2 or not x.is_contiguous() or x.shape != (handle.num_rows, ep.hidden):
+            raise ValueError(f"deep_ep: x has shape {tuple(x.shape)}; combine needs contiguous rows "
+                             f"[{handle.num_rows}, {ep.hidden}] of the dispatch")
+        if DTYPES.get(x.dtype) != ep.dtype:
+            raise ValueError(f"deep_ep: x is of type {x.dtype}; the dispatch of this handle was made for "
+                             f"{ep.dtype}")
+
+    def _combine_arrays(self, x: torch.Tensor, handle: NormalHandle, weights: Optional[torch.Tensor], biases: Any,
+                        scope: Any) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor], List[Any]]:
+        """(y, sums of weights where the executor makes them, weights, biases)."""
+        ep, device = handle.owned.seat.ep, x.device
         biases = [scope.contiguous(value) for value in (*biases, None)[:2]]
         for value in biases:
             if value is not None and (value.shape != (handle.num_tokens, ep.hidden) or value.dtype != x.dtype):
                 raise ValueError(f"deep_ep: bias has shape {tuple(value.shape)} of {value.dtype}; it must be "
                                  f"[{handle.num_tokens}, {ep.hidden}] of {x.dtype}")
         y = torch.empty(handle.num_tokens, ep.hidden, dtype=x.dtype, device=device)
-        sums = given = None
+        sums = None
         if weights is not None:
             weights = scope.contiguous(weights)
             if weights.dtype != torch.float32 or weights.shape != (handle.num_rows, ep.top_k):
                 raise ValueError(f"deep_ep: topk_weights have shape {tuple(weights.shape)} of {weights.dtype}; "
                                  f"they must be [{handle.num_rows}, {ep.top_k}] of float32")
             if ep.executor in self._seats.returns_weights:
-                given = weights.data_ptr() or 8
                 sums = torch.empty(handle.num_tokens, ep.top_k, dtype=torch.float32, device=device)
+        return y, sums, weights, biases
+
+    def _combine(self, x: torch.Tensor, handle: NormalHandle, weights: Optional[torch.Tensor], biases: Any,
+                 scope: Any) -> Tuple[torch.Tensor, Optional[torch.Tensor], EventOverlap]:
+        """Both halves in one call, which is a launch less on a GPU."""
+        ep, owned = handle.owned.seat.ep, handle.owned
+        y, sums, weights, biases = self._combine_arrays(x, handle, weights, biases, scope)
+        given = weights.data_ptr() or 8 if weights is not None and sums is not None else None
         owned.is_idle = False
         scope.allocated()
         ep.combine_raw(owned.handle, _pointer(x), given, _pointer(y), _pointer(sums), [_pointer(b) for b in biases],
@@ -331,6 +343,25 @@ class Normal:
             sums = self._combine_weights(handle, weights, scope)
         scope.keep(x, y, weights, sums, *biases)
         return y, sums, scope.finish()
+
+    def _combine_begin(self, x: torch.Tensor, handle: NormalHandle, weights: Optional[torch.Tensor], biases: Any,
+                       scope: Any) -> Callable[[Any], Tuple[torch.Tensor, Optional[torch.Tensor]]]:
+        """The sending half; what it returns, given a scope, is the other one."""
+        ep, owned = handle.owned.seat.ep, handle.owned
+        y, sums, weights, biases = self._combine_arrays(x, handle, weights, biases, scope)
+        given = weights.data_ptr() or 8 if weights is not None and sums is not None else None
+        owned.is_idle = False
+        scope.allocated()
+        ep.combine_send_raw(owned.handle, _pointer(x), given, scope.pointer)
+
+        def finish(here: Any) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+            ep.combine_recv_raw(owned.handle, _pointer(y), _pointer(sums), [_pointer(b) for b in biases], here.pointer)
+            owned.is_idle = True
+            here.keep(x, y, weights, sums, *biases)
+            if weights is not None and sums is None:
+                return y, self._combine_weights(handle, weights, here)
+            return y, sums
+        return finish
 
     def _combine_weights(self, handle: NormalHandle, weights: torch.Tensor, scope: Any) -> torch.Tensor:
         """The weights [N, K] as rows of their own, fp32 and up to 16 wide, on a twin of the handle: the same sum,

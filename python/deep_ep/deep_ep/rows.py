@@ -26,6 +26,16 @@ def element_size(dtype: torch.dtype) -> int:
     return torch.empty(0, dtype=dtype).element_size()
 
 
+def tma_aligned(scales: torch.Tensor) -> torch.Tensor:
+    """[N, S] with the same numbers, tokens contiguous and columns at multiples of 16 bytes: as grouped matrix
+    multiplies read them by TMA."""
+    rows, columns = scales.shape
+    step = max(16 // element_size(scales.dtype), 1)
+    stored = torch.empty(columns, -(-rows // step) * step, dtype=scales.dtype, device=scales.device)
+    stored[:, :rows].copy_(scales.t())
+    return stored[:, :rows].t()
+
+
 class _Managed(ctypes.Structure):
     """DLManagedTensor."""
 
@@ -90,8 +100,9 @@ class RowPool:
         self._free.append((block, _raw_stream(self._device) if self._is_cuda else 0))
 
     def _follow(self, before: int, scope: Any) -> None:
-        """The stream of the call waits for another one."""
-        if self._is_cuda and before != (scope.pointer or 0):
+        """The stream of the call waits for another one. Not into a graph: what was queued before it was captured is
+        over when it is replayed, as torch.cuda.graph sees to."""
+        if self._is_cuda and before != (scope.pointer or 0) and not self._is_capturing():
             event = torch.cuda.Event()
             event.record(torch.cuda.ExternalStream(before) if before else torch.cuda.default_stream())
             scope.stream().wait_event(event)

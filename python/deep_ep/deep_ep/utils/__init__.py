@@ -2,7 +2,7 @@
 """What callers import from deep_ep.utils."""
 from typing import Any
 
-from .events import EventHandle, EventOverlap
+from ..events import EventHandle, EventOverlap
 
 __all__ = ["EventHandle", "EventOverlap", "check_nvlink_connections"]
 
