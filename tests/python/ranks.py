@@ -12,10 +12,18 @@ SEED = int(os.environ.get("NEP_TEST_SEED", "0")) or time.time_ns() % 1000000
 print(f"seed {SEED} (NEP_TEST_SEED)", flush=True)
 DEADLINE = 150
 RANKS = int(os.environ.get("NEP_TEST_RANKS", "2"))  # of the tests on one node
+PLACE = ["cpu"]  # where the inputs of Tokens are; a test that moves them moves everything
+
+
+def on_the_device():
+    """The tests of this file run where NEP_TEST_DEVICE says, all their tensors with them."""
+    PLACE[0] = os.environ.get("NEP_TEST_DEVICE", "cpu")
 
 
 def _child(rank, num_ranks, path, work, arguments, pipe, is_together):
     torch.set_num_threads(1)
+    if PLACE[0] != "cpu":
+        torch.set_default_device(PLACE[0])  # as upstream's own tests do
     os.environ.setdefault("NEP_TIMEOUT", "60s")
     try:
         import torch.distributed as dist
@@ -73,7 +81,7 @@ def run(num_ranks, work, *arguments, is_together=True):
 
 
 def generator(rank, salt=0):
-    made = torch.Generator()
+    made = torch.Generator("cpu")
     made.manual_seed(SEED * 1000003 + rank * 7919 + salt)
     return made
 
@@ -83,12 +91,14 @@ class Tokens:
 
     def __init__(self, rank, num_tokens, hidden, num_experts, top_k, salt=0, absent=0.1, dtype=torch.int64):
         rng = generator(rank, salt)
-        self.x = torch.randn(num_tokens, hidden, generator=rng).bfloat16()
-        scores = torch.rand(num_tokens, num_experts, generator=rng)
+        with_rng = dict(generator=rng, device="cpu")
+        self.x = torch.randn(num_tokens, hidden, **with_rng).bfloat16()
+        scores = torch.rand(num_tokens, num_experts, **with_rng)
         self.ids = torch.topk(scores, top_k, dim=1)[1].to(dtype) if num_tokens else \
-            torch.zeros(0, top_k, dtype=dtype)
-        self.ids[torch.rand(num_tokens, top_k, generator=rng) < absent] = -1
-        self.weights = torch.rand(num_tokens, top_k, generator=rng)
+            torch.zeros(0, top_k, dtype=dtype, device="cpu")
+        self.ids[torch.rand(num_tokens, top_k, **with_rng) < absent] = -1
+        self.weights = torch.rand(num_tokens, top_k, **with_rng)
+        self.x, self.ids, self.weights = (value.to(PLACE[0]) for value in (self.x, self.ids, self.weights))
 
 
 def world(num_ranks, sizes, hidden, num_experts, top_k, **more):

@@ -86,44 +86,90 @@ def graphs(rank, ranks):
     return start.elapsed_time(end) / 50 * 1000
 
 
+def in_stream(call, num=40, first=20):
+    """(us of the host for each call, us of the device for each operation): launches one after the other, timed
+    after the first ones, when all ranks are in step."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    dist.barrier()
+    for i in range(first + num):
+        if i == first:
+            start.record()
+            before = time.perf_counter()
+        call()
+    host = time.perf_counter() - before
+    end.record()
+    torch.cuda.synchronize()
+    return host / num * 1e6, start.elapsed_time(end) / num * 1000
+
+
+def in_graph(call, num=10, replays=7):
+    """us of the device for each operation, the slowest rank's of the median replay: as tests/gpu/gpu_perf."""
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    held = [call() for _ in range(num)]  # blocks of mapped memory: a graph makes none
+    torch.cuda.synchronize()
+    del held
+    with torch.cuda.graph(graph, stream=side):
+        kept = [call() for _ in range(num)]
+    times = []
+    for i in range(replays + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        dist.barrier()
+        call()  # ends when all ranks are there
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        slowest = torch.tensor([start.elapsed_time(end) / num * 1000])
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        times += [float(slowest)] if i else []
+    del kept
+    return sorted(times)[replays // 2]
+
+
+def host_times(call):
+    """us of the host in a call while the GPU has nothing else to do: the median of 30."""
+    times = []
+    for _ in range(30):
+        torch.cuda.synchronize()
+        dist.barrier()
+        before = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - before)
+    torch.cuda.synchronize()
+    return sorted(times)[15] * 1e6
+
+
 def figures(rank, ranks, tokens, hidden, top_k):
-    """Microseconds: of the host in a cached dispatch while the GPU has little to do; of the device in
-    dispatch and combine of `tokens` rows."""
-    experts = 8 * ranks
-    buffer = deep_ep.Buffer(dist.group.WORLD, 1 << 30, 0, max_tokens=tokens)
+    """Of cached dispatch and of combine, by deep_ep and by the library with the same addresses: the host's time
+    with few tokens; the device's with many, in a stream and in a graph."""
+    experts = 256
+    buffer = deep_ep.Buffer(dist.group.WORLD, 5 << 30, 0, max_tokens=tokens)
     found = {}
-    for label, num in (("small", 8), ("large", tokens)):
-        given = world(ranks, [num] * ranks, hidden, experts, top_k, absent=0)[rank]
-        x, ids, weights = on(given)
-        rows = handle = None
+    for num in (8, tokens):
+        x, ids, weights = on(world(ranks, [num] * ranks, hidden, experts, top_k, absent=0)[rank])
         layout = buffer.get_dispatch_layout(ids, experts)
         rows, _, _, _, handle, _ = buffer.dispatch(
             x, topk_idx=ids, topk_weights=weights, num_tokens_per_rank=layout[0], is_token_in_rank=layout[3],
             num_tokens_per_expert=layout[2])
         y = buffer.combine(rows, handle)[0]
-        for name, call in (("dispatch", lambda: buffer.dispatch(x, handle=handle)),
+        ep, inner = handle.owned.seat.ep, handle.owned.handle
+
+        def by_library():
+            ep.dispatch_raw(inner, num, x.data_ptr(), None, None, 0, None, rows.data_ptr(), rows.shape[0], None,
+                            torch.cuda.current_stream().cuda_stream)
+        private = rows.clone()
+        for name, call in (("dispatch", lambda: buffer.dispatch(x, handle=handle)), ("dispatch, library", by_library),
                            ("combine", lambda: buffer.combine(rows, handle)),
-                           ("library alone", lambda: handle.owned.seat.ep.dispatch_raw(
-                              handle.owned.handle, num, x.data_ptr(), None, None, 0, None, rows.data_ptr(),
-                              rows.shape[0], None, None))):
-            for _ in range(5):
-                call()
-            torch.cuda.synchronize()
-            dist.barrier()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            host = []
-            start.record()
-            for _ in range(20):
-                before = time.perf_counter()
-                call()
-                host.append(time.perf_counter() - before)
-                if label == "small":
-                    torch.cuda.synchronize()
-            end.record()
-            torch.cuda.synchronize()
-            dist.barrier()
-            found[f"{label} {name}"] = (sorted(host)[10] * 1e6, start.elapsed_time(end) / 20 * 1000)
-        must(bool(torch.isfinite(y).all()), "sums")
+                           ("combine of torch's memory", lambda: buffer.combine(private, handle))):
+            if num == 8:
+                found["host, " + name] = host_times(call)
+                continue
+            host, found["stream, " + name] = in_stream(call)
+            found["graph, " + name] = in_graph(call)
+        want = x.float() * (torch.div(ids, experts // ranks, rounding_mode="floor")[:, :, None] ==
+                            torch.arange(ranks, device="cuda")).any(1).sum(1, keepdim=True)
+        must(bool(((y.float() - want).abs() <= want.abs() * 2 ** -7).all()), "sums")
     found["rows"] = rows.shape[0]
     return found
 
@@ -148,14 +194,12 @@ class GpuTest(unittest.TestCase):
 
     @unittest.skipUnless(HAS, "no GPU here")
     def test_figures(self):
-        for ranks in (RANKS,):
-            for shape in ((4096, 7168, 8),):
-                found = run(ranks, figures, *shape)
-                for name in found[0]:
-                    if name != "rows":
-                        print(f"{ranks} ranks, {shape}, {name}: host {max(f[name][0] for f in found):.1f} us, "
-                              f"device {max(f[name][1] for f in found):.1f} us")
-                print("rows received:", [f["rows"] for f in found])
+        shape = (4096, 7168, 8)
+        found = run(RANKS, figures, *shape)
+        for name in found[0]:
+            of_ranks = [f[name] for f in found]
+            print(f"{RANKS} ranks, {shape}, {name}: " + (str(of_ranks) if name == "rows" else
+                                                         f"{max(of_ranks):.1f} us"), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import unittest
 import deep_ep
 import torch
 import torch.distributed as dist
-from ranks import generator, must, run
+from ranks import PLACE, generator, must, run
 from test_callers import FusedCombine, FusedDispatch
 
 H, F, E, K, T, STEPS, LAYERS, RATE = 32, 48, 12, 2, 24, 10, 2, 0.5
@@ -15,13 +15,13 @@ def parameters():
     rng = generator(0, salt=1)
 
     def draw(*shape):
-        return torch.randn(*shape, generator=rng) * shape[-2] ** -0.5
+        return torch.randn(*shape, generator=rng, device="cpu").to(PLACE[0]) * shape[-2] ** -0.5
     return [dict(router=draw(H, E), up=draw(E, H, F), down=draw(E, F, H)) for _ in range(LAYERS)]
 
 
 def batch(rank, step):
     rng = generator(rank, salt=100 + step % 2)
-    x = torch.randn(T - rank, H, generator=rng)
+    x = torch.randn(T - rank, H, generator=rng, device="cpu").to(PLACE[0])
     return x, torch.sin(3 * x.flip(1))
 
 
