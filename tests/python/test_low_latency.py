@@ -169,13 +169,64 @@ def overlap(rank, ranks):
         buffer.combine(x, handle)
         one(buffer, rank, ranks, a, experts, FORMATS[0], "hook", False, False, False)
     for bad, word in ((dict(async_finish=True, return_recv_hook=True), "exclude"),
-                      (dict(use_ue8m0=True), "round_scale"), (dict(use_nvfp4=True), "fork"),
+                      (dict(use_ue8m0=True), "round_scale"),
                       (dict(use_nfvp4=True), "use_nfvp4")):
         try:
             buffer.low_latency_dispatch(a[rank].x, a[rank].ids, M, experts, **bad)
             must(False, word)
         except (ValueError, TypeError, NotImplementedError) as error:
             must(word in str(error), str(error))
+    dist.barrier()
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+
+
+def nvfp4(rank, ranks, nodes):
+    """Rows quantised on the way, as vLLM asks for them: each scale is the nearest that there is, each number within
+    half a step of it; scales where CuTe's blocked order has them; and combine of whole rows."""
+    experts, per_rank = 3 * ranks, 3
+    buffer = on_device(deep_ep.Buffer(dist.group.WORLD, 0, 1 << 20, ranks_per_node=nodes))
+    tokens = world(ranks, [M - r for r in range(ranks)], H, experts, K, salt=9)
+    for given in tokens:
+        given.x[:, :16] *= 1e-3
+        given.x[:, 16:32] = 0
+    mine, factor = tokens[rank], 448 * 6 / 5.0
+    for step, scale in enumerate((torch.tensor([factor]), torch.full((mine.x.shape[0],), factor))):
+        (data, scales), count, handle, event, hook = buffer.low_latency_dispatch(
+            mine.x, mine.ids, M, experts, use_nvfp4=True, x_global_scale=scale, return_recv_hook=step == 0)
+        if step == 0:
+            hook()
+        tiles = -(-ranks * M // 128)
+        must(tuple(data.shape) == (ranks * M, H // 2, per_rank) and
+             tuple(scales.shape) == (32, 4, tiles, 4, H // 64, per_rank), "shapes of nvfp4")
+        bits = scales.contiguous().view(torch.uint8)
+        for local in range(per_rank):
+            rows = pairs_of(tokens, rank * per_rank + local)
+            must(int(count[local]) == len(rows), "count")
+            for n, (s, t) in enumerate(rows):
+                want = tokens[s].x[t].double() * factor
+                used = torch.stack([bits[n % 32, n // 32 % 4, n // 128, c % 4, c // 4, local] for c in range(H // 16)])
+                stored = E4M3[used.long()]
+                ideal = want.view(-1, 16).abs().amax(1) / 6
+                best = (E4M3[:127][None, :] - ideal[:, None]).abs().amin(1)
+                must(bool(((stored - ideal).abs() <= best + ideal * 1e-6).all()), "scales are the nearest")
+                both = data[n, :, local].long()
+                code = torch.stack([both & 15, both >> 4], 1).view(-1)
+                value = E2M1[code & 7] * torch.where(code > 7, -1.0, 1.0).double()
+                unit = stored.repeat_interleave(16)
+                step_up = torch.where(value.abs() >= 4, 1.0, torch.where(value.abs() >= 2, 0.5, 0.25)).double()
+                must(bool(((value * unit - want).abs() <= (step_up * unit + unit * 0.4 * (value.abs() == 6)) * 1.001
+                           + 1e-9).all()), "numbers are the nearest")
+        y_in = torch.ones(per_rank, ranks * M, H).bfloat16()
+        y = buffer.low_latency_combine(y_in, mine.ids, mine.weights, handle)[0]
+        total = ((mine.ids >= 0) * mine.weights).sum(1, keepdim=True).double().expand(-1, H)
+        close(y, total, total, "combine after nvfp4", roundings=4)
+    try:
+        buffer.low_latency_dispatch(mine.x, mine.ids, M, experts, use_nvfp4=True)
+        must(False, "without x_global_scale")
+    except ValueError as error:
+        must("x_global_scale" in str(error), str(error))
     dist.barrier()
 
 
@@ -288,8 +339,14 @@ class LowLatencyTest(unittest.TestCase):
     def test_weights_two_nodes(self):
         run(4, weights, [2, 2])
 
+    def test_nvfp4(self):
+        run(RANKS, nvfp4, [RANKS])
+
+    def test_nvfp4_two_nodes(self):
+        run(4, nvfp4, [2, 2])
+
     def test_overlap(self):
-        run(3, overlap)
+        run(max(RANKS, 3), overlap)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from .handles import NormalHandle, Owned
 from .layout import version_of
 from .normal import _ID_TYPES, Payload, Rows, _pointer
 from .rows import tma_aligned
-from .seats import Seat, executor_of
+from .seats import executor_of
 
 Result = Tuple[Any, ...]
 Finish = Callable[[Any], Result]  # given the scope that it runs in
@@ -99,7 +99,8 @@ class Halves:
             while self._pending:
                 self._pending[-1].run()
             # V2's callers always ask for it; it changes something where both streams are named
-            with buffer._streams.on(tensor, previous, is_async, allocate and is_async and previous is not None) as scope:
+            allocate = allocate and is_async and previous is not None
+            with buffer._streams.on(tensor, previous, is_async, allocate) as scope:
                 finish = start(scope, not defers)
                 if not defers:
                     return (*finish(scope), scope.finish())
@@ -214,8 +215,8 @@ class Halves:
                 rows = x[0] if isinstance(x, tuple) else x
                 rows.view(torch.uint8).masked_fill_(is_gap[:, None], 0)
 
-    def dispatch_again(self, payload: Payload, handle: EPHandle, weights: Optional[torch.Tensor], wish: Wish, scope: Any,
-                       is_whole: bool) -> Finish:
+    def dispatch_again(self, payload: Payload, handle: EPHandle, weights: Optional[torch.Tensor], wish: Wish,
+                       scope: Any, is_whole: bool) -> Finish:
         """With the routing of a handle."""
         inner, buffer = handle.inner, self._buffer
         if payload.x.shape[0] != inner.num_tokens:
@@ -306,7 +307,8 @@ class Halves:
                                                 executor_of(x), "packed", inner.alignment))
 
     @staticmethod
-    def _carry(handle: EPHandle, owned: Owned, is_first: bool, weights: Optional[torch.Tensor], scope: Any) -> torch.Tensor:
+    def _carry(handle: EPHandle, owned: Owned, is_first: bool, weights: Optional[torch.Tensor], scope: Any
+               ) -> torch.Tensor:
         """Dispatches nothing with these weights [T, K] (None: 1); returns those that come, [rows]."""
         inner, ids, ep = handle.inner, handle.topk_idx.contiguous(), owned.seat.ep
         most = max(inner.num_tokens, inner.num_rows)
@@ -315,8 +317,9 @@ class Halves:
         came = torch.empty(inner.num_rows, dtype=torch.float32, device=ids.device)
         owned.is_idle = False
         scope.allocated()
-        ep.send_raw(owned.handle, inner.num_tokens, _pointer(nothing), None, (ids.data_ptr() or 8) if is_first else None,
-                    _ID_TYPES[ids.dtype], None if weights is None else weights.data_ptr() or 8, 0, scope.pointer)
+        routed = (ids.data_ptr() or 8) if is_first else None
+        ep.send_raw(owned.handle, inner.num_tokens, _pointer(nothing), None, routed, _ID_TYPES[ids.dtype],
+                    None if weights is None else weights.data_ptr() or 8, 0, scope.pointer)
         ep.recv_raw(owned.handle, _pointer(rows), inner.num_rows, None, None, _pointer(came), None, None, scope.pointer)
         owned.is_idle = True
         scope.keep(ids, nothing, rows, came, weights)

@@ -178,6 +178,7 @@ class LowLatencyHandle(_Lazy):
         self.source_token, self.source_rank, self.counts = source_token, source_rank, counts
         self.topk_idx: Any = None  # (the dispatch's, its version, ranks that were masked then)
         self.ids: Any = None       # as they were sent
+        self.sent: Any = None      # rows and scales, which must stay until the dispatch completes
         self.weights: Any = None   # (those given to the dispatch, their version), or None
         self.complete: Any = None  # finishes the dispatch if its hook has not run
 

@@ -68,8 +68,8 @@ class LoadBalance:
     def _check(self, mapping: torch.Tensor, num_slots: int) -> None:
         ranks = self._buffer.group_size
         if tuple(mapping.shape) != (ranks, num_slots) or mapping.dtype != torch.int32:
-            raise ValueError(f"deep_ep: redundancy_mapping has shape {tuple(mapping.shape)} of {mapping.dtype}; it must "
-                             f"be int32 [{ranks}, {num_slots}]")
+            raise ValueError(f"deep_ep: redundancy_mapping has shape {tuple(mapping.shape)} of {mapping.dtype}; it "
+                             f"must be int32 [{ranks}, {num_slots}]")
 
     def prefetch(self, redundant: List[torch.Tensor], weights: List[torch.Tensor], mapping: torch.Tensor, previous: Any
                  ) -> EventOverlap:
@@ -81,8 +81,8 @@ class LoadBalance:
             for to, source in zip(redundant, weights):
                 given, taken = _bytes(source, "expert_weights"), _bytes(to, "redundant_expert_weights")
                 if given.shape[1] != taken.shape[1] or given.shape[1] % 16:
-                    raise ValueError(f"deep_ep: {given.shape[1]} bytes an expert for {taken.shape[1]} of a redundant one; "
-                                     "they must be equal, and a multiple of 16")
+                    raise ValueError(f"deep_ep: {given.shape[1]} bytes an expert for {taken.shape[1]} of a redundant "
+                                     "one; they must be equal, and a multiple of 16")
                 self._check(mapping, taken.shape[0])
                 with scope.current():
                     self._push(given, taken, mapping, scope)
@@ -124,13 +124,15 @@ class LoadBalance:
             came = rows[at].view(slots, pieces * piece)[:, :size]
             taken.copy_(torch.where(served[:, None], came, taken))
 
-    def reduce(self, redundant: torch.Tensor, grads: torch.Tensor, mapping: torch.Tensor, previous: Any) -> EventOverlap:
+    def reduce(self, redundant: torch.Tensor, grads: torch.Tensor, mapping: torch.Tensor, previous: Any
+               ) -> EventOverlap:
         """See EPBuffer.lb_reduce_grads."""
         given, into = _bytes(redundant, "redundant_expert_grads"), _bytes(grads, "expert_grads")
         if redundant.dtype != torch.float32 or grads.dtype != torch.float32 or given.shape[1] != into.shape[1] or \
                 given.shape[1] % 16:
-            raise ValueError(f"deep_ep: gradients of {given.shape[1]} and {into.shape[1]} bytes an expert, {redundant.dtype} "
-                             f"and {grads.dtype}; they must be float32 of equal sizes, a multiple of 4 numbers")
+            raise ValueError(f"deep_ep: gradients of {given.shape[1]} and {into.shape[1]} bytes an expert, "
+                             f"{redundant.dtype} and {grads.dtype}; they must be float32 of equal sizes, a multiple "
+                             "of 4 numbers")
         self._check(mapping, given.shape[0])
         buffer = self._buffer
         with buffer._lock, buffer._streams.on(mapping, previous, True) as scope:
@@ -162,7 +164,8 @@ class LoadBalance:
         # what did not come is added to a place of its own
         came = sources[0] >= 0
         token = sources[1].clamp(min=0).long()
-        expert = mapping[sources[0].clamp(min=0).long(), torch.div(token, pieces, rounding_mode="floor")] - rank * experts
+        slot = torch.div(token, pieces, rounding_mode="floor")
+        expert = mapping[sources[0].clamp(min=0).long(), slot] - rank * experts
         at = torch.where(came, expert.long() * pieces + token % pieces, torch.full_like(token, experts * pieces))
         sums = torch.zeros(experts * pieces + 1, piece // 4, dtype=torch.float32, device=device)
         nothing = torch.zeros((), dtype=torch.float32, device=device)

@@ -21,9 +21,11 @@ from .events import EventOverlap
 from .handles import LowLatencyHandle, Owned
 from .layout import owners, version_of
 from .normal import _ID_TYPES, _pointer
+from .nvfp4 import arrange, quantise, room
 from .seats import FP8, Seat, Shape, executor_of
 
 Hook = Optional[Callable[[], None]]
+Stats = Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]  # rows received, time waited
 
 
 class _Half:
@@ -52,14 +54,15 @@ FORKS = {"use_nvfp4", "x_global_scale", "overlap", "packed_recv_count", "comp_si
          "num_sms", "src_signals", "src_signal_expect_value"}
 
 
-def _refuse(name: str, fork: Dict[str, Any]) -> None:
-    """Keywords of upstream's forks: fine while they ask for nothing."""
-    for key, value in fork.items():
+def _check_fork(name: str, fork: Dict[str, Any]) -> None:
+    """Keywords of upstream's forks: those that are not there are fine while they ask for nothing."""
+    for key in fork:
         if key not in FORKS:
             raise TypeError(f"deep_ep: {name} has no argument '{key}'")
-        if key in ("use_nvfp4", "overlap") and value:
-            raise NotImplementedError(f"deep_ep: {name}({key}={value}) belongs to a fork of DeepEP, and nearep "
-                                      "does not have it")
+    if fork.get("overlap"):
+        raise NotImplementedError(f"deep_ep: {name}(overlap=True), SGLang's single-batch overlap, lets combine wait "
+                                  "inside of its kernels for expert outputs that are still being written; nearep's "
+                                  "do not: run SGLang without --enable-single-batch-overlap")
 
 
 def shrinking(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,17 +161,23 @@ class LowLatency:
         i64[R]: nanoseconds that this rank waited for each are added (host memory alone).
         topk_weights f32[T, K] (more than upstream, on all ranks or on none): those that combine will be
         given; with several nodes they need not travel again then.
+        use_nvfp4, x_global_scale (one number, or one for each token): as the fork that vLLM calls for it.
 
         Returns (recv_x [L, R*M, H] bf16, or (fp8 [L, R*M, H], scales [L, R*M, H/128] f32, or i32
-        [L, R*M, H/512], both with tokens contiguous), packed_recv_count i32[L], handle, EventOverlap, hook
-        or None). With return_recv_hook the rows are there when the hook has run.
+        [L, R*M, H/512], both with tokens contiguous, or nvfp4: uint8 [R*M, H/2, L] and scales e4m3 [32, 4,
+        R*M/128, 4, H/64, L]), packed_recv_count i32[L], handle, EventOverlap, hook or None). With
+        return_recv_hook the rows are there when the hook has run.
         """
         if async_finish and return_recv_hook:
             raise ValueError("deep_ep: async_finish and return_recv_hook exclude each other")
-        _refuse("low_latency_dispatch", fork)
+        _check_fork("low_latency_dispatch", fork)
         if use_ue8m0 and not round_scale:
             raise ValueError("deep_ep: use_ue8m0 needs round_scale=True")
         most = num_max_dispatch_tokens_per_rank
+        stats = (cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
+        if fork.get("use_nvfp4"):
+            return self._ll_nvfp4(x, topk_idx, topk_weights, most, num_experts, fork.get("x_global_scale"), stats,
+                                  async_finish, return_recv_hook)
         _check_dispatch(x, topk_idx, topk_weights, most, use_fp8, use_ue8m0)
         wire = ("bf16", None) if not use_fp8 else \
             ("fp8", "ue8m0" if use_ue8m0 else "pow2" if round_scale else "fp32")
@@ -177,9 +186,26 @@ class LowLatency:
             shape = (most, x.shape[1], num_experts)
             seat = self._seats.low_latency(shape, topk_idx.shape[1], wire, executor_of(x))
             settle(seat, seat.most_open - 1)
-            stats = (cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
             handle = self._ll_handle(seat, shape, topk_idx, topk_weights)
             return self._ll_dispatch(seat, handle, (x.contiguous(), None), stats, async_finish, return_recv_hook)
+
+    def _ll_nvfp4(self, x: torch.Tensor, topk_idx: torch.Tensor, weights: Optional[torch.Tensor], most: int,
+                  num_experts: int, global_scale: Any, stats: Stats, is_async: bool, wants_hook: bool
+                  ) -> Tuple[Any, torch.Tensor, LowLatencyHandle, EventOverlap, Hook]:
+        """Quantised here, then as rows that the caller has quantised."""
+        _check_dispatch(x, topk_idx, weights, most, False, False)
+        hidden = x.shape[1]
+        num = global_scale.numel() if isinstance(global_scale, torch.Tensor) else 1
+        if hidden % 64 or global_scale is None or num not in (1, x.shape[0]):
+            raise ValueError(f"deep_ep: use_nvfp4 with hidden {hidden} and x_global_scale of {num} numbers; it needs a "
+                             "multiple of 64, and one number or one for each token")
+        with self._lock:
+            self._check_alive()
+            shape = (most, hidden, num_experts)
+            seat = self._seats.low_latency(shape, topk_idx.shape[1], ("nvfp4", None), executor_of(x))
+            settle(seat, seat.most_open - 1)
+            handle = self._ll_handle(seat, shape, topk_idx, weights)
+            return self._ll_dispatch(seat, handle, quantise(x, global_scale), stats, is_async, wants_hook, True)
 
     @shrinking
     def low_latency_dispatch_fp4(self, x: torch.Tensor, scales: torch.Tensor, topk_idx: torch.Tensor,
@@ -224,13 +250,15 @@ class LowLatency:
         return handle
 
     def _ll_dispatch(self, seat: Seat, handle: LowLatencyHandle, rows: Tuple[torch.Tensor, Optional[torch.Tensor]],
-                     stats: Tuple[Optional[torch.Tensor], Optional[torch.Tensor]], is_async: bool, wants_hook: bool
+                     stats: Stats, is_async: bool, wants_hook: bool, arranges: bool = False
                      ) -> Tuple[Any, torch.Tensor, LowLatencyHandle, EventOverlap, Hook]:
+        """arranges: nvfp4 in the order that matrix multiplies read."""
         x, given_scales = rows
         ep, owned, ids = seat.ep, handle.owned, handle.ids
+        handle.sent = rows
         seat.turn ^= 1
         raw, raw_scales = seat.landing[seat.turn]
-        scales = self._ll_scales(ep, raw_scales, seat.rows, x.device)
+        scales, fill = self._ll_scales(ep, raw_scales, seat.rows, arranges)
         weights = handle.weights[0] if handle.weights is not None else None
         scope = self._streams.on(x, None, is_async, use_comm=not wants_hook)
         owned.is_idle = False
@@ -245,12 +273,12 @@ class LowLatency:
         def receive(self: LowLatency) -> None:
             with self._lock:
                 here = scope if not wants_hook else self._streams.on(x, use_comm=False)
-                self._ll_receive(seat, handle, (raw, raw_scales), scales, stats, here)
+                self._ll_receive(seat, handle, (raw, raw_scales), fill, stats, here)
         half = _Half(seat, True, functools.partial(receive, self))
         handle.complete = half.finish
         kind = {"bf16": torch.bfloat16, "fp8": FP8, "opaque": torch.uint8}[ep.wire]
         recv_x = raw.view(kind).view(ep.slots_per_rank, seat.rows // ep.slots_per_rank, -1)
-        result = recv_x if scales is None else (recv_x, scales)
+        result = recv_x if scales is None else (recv_x.permute(1, 2, 0) if arranges else recv_x, scales)
         if wants_hook:
             return result, handle.counts, handle, EventOverlap(), half.finish
         half.finish()
@@ -258,27 +286,37 @@ class LowLatency:
         return result, handle.counts, handle, scope.finish(), None
 
     @staticmethod
-    def _ll_scales(ep: Any, raw_scales: Optional[torch.Tensor], rows: int, device: torch.device
-                   ) -> Optional[torch.Tensor]:
-        """Tokens contiguous, as grouped matrix multiplies with TMA read them; those of nvfp4 as they lie."""
-        if raw_scales is None:
-            return None
+    def _ll_scales(ep: Any, raw: Optional[torch.Tensor], rows: int, arranges: bool
+                   ) -> Tuple[Optional[torch.Tensor], Optional[Callable[[], None]]]:
+        """What is returned as scales, and what fills it when rows are there. Tokens contiguous, as grouped matrix
+        multiplies with TMA read them; those of nvfp4 as they lie, or as arranged."""
+        if raw is None:
+            return None, None
+        slots, room_of_slot = ep.slots_per_rank, rows // ep.slots_per_rank
         if ep.wire == "opaque":
-            return raw_scales.view(ep.slots_per_rank, rows // ep.slots_per_rank, -1)
-        slots, blocks = ep.slots_per_rank, ep.hidden // 128
+            as_rows = raw.view(slots, room_of_slot, -1)
+            if not arranges:
+                return as_rows, None
+            stored, view = room(slots, room_of_slot, as_rows.shape[2], raw.device)
+            return view, functools.partial(arrange, as_rows, stored)
+        blocks = ep.hidden // 128
         is_packed = ep.scale_row_bytes == blocks
-        stored = torch.empty(slots, blocks // 4 if is_packed else blocks, rows // slots, device=device,
-                             dtype=torch.int32 if is_packed else torch.float32)
-        return stored.transpose(1, 2)
+        scales = torch.empty(slots, blocks // 4 if is_packed else blocks, room_of_slot, device=raw.device,
+                             dtype=torch.int32 if is_packed else torch.float32).transpose(1, 2)
+        source = raw.view(scales.dtype).view(scales.shape)
+
+        def fill() -> None:
+            scales.copy_(source)
+        return scales, fill
 
     def _ll_receive(self, seat: Seat, handle: LowLatencyHandle, landing: Tuple[torch.Tensor, Optional[torch.Tensor]],
-                    scales: Optional[torch.Tensor],
-                    stats: Tuple[Optional[torch.Tensor], Optional[torch.Tensor]], scope: Any) -> None:
+                    fill: Optional[Callable[[], None]], stats: Stats, scope: Any) -> None:
         ep, owned, count = seat.ep, handle.owned, handle.counts
         raw, raw_scales = landing
         ep.recv_raw(owned.handle, _pointer(raw), seat.rows, _pointer(raw_scales), None, None,
                     _pointer(handle.source_rank), _pointer(handle.source_token), scope.pointer)
         owned.is_idle = True
+        handle.sent = None
         received, cost = stats
         if cost is not None:
             self._add_waits(seat, cost)
@@ -291,8 +329,8 @@ class LowLatency:
             else:
                 rows = ep.dispatch_counts(owned.handle).rows_per_slot
                 count.copy_(torch.tensor(rows, dtype=torch.int32, device="cpu"))
-            if scales is not None and raw_scales is not None and ep.wire == "fp8":
-                scales.copy_(raw_scales.view(scales.dtype).view(scales.shape))
+            if fill is not None:
+                fill()
             if received is not None:
                 received += count
 
@@ -344,7 +382,7 @@ class LowLatency:
         """
         if async_finish and return_recv_hook:
             raise ValueError("deep_ep: async_finish and return_recv_hook exclude each other")
-        _refuse("low_latency_combine", fork)
+        _check_fork("low_latency_combine", fork)
         if use_logfmt and zero_copy:
             raise ValueError("deep_ep: use_logfmt and zero_copy exclude each other")
         tokens, hidden = handle.shape[0], handle.shape[1] if zero_copy else x.shape[-1]
