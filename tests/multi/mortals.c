@@ -162,10 +162,12 @@ static bool open_seat(struct mortals_seat *seat, struct nep_multi_rank *rank, ui
     return true;
 }
 
-static bool finish_seat(struct mortals_seat *seat)
+static bool finish_seat(struct mortals_seat *seat, uint64_t generation)
 {
-    return (nep_handle_create(seat->ep, &seat->handle) == NEP_OK && mortals_buffers_make(seat)) ||
-           nep_multi_fail(seat->rank, "handle and buffers: %s", nep_last_message());
+    bool is_made =
+        nep_handle_create(seat->ep, &seat->handle) == NEP_OK && mortals_buffers_make(seat);
+    return (is_made || nep_multi_fail(seat->rank, "handle and buffers: %s", nep_last_message())) &&
+           mortals_buffers_enrol(seat, generation);
 }
 
 static void close_seat(struct mortals_seat *seat)
@@ -173,6 +175,7 @@ static void close_seat(struct mortals_seat *seat)
     mortals_buffers_free(seat);
     nep_handle_destroy(seat->handle);
     nep_ep_destroy(seat->ep);
+    mortals_registered_free(seat);
     nep_comm_destroy(seat->comm);
 }
 
@@ -191,6 +194,9 @@ static bool recover(struct mortals_seat *seat, uint32_t *step_p, uint32_t num_jo
     }
     doom_attach(seat);
     memcpy(seat->is_live, recovery.is_live, seat->plan->num_ranks);
+    if (!mortals_buffers_enrol(seat, recovery.generation)) {
+        return false;
+    }
     nep_ep_set_timeout(seat->ep, 0);
     uint64_t first = 0, next = 0;
     if (nep_ep_resume(seat->ep, &first, &next) != NEP_OK) {
@@ -319,7 +325,7 @@ static bool run_newcomer(struct nep_multi_rank *rank)
     uint64_t first;
     nep_ep_resume(seat.ep, &first, &seat.base_op);
     seat.base_step = (uint32_t)atomic_load(&words[MORTALS_STEP_WORD]);
-    bool is_fine = finish_seat(&seat) && run_steps(&seat, seat.base_step);
+    bool is_fine = finish_seat(&seat, recovery.generation) && run_steps(&seat, seat.base_step);
     close_seat(&seat);
     return is_fine;
 }
@@ -331,7 +337,7 @@ static bool run_rank(struct nep_multi_rank *rank)
     if (rank->rank == plan->num_ranks) {
         return run_newcomer(rank);
     }
-    bool is_fine = open_seat(&seat, rank, rank->rank, false) && finish_seat(&seat);
+    bool is_fine = open_seat(&seat, rank, rank->rank, false) && finish_seat(&seat, 0);
     is_fine = is_fine && run_steps(&seat, 0);
     if (is_fine) {
         close_seat(&seat);

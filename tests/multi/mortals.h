@@ -48,6 +48,9 @@ struct mortals_death {
     struct mortals_moment moment;
 };
 
+/* Where tensors lie: the caller's own, the ep's pool, the caller's own and registered. */
+enum mortals_memory { MORTALS_PRIVATE, MORTALS_POOL, MORTALS_REGISTERED };
+
 struct mortals_plan {
     const char *intra;
     const char *inter;
@@ -55,7 +58,7 @@ struct mortals_plan {
     uint32_t ranks_per_node[MORTALS_MAX_RANKS];
     uint32_t num_ranks; /* filled in */
     enum nep_layout layout;
-    bool is_mapped; /* buffers from the ep's pool */
+    enum mortals_memory memory;
     bool is_threads;
     uint64_t timeout_ns;
     struct mortals_death deaths[MORTALS_MAX_DEATHS]; /* in the order of their steps */
@@ -87,6 +90,13 @@ enum {
     MORTALS_NAMED_WORD = 32    /* [deaths] how many have */
 };
 
+struct mortals_tensor {
+    void *base;
+    size_t bytes;
+    int fd;          /* where it is registered */
+    uint32_t number; /* as a buffer of the ep */
+};
+
 struct mortals_seat {
     struct nep_multi_rank *rank;
     const struct mortals_plan *plan;
@@ -94,6 +104,8 @@ struct mortals_seat {
     struct nep_ep *ep;
     struct nep_handle *handle;
     uint8_t is_live[MORTALS_MAX_RANKS];
+    struct mortals_tensor tensors[3]; /* of the three below */
+    bool is_registered;
     float *x, *rows, *y;
     float *present;
     uint32_t *source_rank, *source_token;
@@ -109,7 +121,14 @@ struct mortals_seat {
 
 uint32_t mortals_number(const struct mortals_seat *seat);
 bool mortals_buffers_make(struct mortals_seat *seat);
+/* The ep's handle and the ep go between the two halves: registered memory outlives them. */
 void mortals_buffers_free(struct mortals_seat *seat);
+void mortals_registered_free(struct mortals_seat *seat);
+/*
+ * Registrations ended with the generation before. In every other one the memory is registered
+ * again, by all alike; in those between rows must arrive all the same.
+ */
+bool mortals_buffers_enrol(struct mortals_seat *seat, uint64_t generation);
 /* NEP_OK, a failure of the library, or 1: this rank is to stop here. */
 int mortals_step_run(struct mortals_seat *seat, uint32_t step);
 /* What the step left in y and present. */

@@ -2,7 +2,10 @@
 /* One step of a rank: route, dispatch, stand-in experts, combine, and what must come of it. */
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
+#include "dispatch/ep.h"
 #include "tests/multi/mortals.h"
 
 static uint32_t mix(uint32_t a, uint32_t b, uint32_t c)
@@ -43,22 +46,51 @@ uint32_t mortals_number(const struct mortals_seat *seat)
 
 /* ---- buffers -------------------------------------------------------------------------------- */
 
-static void *buffer(struct mortals_seat *seat, size_t bytes)
+static void *tensor_make(struct mortals_seat *seat, uint32_t idx, size_t bytes)
 {
-    void *memory = NULL;
-    if (!seat->plan->is_mapped) {
-        return calloc(1, bytes);
+    struct mortals_tensor *tensor = &seat->tensors[idx];
+    *tensor = (struct mortals_tensor){.bytes = bytes, .fd = -1};
+    if (seat->plan->memory == MORTALS_PRIVATE) {
+        tensor->base = calloc(1, bytes);
+    } else if (seat->plan->memory == MORTALS_POOL) {
+        nep_buffer_alloc(seat->ep, bytes, &tensor->base);
+    } else {
+        tensor->fd = memfd_create("tensor", MFD_CLOEXEC);
+        void *base = MAP_FAILED;
+        if (tensor->fd >= 0 && ftruncate(tensor->fd, (off_t)bytes) == 0) {
+            base = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, tensor->fd, 0);
+        }
+        tensor->base = base != MAP_FAILED ? base : NULL;
     }
-    return nep_buffer_alloc(seat->ep, bytes, &memory) == NEP_OK ? memory : NULL;
+    return tensor->base;
 }
 
-static void buffer_free(struct mortals_seat *seat, void *memory)
+static bool check_forgotten(const struct mortals_seat *seat)
 {
-    if (seat->plan->is_mapped) {
-        nep_buffer_free(seat->ep, memory);
-    } else {
-        free(memory);
+    for (uint32_t i = 0; i < 3 && seat->is_registered; i++) {
+        if (nep_buffer_deregister(seat->ep, seat->tensors[i].number) != NEP_ERR_NOT_FOUND) {
+            return nep_multi_fail(seat->rank, "buffer %u is registered still",
+                                  seat->tensors[i].number);
+        }
     }
+    return true;
+}
+
+bool mortals_buffers_enrol(struct mortals_seat *seat, uint64_t generation)
+{
+    if (!check_forgotten(seat)) {
+        return false;
+    }
+    seat->is_registered = seat->plan->memory == MORTALS_REGISTERED && generation % 2 == 0;
+    for (uint32_t i = 0; i < 3 && seat->is_registered; i++) {
+        struct mortals_tensor *tensor = &seat->tensors[i];
+        struct nep_buffer_params params = {
+            .size = sizeof params, .base = tensor->base, .bytes = tensor->bytes, .fd = tensor->fd};
+        if (nep_buffer_register(seat->ep, &params, &tensor->number) != NEP_OK) {
+            return nep_multi_fail(seat->rank, "registering: %s", nep_last_message());
+        }
+    }
+    return true;
 }
 
 bool mortals_buffers_make(struct mortals_seat *seat)
@@ -67,9 +99,9 @@ bool mortals_buffers_make(struct mortals_seat *seat)
     if (nep_ep_max_rows(seat->ep, &seat->capacity) != NEP_OK) {
         return false;
     }
-    seat->x = buffer(seat, tokens * row);
-    seat->y = buffer(seat, tokens * row);
-    seat->rows = buffer(seat, seat->capacity * row);
+    seat->x = tensor_make(seat, 0, tokens * row);
+    seat->y = tensor_make(seat, 1, tokens * row);
+    seat->rows = tensor_make(seat, 2, seat->capacity * row);
     seat->present = calloc(tokens, sizeof(float));
     seat->source_rank = calloc(seat->capacity, sizeof(uint32_t));
     seat->source_token = calloc(seat->capacity, sizeof(uint32_t));
@@ -84,9 +116,13 @@ bool mortals_buffers_make(struct mortals_seat *seat)
 
 void mortals_buffers_free(struct mortals_seat *seat)
 {
-    buffer_free(seat, seat->x);
-    buffer_free(seat, seat->y);
-    buffer_free(seat, seat->rows);
+    for (uint32_t i = 0; i < 3; i++) {
+        if (seat->plan->memory == MORTALS_POOL) {
+            nep_buffer_free(seat->ep, seat->tensors[i].base);
+        } else if (seat->plan->memory == MORTALS_PRIVATE) {
+            free(seat->tensors[i].base);
+        }
+    }
     free(seat->present);
     free(seat->source_rank);
     free(seat->source_token);
@@ -94,6 +130,25 @@ void mortals_buffers_free(struct mortals_seat *seat)
     free(seat->row_weights);
     free(seat->ids);
     free(seat->weights);
+}
+
+void mortals_registered_free(struct mortals_seat *seat)
+{
+    for (uint32_t i = 0; i < 3 && seat->plan->memory == MORTALS_REGISTERED; i++) {
+        if (seat->tensors[i].base != NULL) {
+            munmap(seat->tensors[i].base, seat->tensors[i].bytes);
+            close(seat->tensors[i].fd);
+        }
+    }
+}
+
+/* Registering has an effect, and the next generation ends it. */
+static bool check_mapped(const struct mortals_seat *seat, uint32_t step)
+{
+    return seat->plan->memory != MORTALS_REGISTERED ||
+           seat->handle->op.out_is_mapped == seat->is_registered ||
+           nep_multi_fail(seat->rank, "step %u: its rows count as %s", step,
+                          seat->is_registered ? "private" : "mapped");
 }
 
 /* ---- what must be --------------------------------------------------------------------------- */
@@ -255,7 +310,7 @@ int mortals_step_run(struct mortals_seat *seat, uint32_t step)
                                  .present = seat->present};
     prepare(seat, step);
     int status = run_dispatch(seat, step, &counts);
-    if (status == NEP_OK && !check_rows(seat, step, &counts)) {
+    if (status == NEP_OK && (!check_mapped(seat, step) || !check_rows(seat, step, &counts))) {
         return NEP_ERR_INTERNAL;
     }
     if (status == NEP_OK && mortals_call_begins(seat, step, MORTALS_EXPERTS)) {

@@ -18,7 +18,7 @@ static void test_recover_shm_every_phase(void **state)
                                           .num_nodes = 2,
                                           .ranks_per_node = {3, 2},
                                           .layout = NEP_LAYOUT_EXPERT_PACKED,
-                                          .is_mapped = true,
+                                          .memory = MORTALS_POOL,
                                           .timeout_ns = 20000000000ull,
                                           .deaths = {{1, 3, {.call = calls[when]}}},
                                           .num_deaths = 1,
@@ -50,7 +50,7 @@ static void test_recover_ucx_and_newcomer(void **state)
                                       .num_nodes = 2,
                                       .ranks_per_node = {2, 2},
                                       .layout = NEP_LAYOUT_EXPERT_PADDED,
-                                      .is_mapped = true,
+                                      .memory = MORTALS_POOL,
                                       .timeout_ns = 20000000000ull,
                                       .deaths = {{3, 3, {.call = MORTALS_DISPATCH_RECV}}},
                                       .num_deaths = 1,
@@ -66,7 +66,7 @@ static void test_recover_shm_newcomer_replaces_rank_0(void **state)
                                       .num_nodes = 2,
                                       .ranks_per_node = {2, 2},
                                       .layout = NEP_LAYOUT_EXPERT_PACKED,
-                                      .is_mapped = true,
+                                      .memory = MORTALS_POOL,
                                       .timeout_ns = 20000000000ull,
                                       .deaths = {{0, 3, {.call = MORTALS_COMBINE_RECV}}},
                                       .num_deaths = 1,
@@ -82,7 +82,7 @@ static void test_recover_threads_that_stop(void **state)
                                       .num_nodes = 2,
                                       .ranks_per_node = {3, 3},
                                       .layout = NEP_LAYOUT_EXPERT_PACKED,
-                                      .is_mapped = true,
+                                      .memory = MORTALS_POOL,
                                       .is_threads = true,
                                       .timeout_ns = 60 * NEP_S,
                                       .deaths = {{4, 3, {.call = MORTALS_DISPATCH_SEND}},
@@ -121,8 +121,55 @@ static void test_recover_more_generations_than_bits(void **state)
                                       .num_nodes = 2,
                                       .ranks_per_node = {2, 1},
                                       .layout = NEP_LAYOUT_EXPERT_PACKED,
-                                      .is_mapped = true,
+                                      .memory = MORTALS_POOL,
                                       .timeout_ns = 20000000000ull,
+                                      .newcomer = UINT32_MAX,
+                                      .is_renewed = true});
+}
+
+/* Memory of the callers' own: in every phase of a loss, and where a newcomer brings some. */
+static void test_recover_registered_memory(void **state)
+{
+    (void)state;
+    const enum mortals_call calls[] = {MORTALS_DISPATCH_SEND, MORTALS_DISPATCH_RECV,
+                                       MORTALS_COMBINE_RECV};
+    for (int when = 0; when < 3; when++) {
+        mortals_run((struct mortals_plan){
+            .intra = "shm",
+            .inter = "shm",
+            .num_nodes = 2,
+            .ranks_per_node = {3, 2},
+            .layout = when == 1 ? NEP_LAYOUT_RANK : NEP_LAYOUT_EXPERT_PACKED,
+            .memory = MORTALS_REGISTERED,
+            .timeout_ns = 20 * NEP_S,
+            .deaths = {{1, 3, {.call = calls[when]}}, {4, 6, {.call = calls[(when + 1) % 3]}}},
+            .num_deaths = 2,
+            .newcomer = UINT32_MAX});
+    }
+    mortals_run((struct mortals_plan){.intra = "shm",
+                                      .inter = "shm",
+                                      .num_nodes = 2,
+                                      .ranks_per_node = {2, 2},
+                                      .layout = NEP_LAYOUT_EXPERT_PACKED,
+                                      .memory = MORTALS_REGISTERED,
+                                      .timeout_ns = 20 * NEP_S,
+                                      .deaths = {{3, 3, {.call = MORTALS_DISPATCH_RECV}}},
+                                      .num_deaths = 1,
+                                      .newcomer = 3,
+                                      .join_step = 8});
+}
+
+static void test_recover_registered_memory_of_threads(void **state)
+{
+    (void)state;
+    mortals_run((struct mortals_plan){.intra = "loop",
+                                      .inter = "loop",
+                                      .num_nodes = 2,
+                                      .ranks_per_node = {2, 2},
+                                      .layout = NEP_LAYOUT_EXPERT_PACKED,
+                                      .memory = MORTALS_REGISTERED,
+                                      .is_threads = true,
+                                      .timeout_ns = 60 * NEP_S,
                                       .newcomer = UINT32_MAX,
                                       .is_renewed = true});
 }
@@ -135,10 +182,12 @@ int main(void)
         cmocka_unit_test(test_recover_shm_newcomer_replaces_rank_0),
         cmocka_unit_test(test_recover_ucx_and_newcomer),
         cmocka_unit_test(test_recover_more_generations_than_bits),
+        cmocka_unit_test(test_recover_registered_memory),
     };
     const struct CMUnitTest threads[] = {
         cmocka_unit_test(test_recover_threads_that_stop),
         cmocka_unit_test(test_recover_many_threads),
+        cmocka_unit_test(test_recover_registered_memory_of_threads),
     };
 #ifdef __SANITIZE_THREAD__
     (void)processes;
