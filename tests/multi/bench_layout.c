@@ -81,9 +81,7 @@ static bool bench(struct nep_multi_rank *rank)
 /* 36 slots a rank: 32 experts of its own and 4 of its neighbour's. */
 static struct nep_map *with_replicas(void)
 {
-    char path[] = "/tmp/nep-map-XXXXXX";
-    int fd = mkstemp(path);
-    FILE *file = fd >= 0 ? fdopen(fd, "w") : NULL;
+    FILE *file = tmpfile();
     if (file == NULL) {
         return NULL;
     }
@@ -96,13 +94,7 @@ static struct nep_map *with_replicas(void)
         }
         fputc('\n', file);
     }
-    fclose(file);
-    struct nep_map *map = NULL;
-    if (nep_map_load(path, &map) != NEP_OK) {
-        printf("%s\n", nep_last_message());
-    }
-    remove(path);
-    return map;
+    return nep_multi_map_read(file);
 }
 
 int main(void)

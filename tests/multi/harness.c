@@ -215,6 +215,22 @@ void nep_multi_run_processes(uint32_t num_ranks, nep_multi_fn fn, void *arg, uin
     nep_multi_shared_destroy(shared);
 }
 
+struct nep_map *nep_multi_map_read(FILE *text)
+{
+    struct nep_map *map = NULL;
+    char path[64];
+    if (text == NULL || fflush(text) != 0) {
+        perror("a map's text");
+        return NULL;
+    }
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fileno(text));
+    if (nep_map_load(path, &map) != NEP_OK) {
+        fprintf(stderr, "%s\n", nep_last_message());
+    }
+    fclose(text);
+    return map;
+}
+
 uint64_t nep_multi_seed(const char *test)
 {
     const char *text = getenv("NEP_TEST_SEED");

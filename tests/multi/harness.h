@@ -10,6 +10,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <sys/types.h>
 
 #include "nearep.h"
@@ -62,6 +63,9 @@ _Atomic uint64_t *nep_multi_words(struct nep_multi_rank *rank); /* [64] */
 struct nep_rendezvous_params;
 pid_t nep_multi_serve(const struct nep_rendezvous_params *params, uint16_t *port_p);
 void nep_multi_serve_end(pid_t pid);
+
+/* The map whose text was written into a tmpfile(), which is closed. NULL: said why on stderr. */
+struct nep_map *nep_multi_map_read(FILE *text);
 
 /* NEP_TEST_SEED or one from the clock; printed. */
 uint64_t nep_multi_seed(const char *test);

@@ -8,7 +8,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "tests/multi/harness.h"
 #include "tests/unit/cmocka_all.h"
@@ -75,9 +74,7 @@ static uint32_t expert_in(uint32_t rank, uint32_t slot)
 
 static struct nep_map *make_map(void)
 {
-    char path[] = "/tmp/nep-map-XXXXXX";
-    int fd = mkstemp(path);
-    FILE *file = fd >= 0 ? fdopen(fd, "w") : NULL;
+    FILE *file = tmpfile();
     if (file == NULL) {
         return NULL;
     }
@@ -87,13 +84,7 @@ static struct nep_map *make_map(void)
         uint32_t owner = e / OWN, copy = (owner + 2) % RANKS;
         fprintf(file, "0 %u %u:%u %u:%u\n", e, owner, e % OWN, copy, OWN + e % OWN);
     }
-    fclose(file);
-    struct nep_map *map = NULL;
-    if (nep_map_load(path, &map) != NEP_OK) {
-        fprintf(stderr, "%s\n", nep_last_message());
-    }
-    remove(path);
-    return map;
+    return nep_multi_map_read(file);
 }
 
 static bool open_rank(struct rank_state *state)

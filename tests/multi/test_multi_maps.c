@@ -12,9 +12,7 @@
 /* Experts rotated by `by` slots. */
 static struct nep_map *rotated(uint32_t by)
 {
-    char path[] = "/tmp/nep-map-XXXXXX";
-    int fd = mkstemp(path);
-    FILE *file = fd >= 0 ? fdopen(fd, "w") : NULL;
+    FILE *file = tmpfile();
     if (file == NULL) {
         return NULL;
     }
@@ -24,13 +22,7 @@ static struct nep_map *rotated(uint32_t by)
         uint32_t slot = (e + by) % SEAT_EXPERTS;
         fprintf(file, "0 %u %u:%u\n", e, slot / 2, slot % 2);
     }
-    fclose(file);
-    struct nep_map *map = NULL;
-    if (nep_map_load(path, &map) != NEP_OK) {
-        fprintf(stderr, "%s\n", nep_last_message());
-    }
-    remove(path);
-    return map;
+    return nep_multi_map_read(file);
 }
 
 static bool staged_maps(struct nep_multi_rank *rank)

@@ -5,7 +5,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "placement/placement.h"
 #include "tests/multi/flight.h"
@@ -27,12 +26,10 @@ static bool make_map(struct nep_multi_world *world)
     uint32_t ranks = world->rank->num_ranks;
     uint32_t slots = world->slots_per_rank * ranks;
     uint32_t *expert_of_slot = malloc(slots * sizeof(uint32_t));
-    char path[64];
-    snprintf(path, sizeof(path), "/tmp/nep_multi_%d_%u.nepmap", getpid(), world->rank->rank);
-    FILE *file = expert_of_slot != NULL ? fopen(path, "w") : NULL;
+    FILE *file = expert_of_slot != NULL ? tmpfile() : NULL;
     if (file == NULL) {
         free(expert_of_slot);
-        return nep_multi_fail(world->rank, "%s cannot be written", path);
+        return nep_multi_fail(world->rank, "a map's text cannot be written");
     }
     struct nep_ref_rng rng = {shape->seed ^ 0x6d6170};
     for (uint32_t s = 0; s < slots; s++) {
@@ -60,11 +57,10 @@ static bool make_map(struct nep_multi_world *world)
         }
         fprintf(file, "\n");
     }
-    fclose(file);
     free(expert_of_slot);
-    enum nep_status status = nep_map_load(path, &world->map);
-    remove(path);
-    return status == NEP_OK || nep_multi_fail(world->rank, "nep_map_load: %s", nep_last_message());
+    world->map = nep_multi_map_read(file);
+    return world->map != NULL ||
+           nep_multi_fail(world->rank, "nep_map_load: %s", nep_last_message());
 }
 
 static bool make_comm(struct nep_multi_world *world)
