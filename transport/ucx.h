@@ -66,6 +66,13 @@ enum {
     NEP_UCX_WINDOWS = 64 /* numbers of windows, as transport.h has them */
 };
 
+/*
+ * Endpoints of a peer. Over TCP short puts have a connection of their own: in the other one they
+ * would stand behind all that was put before and has not left, which is megabytes, and a CREDIT
+ * that comes 100 ms late is a stream that stands still.
+ */
+enum { NEP_UCX_BULK, NEP_UCX_SHORT, NEP_UCX_EPS };
+
 /* Before each piece of a put. 40 bytes without holes; UCX itself needs one byte order in a job. */
 struct nep_ucx_header {
     uint32_t pass; /* of this communicator, sender and receiver: see nep_ucx_peer */
@@ -119,11 +126,11 @@ struct nep_ucx_peer {
     /* What its messages here, and mine to it, begin with. The two of us alone know them, so a rank
      * cannot speak for another one; late messages of another communicator have others. */
     uint32_t pass_from, pass_to;
-    ucp_ep_h ep;             /* holder of the worker only */
-    bool close_ep;           /* holder only: failed, to be closed outside the handler */
-    _Atomic int state;       /* enum nep_ucx_state */
-    _Atomic int failure;     /* ucs_status_t, written before the state becomes FAILED */
-    _Atomic bool misbehaved; /* sent a put that was refused */
+    ucp_ep_h eps[NEP_UCX_EPS]; /* holder of the worker only; SHORT is NULL where it is not needed */
+    bool close_ep;             /* holder only: failed, to be closed outside the handler */
+    _Atomic int state;         /* enum nep_ucx_state */
+    _Atomic int failure;       /* ucs_status_t, written before the state becomes FAILED */
+    _Atomic bool misbehaved;   /* sent a put that was refused */
     _Atomic uint64_t heard_ns;
     _Atomic uint32_t num_silent;    /* own heartbeats since then */
     _Atomic uint64_t said_heard_ns; /* heard_ns of the silence that the log has named */
@@ -214,6 +221,10 @@ void nep_ucx_beat(struct nep_ucx *ux);
 /* The peer is gone; its endpoint is closed by the next nep_ucx_close_failed. */
 void nep_ucx_peer_fail(struct nep_ucx_peer *peer, ucs_status_t status);
 void nep_ucx_close_failed(struct nep_ucx *ux);
+static inline bool nep_ucx_peer_is_open(const struct nep_ucx_peer *peer)
+{
+    return peer->eps[NEP_UCX_BULK] != NULL && !peer->close_ep;
+}
 
 /* ---- ucx_pass.c --------------------------------------------------------------------------- */
 

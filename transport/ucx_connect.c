@@ -181,7 +181,7 @@ static void on_failure(void *arg, ucp_ep_h ep, ucs_status_t status)
     nep_ucx_peer_fail(arg, status);
 }
 
-static enum nep_status endpoint_open(struct nep_ucx *ux, struct nep_ucx_peer *peer,
+static enum nep_status endpoint_open(struct nep_ucx *ux, struct nep_ucx_peer *peer, int which,
                                      const void *address)
 {
     ucp_ep_params_t params = {
@@ -191,9 +191,9 @@ static enum nep_status endpoint_open(struct nep_ucx *ux, struct nep_ucx_peer *pe
         .err_mode = UCP_ERR_HANDLING_MODE_PEER,
         .err_handler = {.cb = on_failure, .arg = peer},
     };
-    ucs_status_t status = ux->lib.ucp_ep_create(ux->worker, &params, &peer->ep);
+    ucs_status_t status = ux->lib.ucp_ep_create(ux->worker, &params, &peer->eps[which]);
     if (status != UCS_OK) {
-        peer->ep = NULL;
+        peer->eps[which] = NULL;
         return nep_fail(NEP_ERR_IO, "transport ucx: rank %u found no way to rank %u: %s", ux->rank,
                         peer->rank, ux->lib.ucs_status_string(status));
     }
@@ -204,18 +204,18 @@ static enum nep_status endpoint_open(struct nep_ucx *ux, struct nep_ucx_peer *pe
 }
 
 /*
- * Flushes all endpoints, until the deadline. status[i] becomes what UCX says of peer i:
- * UCS_INPROGRESS where it did not finish.
+ * Flushes all endpoints, until the deadline. status[NEP_UCX_EPS * i + e] becomes what UCX says of
+ * endpoint e of peer i: UCS_INPROGRESS where it did not finish.
  */
 static void flush_all(struct nep_ucx *ux, uint64_t timeout_ns, void **requests,
                       ucs_status_t *status)
 {
     ucp_request_param_t none = {0};
-    uint32_t num_open = 0;
-    for (uint32_t i = 0; i < ux->num_ranks; i++) {
-        struct nep_ucx_peer *peer = &ux->peers[i];
-        requests[i] =
-            peer->ep != NULL && !peer->close_ep ? ux->lib.ucp_ep_flush_nbx(peer->ep, &none) : NULL;
+    uint32_t num_open = 0, num = NEP_UCX_EPS * ux->num_ranks;
+    for (uint32_t i = 0; i < num; i++) {
+        struct nep_ucx_peer *peer = &ux->peers[i / NEP_UCX_EPS];
+        ucp_ep_h ep = peer->close_ep ? NULL : peer->eps[i % NEP_UCX_EPS];
+        requests[i] = ep != NULL ? ux->lib.ucp_ep_flush_nbx(ep, &none) : NULL;
         status[i] = UCS_PTR_IS_PTR(requests[i]) ? UCS_INPROGRESS : UCS_PTR_STATUS(requests[i]);
         num_open += UCS_PTR_IS_PTR(requests[i]);
     }
@@ -226,14 +226,14 @@ static void flush_all(struct nep_ucx *ux, uint64_t timeout_ns, void **requests,
         if (nep_ucx_pump(ux) != 0) {
             nep_backoff_reset(&backoff);
         }
-        for (uint32_t i = 0; i < ux->num_ranks; i++) {
+        for (uint32_t i = 0; i < num; i++) {
             if (status[i] == UCS_INPROGRESS) {
                 status[i] = ux->lib.ucp_request_check_status(requests[i]);
                 num_open -= status[i] != UCS_INPROGRESS;
             }
         }
     } while (num_open != 0 && nep_now_ns() < deadline_ns && nep_backoff_pause(&backoff));
-    for (uint32_t i = 0; i < ux->num_ranks; i++) {
+    for (uint32_t i = 0; i < num; i++) {
         if (UCS_PTR_IS_PTR(requests[i])) {
             ux->lib.ucp_request_free(requests[i]);
         }
@@ -253,7 +253,7 @@ static void find_carrier(struct nep_ucx *ux, struct nep_ucx_peer *peer, char *na
     if (out == NULL) {
         return;
     }
-    ux->lib.ucp_ep_print_info(peer->ep, out);
+    ux->lib.ucp_ep_print_info(peer->eps[NEP_UCX_BULK], out);
     if (fclose(out) != 0) {
         free(text);
         return;
@@ -277,7 +277,7 @@ static void choose_pieces(struct nep_ucx *ux)
     for (uint32_t i = 0; i < ux->num_ranks; i++) {
         struct nep_ucx_peer *peer = &ux->peers[i];
         char carrier[64];
-        if (peer->ep == NULL) {
+        if (peer->eps[NEP_UCX_BULK] == NULL) {
             continue;
         }
         find_carrier(ux, peer, carrier, sizeof carrier);
@@ -287,6 +287,21 @@ static void choose_pieces(struct nep_ucx *ux)
     }
 }
 
+/* Waits until every endpoint works. */
+static enum nep_status flush_peers(struct nep_ucx *ux, void **requests, ucs_status_t *flushed)
+{
+    flush_all(ux, ux->params.timeout_ns, requests, flushed);
+    for (uint32_t i = 0; i < NEP_UCX_EPS * ux->num_ranks; i++) {
+        if (flushed[i] != UCS_OK) {
+            return nep_fail(flushed[i] == UCS_INPROGRESS ? NEP_ERR_TIMEOUT : NEP_ERR_IO,
+                            "transport ucx: rank %u could not connect to rank %u: %s (UCX_TLS and "
+                            "UCX_NET_DEVICES narrow what UCX tries)",
+                            ux->rank, i / NEP_UCX_EPS, ux->lib.ucs_status_string(flushed[i]));
+        }
+    }
+    return NEP_OK;
+}
+
 static enum nep_status connect_peers(struct nep_ucx *ux, const char *addresses, size_t stride,
                                      void **requests, ucs_status_t *flushed)
 {
@@ -294,26 +309,25 @@ static enum nep_status connect_peers(struct nep_ucx *ux, const char *addresses, 
     for (uint32_t i = 0; i < ux->num_ranks; i++) {
         ux->peers[i].ux = ux;
         ux->peers[i].rank = i;
-        bool here = topology->node_of_rank[i] == topology->node;
-        if (i == ux->rank || (ux->params.node_only && !here)) {
-            continue;
+    }
+    enum nep_status result = NEP_OK;
+    for (int e = NEP_UCX_BULK; result == NEP_OK && e < NEP_UCX_EPS; e++) {
+        for (uint32_t i = 0; result == NEP_OK && i < ux->num_ranks; i++) {
+            bool here = topology->node_of_rank[i] == topology->node;
+            bool is_cut = ux->peers[i].piece_bytes != UINT32_MAX; /* known of BULK */
+            if (i != ux->rank && !(ux->params.node_only && !here) &&
+                (e == NEP_UCX_BULK || is_cut)) {
+                result = endpoint_open(ux, &ux->peers[i], e, addresses + i * stride);
+            }
         }
-        enum nep_status result = endpoint_open(ux, &ux->peers[i], addresses + i * stride);
-        if (result != NEP_OK) {
-            return result;
+        if (result == NEP_OK) {
+            result = flush_peers(ux, requests, flushed);
+        }
+        if (result == NEP_OK && e == NEP_UCX_BULK) {
+            choose_pieces(ux);
         }
     }
-    flush_all(ux, ux->params.timeout_ns, requests, flushed);
-    for (uint32_t i = 0; i < ux->num_ranks; i++) {
-        if (flushed[i] != UCS_OK) {
-            return nep_fail(flushed[i] == UCS_INPROGRESS ? NEP_ERR_TIMEOUT : NEP_ERR_IO,
-                            "transport ucx: rank %u could not connect to rank %u: %s (UCX_TLS and "
-                            "UCX_NET_DEVICES narrow what UCX tries)",
-                            ux->rank, i, ux->lib.ucs_status_string(flushed[i]));
-        }
-    }
-    choose_pieces(ux);
-    return NEP_OK;
+    return result;
 }
 
 struct hello {
@@ -394,8 +408,8 @@ enum nep_status nep_ucx_connect(struct nep_ucx *ux)
     if (result != NEP_OK) {
         return result;
     }
-    void **requests = calloc(ux->num_ranks, sizeof *requests);
-    ucs_status_t *flushed = calloc(ux->num_ranks, sizeof *flushed);
+    void **requests = calloc((size_t)NEP_UCX_EPS * ux->num_ranks, sizeof *requests);
+    ucs_status_t *flushed = calloc((size_t)NEP_UCX_EPS * ux->num_ranks, sizeof *flushed);
     if (requests != NULL && flushed != NULL) {
         result = connect_peers(ux, addresses, stride, requests, flushed);
     } else {
@@ -415,11 +429,11 @@ static void say_goodbye(struct nep_ucx *ux)
     ucp_request_param_t none = {0};
     for (uint32_t i = 0; i < ux->num_ranks; i++) {
         struct nep_ucx_peer *peer = &ux->peers[i];
-        if (peer->ep == NULL || peer->close_ep) {
+        if (!nep_ucx_peer_is_open(peer)) {
             continue;
         }
-        void *request = ux->lib.ucp_am_send_nbx(peer->ep, NEP_UCX_AM_LEAVE, &peer->word,
-                                                sizeof peer->word, NULL, 0, &none);
+        void *request = ux->lib.ucp_am_send_nbx(peer->eps[NEP_UCX_BULK], NEP_UCX_AM_LEAVE,
+                                                &peer->word, sizeof peer->word, NULL, 0, &none);
         if (UCS_PTR_IS_PTR(request)) {
             ux->lib.ucp_request_free(request);
         }
@@ -430,8 +444,8 @@ void nep_ucx_leave(struct nep_ucx *ux)
 {
     uint64_t bound_ns = ux->params.timeout_ns < LEAVE_NS ? ux->params.timeout_ns : LEAVE_NS;
     uint64_t deadline_ns = nep_deadline_ns(bound_ns);
-    void **requests = calloc(ux->num_ranks, sizeof *requests);
-    ucs_status_t *flushed = calloc(ux->num_ranks, sizeof *flushed);
+    void **requests = calloc((size_t)NEP_UCX_EPS * ux->num_ranks, sizeof *requests);
+    ucs_status_t *flushed = calloc((size_t)NEP_UCX_EPS * ux->num_ranks, sizeof *flushed);
     nep_ucx_hold(ux);
     if (requests != NULL && flushed != NULL) {
         nep_ucx_pump(ux);
@@ -441,7 +455,7 @@ void nep_ucx_leave(struct nep_ucx *ux)
     }
     for (uint32_t i = 0; i < ux->num_ranks; i++) {
         struct nep_ucx_peer *peer = &ux->peers[i];
-        if (peer->ep != NULL && !peer->close_ep) {
+        if (nep_ucx_peer_is_open(peer)) {
             peer->close_ep = true;
             ux->num_to_close++;
         }

@@ -20,11 +20,13 @@
 #if NEP_HAVE_UCX
 
 #include <stdlib.h>
+#include <string.h>
 
 #include "base/clock.h"
 #include "transport/ucx.h"
 
 static const uint64_t BEAT_NS = 1 * NEP_S;
+enum { SHORT_BYTES = 8 << 10 };
 
 static struct nep_ucx_send *send_get(struct nep_ucx *ux)
 {
@@ -101,6 +103,13 @@ static void on_sent(void *request, ucs_status_t status, void *user)
     piece_end(piece, status);
 }
 
+/* Of pieces none is short: together they are a long put. */
+static ucp_ep_h ep_for(const struct nep_ucx_peer *peer, const struct nep_ucx_send *send)
+{
+    bool is_short = send->header.len <= SHORT_BYTES && peer->eps[NEP_UCX_SHORT] != NULL;
+    return peer->eps[is_short ? NEP_UCX_SHORT : NEP_UCX_BULK];
+}
+
 static void piece_start(struct nep_ucx_peer *peer, struct nep_ucx_piece *piece, const void *src)
 {
     struct nep_ucx *ux = peer->ux;
@@ -116,8 +125,9 @@ static void piece_start(struct nep_ucx_peer *peer, struct nep_ucx_piece *piece, 
         param.memh = piece->send->memory;
     }
     atomic_fetch_add_explicit(&ux->num_messages, 1, memory_order_relaxed);
-    void *request = ux->lib.ucp_am_send_nbx(peer->ep, NEP_UCX_AM_PUT, &piece->header,
-                                            sizeof piece->header, src, piece->header.len, &param);
+    void *request =
+        ux->lib.ucp_am_send_nbx(ep_for(peer, piece->send), NEP_UCX_AM_PUT, &piece->header,
+                                sizeof piece->header, src, piece->header.len, &param);
     if (UCS_PTR_IS_PTR(request)) {
         atomic_fetch_add_explicit(&ux->num_in_flight, 1, memory_order_relaxed);
     } else {
@@ -135,7 +145,7 @@ static void send_start(struct nep_ucx_send *send)
     send->num_open = send->header.num_pieces + 1;
     for (uint32_t i = 0; i < send->header.num_pieces; i++) {
         /* Once the peer is gone, its status says so, and the rest only frees its source. */
-        struct nep_ucx_piece *piece = peer->ep != NULL && !peer->close_ep ? piece_get(ux) : NULL;
+        struct nep_ucx_piece *piece = nep_ucx_peer_is_open(peer) ? piece_get(ux) : NULL;
         if (piece == NULL) {
             nep_ucx_peer_fail(peer, UCS_ERR_NO_MEMORY);
             send->num_open -= send->header.num_pieces - i;
@@ -220,7 +230,7 @@ void nep_ucx_peer_fail(struct nep_ucx_peer *peer, ucs_status_t status)
     }
     /* Release: whoever reads FAILED (ucx.c, peer_status) also reads `failure`. */
     atomic_compare_exchange_strong(&peer->state, &alive, NEP_UCX_FAILED);
-    if (peer->ep != NULL && !peer->close_ep) {
+    if (nep_ucx_peer_is_open(peer)) {
         peer->close_ep = true;
         peer->ux->num_to_close++;
     }
@@ -236,13 +246,16 @@ void nep_ucx_close_failed(struct nep_ucx *ux)
         if (!peer->close_ep) {
             continue;
         }
-        ucp_ep_h ep = peer->ep;
-        peer->ep = NULL;
+        ucp_ep_h eps[NEP_UCX_EPS];
+        memcpy(eps, peer->eps, sizeof eps);
+        memset(peer->eps, 0, sizeof peer->eps);
         peer->close_ep = false;
         ux->num_to_close--;
-        void *request = ux->lib.ucp_ep_close_nbx(ep, &param);
-        if (UCS_PTR_IS_PTR(request)) {
-            ux->lib.ucp_request_free(request); /* UCX keeps it until it is done */
+        for (int e = 0; e < NEP_UCX_EPS; e++) {
+            void *request = eps[e] != NULL ? ux->lib.ucp_ep_close_nbx(eps[e], &param) : NULL;
+            if (UCS_PTR_IS_PTR(request)) {
+                ux->lib.ucp_request_free(request); /* UCX keeps it until it is done */
+            }
         }
     }
 }
@@ -263,7 +276,7 @@ void nep_ucx_beat(struct nep_ucx *ux)
     for (uint32_t i = 0; i < ux->num_ranks; i++) {
         struct nep_ucx_peer *peer = &ux->peers[i];
         atomic_fetch_add_explicit(&peer->num_silent, 1, memory_order_relaxed);
-        if (peer->ep == NULL || peer->close_ep || peer->beat_pending) {
+        if (!nep_ucx_peer_is_open(peer) || peer->beat_pending) {
             continue;
         }
         ucp_request_param_t param = {
@@ -271,8 +284,10 @@ void nep_ucx_beat(struct nep_ucx *ux)
             .cb.send = on_beat_sent,
             .user_data = peer,
         };
-        void *request = ux->lib.ucp_am_send_nbx(peer->ep, NEP_UCX_AM_BEAT, &peer->word,
-                                                sizeof peer->word, NULL, 0, &param);
+        ucp_ep_h ep = peer->eps[NEP_UCX_SHORT];
+        void *request =
+            ux->lib.ucp_am_send_nbx(ep != NULL ? ep : peer->eps[NEP_UCX_BULK], NEP_UCX_AM_BEAT,
+                                    &peer->word, sizeof peer->word, NULL, 0, &param);
         if (UCS_PTR_IS_PTR(request)) {
             peer->beat_pending = true;
         } else if (UCS_PTR_STATUS(request) != UCS_OK) {
