@@ -346,7 +346,6 @@ static enum nep_status sum_own(struct nep_ep *ep, struct nep_handle *handle, boo
 static enum nep_status give_credits(struct nep_ep *ep, const struct nep_handle *handle,
                                     bool *progress_p)
 {
-    struct nep_transport *inter = ep->comm->inter;
     enum nep_status status = NEP_OK;
     for (uint32_t n = 0; status == NEP_OK && n < ep->plan.topology->num_nodes; n++) {
         struct nep_inflow *inflow = &ep->combine_in[n];
@@ -355,7 +354,7 @@ static enum nep_status give_credits(struct nep_ep *ep, const struct nep_handle *
             continue;
         }
         uint32_t far = nep_plan_landing(&ep->plan, ep->rank, n);
-        if (inter->ops->completed(inter, far) < inflow->credit_put) {
+        if (!nep_inflow_may_credit(ep, inflow, far, inflow->next)) {
             nep_ep_miss(ep, "local completion", far, 1, 0);
             continue;
         }
@@ -365,8 +364,7 @@ static enum nep_status give_credits(struct nep_ep *ep, const struct nep_handle *
             .imm = nep_imm(ep->head->generation, NEP_KIND_COMBINE_CREDIT, ep->number,
                            handle->op.number, inflow->next),
         };
-        inflow->announced = inflow->next;
-        status = nep_ep_put(ep, &put, &inflow->credit_put);
+        status = nep_inflow_credit(ep, inflow, &put, inflow->next);
         *progress_p = true;
     }
     return status;

@@ -37,13 +37,34 @@ bool nep_inflow_begin(struct nep_inflow *inflow, uint64_t op, uint32_t window, u
     return true;
 }
 
-bool nep_inflow_is_settled(struct nep_ep *ep, const struct nep_inflow *inflow, uint32_t dst)
+static bool is_in_flight(struct nep_ep *ep, const struct nep_inflow *inflow, uint32_t dst)
 {
     struct nep_transport *inter = ep->comm->inter;
+    return inflow->credit_put != 0 && inter->ops->completed(inter, dst) < inflow->credit_put;
+}
+
+bool nep_inflow_may_credit(struct nep_ep *ep, const struct nep_inflow *inflow, uint32_t dst,
+                           uint64_t freed)
+{
+    return !is_in_flight(ep, inflow, dst) || freed <= inflow->credit_oldest + NEP_CREDIT_SPAN;
+}
+
+enum nep_status nep_inflow_credit(struct nep_ep *ep, struct nep_inflow *inflow,
+                                  const struct nep_put *put, uint64_t freed)
+{
+    if (!is_in_flight(ep, inflow, put->dst)) {
+        inflow->credit_oldest = freed;
+    }
+    inflow->announced = freed;
+    return nep_ep_put(ep, put, &inflow->credit_put);
+}
+
+bool nep_inflow_is_settled(struct nep_ep *ep, const struct nep_inflow *inflow, uint32_t dst)
+{
     if (nep_inflow_needs_credit(inflow, ep->shape.tile_slots)) {
         return false; /* whoever gives it has said what it waits for */
     }
-    if (inflow->credit_put != 0 && inter->ops->completed(inter, dst) < inflow->credit_put) {
+    if (is_in_flight(ep, inflow, dst)) {
         nep_ep_miss(ep, "local completion", dst, 1, 0);
         return false;
     }

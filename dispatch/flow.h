@@ -13,6 +13,7 @@
 #include "dispatch/region.h"
 
 struct nep_ep;
+struct nep_put;
 
 /* What this rank sends to one receiver. */
 struct nep_flow {
@@ -32,7 +33,8 @@ struct nep_inflow {
     uint64_t announced; /* freed as the sender is known to know it */
     uint64_t planned;   /* tiles of all operations whose COUNTS were taken */
     uint64_t end[2 * NEP_MAX_OUTSTANDING]; /* by op % W */
-    uint64_t credit_put;                   /* put number of the last CREDIT; one may be in flight */
+    uint64_t credit_put;                   /* put number of the last CREDIT */
+    uint64_t credit_oldest; /* what the oldest CREDIT that may be in flight says to be free */
 };
 
 /* Packed tiles on their way: W slots, used in turn by both kinds of operation. */
@@ -65,6 +67,15 @@ static inline bool nep_inflow_needs_credit(const struct nep_inflow *inflow, uint
     return inflow->planned > inflow->announced + window;
 }
 
+/*
+ * Whether a CREDIT that says so may go, and what is remembered of it then. Several may be in
+ * flight, and overtake each other, as long as all that they say lies within NEP_CREDIT_SPAN: of a
+ * number 8 bits travel, and the sender is at most NEP_TILE_SLOTS beyond the last one that it knows.
+ */
+bool nep_inflow_may_credit(struct nep_ep *ep, const struct nep_inflow *inflow, uint32_t dst,
+                           uint64_t freed);
+enum nep_status nep_inflow_credit(struct nep_ep *ep, struct nep_inflow *inflow,
+                                  const struct nep_put *put, uint64_t freed);
 /*
  * Whether this rank owes the sender nothing: all CREDITs that it needs are sent, and the last one
  * is complete. One that its sender had no need for could else be on its way while hundreds of tiles

@@ -135,15 +135,10 @@ static uint64_t lane_freed(struct nep_ep *ep, uint32_t source, uint32_t *slowest
     return freed;
 }
 
-/*
- * Tells lane sources what is free, where they cannot know it by themselves. One credit of a stream
- * is in flight at a time: its immediate carries 8 bits, and an older one must not come after a
- * newer one.
- */
+/* Tells lane sources what is free, where they cannot know it by themselves. */
 static enum nep_status give_credits(struct nep_ep *ep, const struct nep_handle *handle,
                                     bool *progress_p)
 {
-    struct nep_transport *inter = ep->comm->inter;
     uint32_t num_ranks = ep->plan.topology->num_ranks;
     enum nep_status status = NEP_OK;
     for (uint32_t s = 0; status == NEP_OK && s < num_ranks; s++) {
@@ -158,7 +153,7 @@ static enum nep_status give_credits(struct nep_ep *ep, const struct nep_handle *
             nep_ep_miss(ep, "reading of tiles", slowest, inflow->planned, freed);
             continue;
         }
-        if (inter->ops->completed(inter, s) < inflow->credit_put) {
+        if (!nep_inflow_may_credit(ep, inflow, s, freed)) {
             nep_ep_miss(ep, "local completion", s, 1, 0);
             continue;
         }
@@ -168,8 +163,7 @@ static enum nep_status give_credits(struct nep_ep *ep, const struct nep_handle *
             .imm = nep_imm(ep->head->generation, NEP_KIND_DISPATCH_CREDIT, ep->number,
                            handle->op.number, freed),
         };
-        inflow->announced = freed;
-        status = nep_ep_put(ep, &put, &inflow->credit_put);
+        status = nep_inflow_credit(ep, inflow, &put, freed);
         *progress_p = true;
     }
     return status;

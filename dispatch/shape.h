@@ -13,9 +13,10 @@
 enum {
     NEP_MAX_TOP_K = 32,
     NEP_MAX_OUTSTANDING = 8,
-    NEP_TILE_ROWS = 64,  /* most tokens of a tile */
-    NEP_TILE_SLOTS = 64, /* most slots of a stream: numbers of tiles travel as 8 bits */
-    NEP_RIDE_ROWS = 8,   /* so few rows for a node travel inside COUNTS */
+    NEP_TILE_ROWS = 64,   /* most tokens of a tile */
+    NEP_TILE_SLOTS = 64,  /* most slots of a stream: numbers of tiles travel as 8 bits */
+    NEP_CREDIT_SPAN = 64, /* what CREDITs of a stream in flight at once may differ by */
+    NEP_RIDE_ROWS = 8,    /* so few rows for a node travel inside COUNTS */
     NEP_MAX_TOKENS = 1 << 20,
     NEP_MAX_NODE_SLOTS = 65535 /* a slot of a node is a 16-bit number, all ones = elsewhere */
 };

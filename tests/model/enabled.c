@@ -196,6 +196,17 @@ uint8_t credit_known(const struct model *model, const struct state *state, uint8
     return implicit > stream->said ? implicit : stream->said;
 }
 
+/* CREDITs of a stream may be in flight together where they lie close to each other. */
+static bool is_far_from_flight(const struct model *model, const struct stream *stream,
+                               uint8_t number)
+{
+    uint32_t flight = stream->credit_flight | stream->credit_again;
+    if (flight == 0 || model->p.credit_burst) {
+        return false;
+    }
+    return model->p.credit_span == 0 || number > __builtin_ctz(flight) + model->p.credit_span;
+}
+
 static bool may_credit(const struct model *model, const struct state *state, uint8_t link,
                        bool combine)
 {
@@ -206,7 +217,7 @@ static bool may_credit(const struct model *model, const struct state *state, uin
     uint8_t number = combine ? model->stream_used[link][state->sums[ends->src]]
                              : dispatch_read_by_all(model, state, link);
     if (range_now(model, state, rank).to == 0 || number <= stream->said ||
-        (!model->p.credit_burst && (stream->credit_flight | stream->credit_again) != 0)) {
+        is_far_from_flight(model, stream, number)) {
         return false;
     }
     uint8_t known = credit_known(model, state, link, combine);

@@ -55,6 +55,7 @@ struct params {
     bool joint;  /* a rank reads tile k of all its streams in one step: fewer states, later reads */
     bool delays; /* messages arrive in any order, at any time; else at once */
     bool repeats;        /* every put arrives twice, the second time at any later time */
+    uint8_t credit_span; /* what CREDITs of a stream in flight at once may differ by */
     uint8_t imm_modulus; /* numbers in an immediate are known modulo this; 0: 256 */
     bool
         skip; /* lane l of a node needs tile q only if q mod G is l, and does not wait for others */
@@ -70,7 +71,7 @@ struct params {
     bool no_duty;        /* completes without having sent the credits that its sources need */
     bool no_implicit;    /* the sender has only explicit credits */
     bool credit_written; /* CREDIT writes the word; else the word takes the larger number */
-    bool credit_burst;   /* several CREDITs of a stream in flight */
+    bool credit_burst;   /* any CREDITs of a stream in flight */
     bool credit_loose;   /* completes while a CREDIT of it is in flight */
     bool send_waits;     /* the send half waits until all its tiles are posted */
     bool credit_blind;   /* the receiver leaves out what COUNTS tell about implicit credit */

@@ -126,6 +126,7 @@ static bool set_word(struct params *params, char *word, char *ops)
            (strcmp(word, "v") == 0 && set_number(value, 16, &params->tile_slots)) ||
            (strcmp(word, "tiles") == 0 && set_number(value, 8, &params->tiles)) ||
            (strcmp(word, "ring") == 0 && set_number(value, 16, &params->ring)) ||
+           (strcmp(word, "span") == 0 && set_number(value, 31, &params->credit_span)) ||
            (strcmp(word, "mod") == 0 && set_number(value, 255, &params->imm_modulus));
 }
 
