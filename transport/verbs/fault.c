@@ -188,6 +188,7 @@ static void port_event(struct nep_verbs *verbs, struct nep_verbs_path *path, uin
         return;
     }
     if (atomic_exchange(&path->is_down, is_down) != is_down) {
+        atomic_fetch_add(&verbs->num_down, is_down ? 1u : UINT32_MAX);
         nep_warn("verbs: %s port %u is %s", path->device, port,
                  is_down ? "down: waiting for it, other paths are used meanwhile" : "up again");
     }

@@ -32,7 +32,20 @@ struct list {
 struct lists {
     struct nep_verbs *verbs;
     struct nep_verbs_peer *peer;
+    uint32_t used; /* bit q: there is something for QP q; the others' lists hold nothing at all */
     struct list of[NEP_VERBS_MAX_QPS];
+};
+
+/* What all requests of one put have in common. */
+struct aim {
+    uint64_t number;
+    struct nep_verbs_record *record;
+    const struct nep_put *put;
+    const struct nep_verbs_window *window;
+    const struct nep_verbs_way *way; /* NULL: no bytes */
+    uint64_t to;                     /* where its first byte goes */
+    enum ibv_wr_opcode opcode;       /* of its last request */
+    bool is_one_piece;               /* and so is each part of it */
 };
 
 /* A contiguous range of a put that travels by one QP. */
@@ -42,6 +55,25 @@ struct part {
     uint32_t imm;
 };
 
+static inline struct aim aim_at(const struct lists *lists, uint64_t number)
+{
+    struct nep_verbs_record *record = nep_verbs_record_of(lists->peer, number);
+    const struct nep_put *put = &record->put;
+    const struct nep_verbs_window *window = &lists->verbs->windows[put->window];
+    const struct nep_verbs_remote *remote = &window->remotes[put->dst];
+    struct aim aim = {.number = number,
+                      .record = record,
+                      .put = put,
+                      .window = window,
+                      .opcode = put->is_silent ? IBV_WR_RDMA_WRITE : IBV_WR_RDMA_WRITE_WITH_IMM,
+                      .is_one_piece = nep_verbs_is_one_piece(lists->verbs, put, put->len)};
+    if (put->len > 0) {
+        aim.way = nep_verbs_way_of(remote, put->offset, put->len);
+        aim.to = remote->base + put->offset;
+    }
+    return aim;
+}
+
 /* ---- lists ---------------------------------------------------------------------------------- */
 
 static inline void flush(struct lists *lists, uint32_t qp_idx)
@@ -49,16 +81,15 @@ static inline void flush(struct lists *lists, uint32_t qp_idx)
     struct nep_verbs *verbs = lists->verbs;
     struct nep_verbs_qp *qp = &lists->peer->qps[qp_idx];
     struct list *list = &lists->of[qp_idx];
-    if (list->num == 0 || qp->is_dead) {
-        list->num = 0;
+    lists->used &= ~(1u << qp_idx);
+    if (qp->is_dead) {
         return;
     }
     list->wr[list->num - 1].send_flags |= IBV_SEND_SIGNALED;
     list->wr[list->num - 1].next = NULL;
     struct ibv_send_wr *bad = NULL;
-    int error = verbs->api.post_send(qp->qp, list->wr, &bad);
     lists->peer->num_requests += list->num;
-    list->num = 0;
+    int error = verbs->api.post_send(qp->qp, list->wr, &bad);
     if (error != 0) {
         char why[96];
         snprintf(why, sizeof why, "posting failed: %s", strerror(error));
@@ -66,10 +97,10 @@ static inline void flush(struct lists *lists, uint32_t qp_idx)
     }
 }
 
-static void flush_all(struct lists *lists)
+static inline void flush_all(struct lists *lists)
 {
-    for (uint32_t q = 0; q < lists->verbs->num_qps; q++) {
-        flush(lists, q);
+    while (lists->used != 0) {
+        flush(lists, (uint32_t)__builtin_ctz(lists->used));
     }
 }
 
@@ -78,23 +109,28 @@ static inline struct ibv_send_wr *append(struct lists *lists, uint32_t qp_idx, u
 {
     struct nep_verbs_qp *qp = &lists->peer->qps[qp_idx];
     struct list *list = &lists->of[qp_idx];
-    if (list->num == LIST) {
+    bool is_begun = (lists->used >> qp_idx & 1) != 0;
+    if (is_begun && list->num == LIST) {
         flush(lists, qp_idx);
+        is_begun = false;
     }
     if (qp->is_dead) { /* by that, for instance: qp_failed took care of what was on it */
         return NULL;
     }
-    struct ibv_send_wr *wr = &list->wr[list->num];
-    wr->sg_list = &list->sge[list->num++];
+    uint32_t at = is_begun ? list->num : 0;
+    struct ibv_send_wr *wr = &list->wr[at];
+    lists->used |= 1u << qp_idx;
+    list->num = at + 1;
+    wr->sg_list = &list->sge[at];
     wr->next = wr + 1; /* flush ends the list */
     wr->num_sge = 0;
-    qp->posted++;
-    qp->put_of[qp->posted & lists->verbs->put_mask] = put;
-    wr->wr_id = NEP_VERBS_WR_SEND | qp->posted;
+    uint64_t number = ++qp->posted;
+    qp->put_of[number & lists->verbs->put_mask] = put;
+    wr->wr_id = NEP_VERBS_WR_SEND | number;
     return wr;
 }
 
-static uint32_t room(const struct nep_verbs *verbs, const struct nep_verbs_qp *qp)
+static inline uint32_t room(const struct nep_verbs *verbs, const struct nep_verbs_qp *qp)
 {
     return qp->is_dead ? 0 : verbs->depth - (uint32_t)(qp->posted - qp->done);
 }
@@ -128,90 +164,104 @@ static uint64_t piece_bytes(const struct nep_verbs *verbs, const struct nep_put 
     return limit < bytes ? limit : bytes;
 }
 
-static uint32_t num_pieces(const struct nep_verbs *verbs, const struct nep_put *put,
-                           const struct part *part)
+static inline uint32_t num_pieces(const struct nep_verbs *verbs, const struct aim *aim,
+                                  const struct part *part)
 {
-    if (nep_verbs_is_one_piece(verbs, put, part->len)) {
-        return 1;
-    }
     uint32_t num = 0;
     uint64_t done = 0;
+    if (aim->is_one_piece) {
+        return 1;
+    }
     do {
-        done += piece_bytes(verbs, put, part, done);
+        done += piece_bytes(verbs, aim->put, part, done);
         num++;
     } while (done < part->len);
     return num;
 }
 
-/* One request: bytes of a put from `at` on; the last one of a part announces. False: QP dead. */
-static inline bool append_piece(struct lists *lists, uint32_t qp_idx, uint64_t number,
-                                const struct part *part, uint64_t done, uint64_t bytes)
+/* The bytes of a request: `bytes` of the put from `at` on, with the keys of its pieces of memory.
+ */
+static inline void fill(struct ibv_send_wr *wr, const struct nep_verbs_qp *qp,
+                        const struct aim *aim, uint64_t at, uint64_t bytes, size_t from, size_t to)
 {
-    struct nep_verbs *verbs = lists->verbs;
-    const struct nep_put *put = &nep_verbs_record_of(lists->peer, number)->put;
+    wr->num_sge = 1;
+    wr->sg_list->addr = (uintptr_t)aim->put->src + at;
+    wr->sg_list->length = (uint32_t)bytes;
+    wr->sg_list->lkey = aim->window->mrs[from]->lkey;
+    wr->wr.rdma.remote_addr = aim->to + at;
+    wr->wr.rdma.rkey = aim->way != NULL ? aim->way->rkeys[to] : 0; /* check() has seen one */
+    if (bytes <= qp->max_inline && !aim->window->is_device) {      /* inline is read by the host */
+        wr->send_flags |= IBV_SEND_INLINE;
+    }
+}
+
+/* One request: bytes of a put; the last one of a part announces. False: QP dead. */
+static bool append_piece(struct lists *lists, uint32_t qp_idx, const struct aim *aim,
+                         const struct part *part, uint64_t done, uint64_t bytes)
+{
     const struct nep_verbs_qp *qp = &lists->peer->qps[qp_idx];
-    const struct nep_verbs_window *window = &verbs->windows[put->window];
-    const struct nep_verbs_remote *remote = &window->remotes[put->dst];
-    bool is_last = done + bytes == part->len;
+    const struct nep_verbs_window *window = aim->window;
+    uint64_t chunk = lists->verbs->params.config->verbs_chunk_bytes;
     uint64_t at = part->offset + done;
-    struct ibv_send_wr *wr = append(lists, qp_idx, is_last ? number : 0);
+    bool is_last = done + bytes == part->len;
+    struct ibv_send_wr *wr = append(lists, qp_idx, is_last ? aim->number : 0);
     if (wr == NULL) {
         return false;
     }
-    wr->opcode = is_last && !put->is_silent ? IBV_WR_RDMA_WRITE_WITH_IMM : IBV_WR_RDMA_WRITE;
+    wr->opcode = is_last ? aim->opcode : IBV_WR_RDMA_WRITE;
     wr->imm_data = htobe32(part->imm);
     wr->send_flags = is_last ? IBV_SEND_SOLICITED : 0; /* wakes the other side */
-    if (bytes == 0) {
-        return true;
-    }
-    const uint8_t *src = (const uint8_t *)put->src + at;
-    size_t from = qp->path * window->num_chunks, to = qp_idx * window->num_chunks;
-    if (window->num_chunks > 1) {
-        uint64_t chunk = verbs->params.config->verbs_chunk_bytes;
-        from += (size_t)(src - window->start) / chunk;
-        to += (put->offset + at) / chunk;
-    }
-    wr->num_sge = 1;
-    wr->sg_list->addr = (uintptr_t)src;
-    wr->sg_list->length = (uint32_t)bytes;
-    wr->sg_list->lkey = window->mrs[from]->lkey;
-    wr->wr.rdma.remote_addr = remote->base + put->offset + at;
-    const struct nep_verbs_way *way = nep_verbs_way_of(remote, put->offset + at, bytes);
-    wr->wr.rdma.rkey = way != NULL ? way->rkeys[to] : 0; /* check() has seen that there is one */
-    if (bytes <= qp->max_inline && !window->is_device) { /* inline is read by the host */
-        wr->send_flags |= IBV_SEND_INLINE;
-    }
+    size_t from = (size_t)((const uint8_t *)aim->put->src + at - window->start) / chunk;
+    size_t to = (aim->put->offset + at) / chunk;
+    fill(wr, qp, aim, at, bytes, qp->path * window->num_chunks + from,
+         qp_idx * window->num_chunks + to);
     return true;
 }
 
-/* Puts a part on a QP that has room for it. */
-static void append_part(struct lists *lists, uint32_t qp_idx, uint64_t number,
-                        const struct part *part)
+/* A part that crosses borders. */
+static void append_pieces(struct lists *lists, uint32_t qp_idx, const struct aim *aim,
+                          const struct part *part)
 {
-    struct nep_verbs_record *record = nep_verbs_record_of(lists->peer, number);
     uint64_t done = 0, bytes;
+    do {
+        bytes = piece_bytes(lists->verbs, aim->put, part, done);
+        done += bytes;
+    } while (append_piece(lists, qp_idx, aim, part, done - bytes, bytes) && done < part->len);
+}
+
+/* Puts a part on a QP that has room for it. */
+static inline void append_part(struct lists *lists, uint32_t qp_idx, const struct aim *aim,
+                               const struct part *part)
+{
+    struct nep_verbs_record *record = aim->record;
     if (lists->peer->qps[qp_idx].is_dead) { /* died while the parts before this were posted */
         lists->peer->num_resend += !record->must_resend;
         record->must_resend = true;
         return;
     }
     record->on_qps |= (uint16_t)(1u << qp_idx);
-    if (nep_verbs_is_one_piece(lists->verbs, &record->put, part->len)) {
-        append_piece(lists, qp_idx, number, part, 0, part->len);
+    if (!aim->is_one_piece) {
+        append_pieces(lists, qp_idx, aim, part);
         return;
     }
-    do {
-        bytes = piece_bytes(lists->verbs, &record->put, part, done);
-        done += bytes;
-    } while (append_piece(lists, qp_idx, number, part, done - bytes, bytes) && done < part->len);
+    struct ibv_send_wr *wr = append(lists, qp_idx, aim->number);
+    if (wr != NULL) {
+        wr->opcode = aim->opcode;
+        wr->imm_data = htobe32(part->imm);
+        wr->send_flags = IBV_SEND_SOLICITED;
+        if (part->len > 0) {
+            const struct nep_verbs_qp *qp = &lists->peer->qps[qp_idx];
+            fill(wr, qp, aim, part->offset, part->len, qp->path, qp_idx);
+        }
+    }
 }
 
 /* Whole, over the next live QP with room; false when none has. */
-static bool post_whole(struct lists *lists, uint64_t number)
+static bool post_whole(struct lists *lists, const struct aim *aim)
 {
     struct nep_verbs *verbs = lists->verbs;
     struct nep_verbs_peer *peer = lists->peer;
-    const struct nep_put *put = &nep_verbs_record_of(peer, number)->put;
+    const struct nep_put *put = aim->put;
     struct part part = {0, put->len, put->imm};
     for (uint32_t pass = 0; pass < 2; pass++) {
         for (uint32_t i = 0; i < verbs->num_qps; i++) {
@@ -222,13 +272,13 @@ static bool post_whole(struct lists *lists, uint64_t number)
             if (qp->is_dead || qp->told != peer->dead ||
                 (pass == 0 &&
                  atomic_load_explicit(&verbs->paths[qp->path].is_down, memory_order_relaxed)) ||
-                room(verbs, qp) < num_pieces(verbs, put, &part)) {
+                room(verbs, qp) < num_pieces(verbs, aim, &part)) {
                 continue;
             }
-            append_part(lists, q, number, &part);
+            append_part(lists, q, aim, &part);
             /* a list is filled, or the QP has a long put, before the next one's turn comes */
-            bool is_full =
-                lists->of[q].num == LIST || put->len >= verbs->params.config->verbs_split_bytes;
+            bool is_full = (lists->used >> q & 1) == 0 || lists->of[q].num == LIST ||
+                           put->len >= verbs->params.config->verbs_split_bytes;
             peer->next_qp = is_full ? (q + 1) % verbs->num_qps : q;
             return true;
         }
@@ -236,55 +286,47 @@ static bool post_whole(struct lists *lists, uint64_t number)
     return false;
 }
 
-static bool any_port_down(const struct nep_verbs *verbs)
-{
-    for (uint32_t p = 0; p < verbs->num_paths; p++) {
-        if (atomic_load_explicit(&verbs->paths[p].is_down, memory_order_relaxed)) {
-            return true;
-        }
-    }
-    return false;
-}
-
 /* Split over live QPs; false when one of them has no room yet. */
-static bool post_split(struct lists *lists, uint64_t number)
+static bool post_split(struct lists *lists, const struct aim *aim)
 {
     struct nep_verbs *verbs = lists->verbs;
     struct nep_verbs_peer *peer = lists->peer;
-    const struct nep_put *put = &nep_verbs_record_of(peer, number)->put;
-    uint32_t num_parts = peer->num_parts;
+    const struct nep_put *put = aim->put;
+    uint32_t num_parts = peer->num_parts, num_left = num_parts;
     uint64_t share = (put->len / num_parts + 63) / 64 * 64;
-    struct part parts[NEP_VERBS_MAX_QPS];
-    uint32_t qps[NEP_VERBS_MAX_QPS], num = 0;
-    for (uint32_t q = 0; num < num_parts; q++) {
-        if (peer->qps[q].is_dead) {
+    struct part part = {0, share, put->imm | num_parts};
+    uint32_t on = 0;
+    for (uint32_t q = 0; num_left > 0; q++) {
+        const struct nep_verbs_qp *qp = &peer->qps[q];
+        if (qp->is_dead) {
             continue;
         }
-        uint64_t at = num * share;
-        uint64_t left = put->len - at;
-        parts[num] = (struct part){at, num + 1 < num_parts ? share : left, put->imm | num_parts};
-        if (room(verbs, &peer->qps[q]) < num_pieces(verbs, put, &parts[num])) {
+        part.len = --num_left > 0 ? share : put->len - part.offset;
+        if (room(verbs, qp) < num_pieces(verbs, aim, &part)) {
             return false;
         }
-        qps[num++] = q;
+        part.offset += share;
+        on |= 1u << q;
     }
-    for (uint32_t i = 0; i < num; i++) {
-        append_part(lists, qps[i], number, &parts[i]);
+    part.offset = 0;
+    for (; on != 0; on &= on - 1, part.offset += share) {
+        part.len = (on & (on - 1)) != 0 ? share : put->len - part.offset;
+        append_part(lists, (uint32_t)__builtin_ctz(on), aim, &part);
     }
     return true;
 }
 
-static bool post_record(struct lists *lists, uint64_t number)
+static inline bool post_record(struct lists *lists, uint64_t number)
 {
-    const struct nep_put *put = &nep_verbs_record_of(lists->peer, number)->put;
+    const struct aim aim = aim_at(lists, number);
     uint64_t split = lists->verbs->params.config->verbs_split_bytes;
-    uint64_t num_parts = lists->peer->num_parts;
+    uint64_t num_parts = lists->peer->num_parts, len = aim.put->len;
     /* Shares are rounded to 64 bytes, and the last one must not come out negative. */
-    if (num_parts > 1 && put->len >= split && put->len >= 64 * num_parts * num_parts &&
-        !any_port_down(lists->verbs)) {
-        return post_split(lists, number);
+    if (num_parts > 1 && len >= split && len >= 64 * num_parts * num_parts &&
+        atomic_load_explicit(&lists->verbs->num_down, memory_order_relaxed) == 0) {
+        return post_split(lists, &aim);
     }
-    return post_whole(lists, number);
+    return post_whole(lists, &aim);
 }
 
 /* ---- the pump ------------------------------------------------------------------------------- */
@@ -318,7 +360,8 @@ static void resend(struct lists *lists)
         }
         record->must_resend = false;
         peer->num_resend--;
-        if (!post_whole(lists, n)) {
+        const struct aim aim = aim_at(lists, n);
+        if (!post_whole(lists, &aim)) {
             record->must_resend = true;
             peer->num_resend++;
             return;
@@ -336,9 +379,7 @@ void nep_verbs_peer_pump(struct nep_verbs *verbs, struct nep_verbs_peer *peer)
     struct lists lists;
     lists.verbs = verbs;
     lists.peer = peer;
-    for (uint32_t q = 0; q < verbs->num_qps; q++) {
-        lists.of[q].num = 0;
-    }
+    lists.used = 0;
     uint16_t dead;
     do { /* again when a QP died by what was posted */
         dead = peer->dead;

@@ -16,19 +16,14 @@
 #include "base/log.h"
 #include "transport/verbs/verbs.h"
 
-enum { BATCH = 32, REFILL = 32 };
+enum { BATCH = 32 };
 
 enum nep_status nep_verbs_srq_fill(struct nep_verbs *verbs, struct nep_verbs_path *path)
 {
-    struct ibv_recv_wr list[REFILL];
     while (path->srq_posted < path->srq_depth) {
         uint32_t missing = path->srq_depth - path->srq_posted;
-        uint32_t num = missing < REFILL ? missing : REFILL;
-        memset(list, 0, num * sizeof list[0]);
-        for (uint32_t i = 0; i + 1 < num; i++) {
-            list[i].next = &list[i + 1];
-        }
-        struct ibv_recv_wr *bad = NULL;
+        uint32_t num = missing < NEP_VERBS_REFILL ? missing : NEP_VERBS_REFILL;
+        struct ibv_recv_wr *list = &verbs->receives[NEP_VERBS_REFILL - num], *bad = NULL;
         int error = verbs->api.post_srq_recv(path->srq, list, &bad);
         if (error != 0) {
             uint32_t posted = bad == NULL ? 0 : (uint32_t)(bad - list);
@@ -151,27 +146,61 @@ static void take_arrival(struct nep_verbs *verbs, struct nep_verbs_path *path,
     }
 }
 
-/* A send that is complete, or anything that failed. */
-static void take_sent(struct nep_verbs *verbs, const struct nep_verbs_path *path,
-                      const struct ibv_wc *wc, struct run *run, uint64_t now_ns)
+/* All requests of a QP up to `number` are complete: RC completes in order, so one that is signalled
+ * stands for all before it. */
+static inline void take_done(const struct nep_verbs *verbs, struct nep_verbs_peer *peer,
+                             uint32_t qp_idx, uint64_t number)
 {
-    const struct nep_verbs_qp_key *key = nep_verbs_qp_find(path, wc->qp_num);
-    if (key == NULL) {
+    struct nep_verbs_qp *qp = &peer->qps[qp_idx];
+    if (qp->is_dead || number > qp->posted) {
         return;
     }
-    struct nep_verbs_peer *peer = &verbs->peers[key->peer];
+    uint64_t done = qp->done;
+    while (done < number) {
+        uint64_t put = qp->put_of[++done & verbs->put_mask];
+        if (put != 0) {
+            nep_verbs_record_of(peer, put)->on_qps &= (uint16_t) ~(1u << qp_idx);
+        }
+    }
+    qp->done = done;
+}
+
+static inline struct nep_verbs_peer *run_of(struct nep_verbs *verbs, struct run *run, uint32_t rank)
+{
+    struct nep_verbs_peer *peer = &verbs->peers[rank];
     if (run->peer != peer) {
         end_run(verbs, run);
         pthread_mutex_lock(&peer->lock);
         run->peer = peer;
     }
-    if (wc->status == IBV_WC_SUCCESS) {
+    return peer;
+}
+
+/* A send or a receive that failed. */
+static void take_failed(struct nep_verbs *verbs, const struct nep_verbs_path *path,
+                        const struct ibv_wc *wc, struct run *run)
+{
+    const struct nep_verbs_qp_key *key = nep_verbs_qp_find(path, wc->qp_num);
+    if (key != NULL) {
+        struct nep_verbs_peer *peer = run_of(verbs, run, key->peer);
+        if (wc->wr_id == 0 || /* a receive */
+            (wc->wr_id & ~NEP_VERBS_WR_SEND) > peer->qps[key->qp_idx].done) {
+            nep_verbs_qp_failed(verbs, peer, key->qp_idx, wc, NULL);
+        } /* else of an incarnation that is over */
+    }
+}
+
+static inline void take_sent(struct nep_verbs *verbs, const struct nep_verbs_path *path,
+                             const struct ibv_wc *wc, struct run *run, uint64_t now_ns)
+{
+    const struct nep_verbs_qp_key *key = nep_verbs_qp_find(path, wc->qp_num);
+    if (wc->status != IBV_WC_SUCCESS) {
+        take_failed(verbs, path, wc, run);
+    } else if (key != NULL) {
+        struct nep_verbs_peer *peer = run_of(verbs, run, key->peer);
         atomic_store_explicit(&peer->last_heard_ns, now_ns, memory_order_relaxed);
-        nep_verbs_qp_completed(verbs, peer, key->qp_idx, wc->wr_id & ~NEP_VERBS_WR_SEND);
-    } else if (wc->wr_id == 0 || /* a receive */
-               (wc->wr_id & ~NEP_VERBS_WR_SEND) > peer->qps[key->qp_idx].done) {
-        nep_verbs_qp_failed(verbs, peer, key->qp_idx, wc, NULL);
-    } /* else of an incarnation that is over */
+        take_done(verbs, peer, key->qp_idx, wc->wr_id & ~NEP_VERBS_WR_SEND);
+    }
 }
 
 static void take_all(struct nep_verbs *verbs, struct nep_verbs_path *path, const struct ibv_wc *wc,
@@ -190,7 +219,7 @@ static void take_all(struct nep_verbs *verbs, struct nep_verbs_path *path, const
             take_arrival(verbs, path, &wc[i], &run, now_ns);
         } else {
             path->srq_posted--;
-            take_sent(verbs, path, &wc[i], &run, now_ns);
+            take_failed(verbs, path, &wc[i], &run);
         }
     }
     end_run(verbs, &run);
@@ -214,7 +243,8 @@ bool nep_verbs_poll_path(struct nep_verbs *verbs, struct nep_verbs_path *path)
         return false;
     }
     take_all(verbs, path, wc, num);
-    if (path->srq_posted + REFILL <= path->srq_depth && nep_verbs_srq_fill(verbs, path) != NEP_OK) {
+    if (path->srq_posted + NEP_VERBS_REFILL <= path->srq_depth &&
+        nep_verbs_srq_fill(verbs, path) != NEP_OK) {
         nep_warn("%s", nep_last_message());
     }
     if (path->is_unwatched && path->srq_posted > path->srq_depth / 2) {

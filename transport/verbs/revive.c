@@ -323,13 +323,9 @@ void nep_verbs_knock_completed(struct nep_verbs *verbs, struct nep_verbs_path *p
 static uint64_t patience_ns(const struct nep_verbs *verbs)
 {
     const struct nep_config *config = verbs->params.config;
-    for (uint32_t p = 0; p < verbs->num_paths; p++) {
-        if (atomic_load_explicit(&verbs->paths[p].is_down, memory_order_relaxed) &&
-            config->timeout_ns > config->verbs_revive_ns) {
-            return config->timeout_ns;
-        }
-    }
-    return config->verbs_revive_ns;
+    bool is_longer = config->timeout_ns > config->verbs_revive_ns;
+    return is_longer && atomic_load(&verbs->num_down) > 0 ? config->timeout_ns
+                                                          : config->verbs_revive_ns;
 }
 
 /* True while a QP of the peer is to be revived. */

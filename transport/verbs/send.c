@@ -40,23 +40,6 @@ uint64_t nep_verbs_peer_forget(struct nep_verbs_peer *peer, uint32_t window, boo
     return num;
 }
 
-void nep_verbs_qp_completed(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_t qp_idx,
-                            uint64_t number)
-{
-    struct nep_verbs_qp *qp = &peer->qps[qp_idx];
-    if (qp->is_dead || number > qp->posted) {
-        return;
-    }
-    /* RC completes in order: one signalled request stands for all before it. */
-    while (qp->done < number) {
-        qp->done++;
-        uint64_t put = qp->put_of[qp->done & verbs->put_mask];
-        if (put != 0) {
-            nep_verbs_record_of(peer, put)->on_qps &= (uint16_t) ~(1u << qp_idx);
-        }
-    }
-}
-
 /* ---- the calls ------------------------------------------------------------------------------ */
 
 static enum nep_status check(const struct nep_verbs *verbs, const struct nep_put *put)

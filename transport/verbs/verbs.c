@@ -253,6 +253,9 @@ enum nep_status nep_verbs_create_with(const struct nep_verbs_api *api,
     verbs->depth = config->verbs_depth;
     verbs->max_message_bytes = UINT32_MAX;
     verbs->wake_fd = verbs->try_fd = -1;
+    for (uint32_t i = 0; i + 1 < NEP_VERBS_REFILL; i++) {
+        verbs->receives[i].next = &verbs->receives[i + 1];
+    }
     if (getrandom(&verbs->key, sizeof verbs->key, 0) != sizeof verbs->key) {
         verbs->key = nep_now_ns() << 16 ^ (uint64_t)getpid(); /* unlike that of other runs */
     }

@@ -22,6 +22,7 @@ enum {
     NEP_VERBS_MAX_QPS = 14, /* per peer, over all paths; 15 in the part field marks control */
     NEP_VERBS_MAX_WINDOWS = 64,
     NEP_VERBS_NAME = 64,
+    NEP_VERBS_REFILL = 32, /* receives posted at once */
     NEP_VERBS_KNOCKS = 64, /* datagrams under way in each direction of a path; see revive.c */
     NEP_VERBS_INCARNATION = 0xfffff,
 };
@@ -283,7 +284,9 @@ struct nep_verbs {
     struct nep_verbs_card *cards; /* [num_ranks * num_paths] */
     struct nep_verbs_path paths[NEP_VERBS_MAX_PATHS];
     struct nep_verbs_peer *peers; /* [num_ranks] */
-    bool has_bound_windows;       /* memory windows that are bound to a QP, on all paths */
+    struct ibv_recv_wr
+        receives[NEP_VERBS_REFILL]; /* a list, of which the end may be posted alone */
+    bool has_bound_windows;         /* memory windows that are bound to a QP, on all paths */
     struct nep_verbs_window windows[NEP_VERBS_MAX_WINDOWS];
     struct nep_grants grants[NEP_VERBS_MAX_WINDOWS]; /* of the window that is made next */
     pthread_mutex_t poll_lock;
@@ -293,6 +296,7 @@ struct nep_verbs {
     atomic_bool stop;
     atomic_uint_fast64_t num_caller_polls; /* by threads that wait: then the thread steps aside */
     atomic_bool has_dead;                  /* there are QPs to revive */
+    atomic_uint num_down;                  /* paths whose port is down */
     uint64_t next_revive_ns;               /* progress thread, as the next two */
     int try_fd;                            /* connects to another rank's door, once; else -1 */
     bool believes_refusals;                /* and that went well */
@@ -402,9 +406,6 @@ static inline bool nep_verbs_is_one_piece(const struct nep_verbs *verbs, const s
     return len == 0 ||
            (verbs->windows[put->window].num_chunks == 1 && len <= verbs->max_message_bytes);
 }
-/* All requests of a QP up to `number` are complete; nep_verbs_peer_advance and _pump come after. */
-void nep_verbs_qp_completed(struct nep_verbs *verbs, struct nep_verbs_peer *peer, uint32_t qp_idx,
-                            uint64_t number);
 void nep_verbs_peer_advance(struct nep_verbs_peer *peer);
 /* Puts from this window that are not complete; those that wait for room or for another QP become
  * empty ones, so that nobody reads their source again. */
