@@ -29,14 +29,7 @@ static void exchange(struct seat *seat)
             }
         }
         for (uint32_t dst = 0; dst < num_ranks; dst++) {
-            uint64_t deadline_ns = nep_deadline_ns(20 * NEP_S);
-            const struct nep_transport_ops *ops = seat->transport->ops;
-            while (ops->completed(seat->transport, dst) < seat->last_number[dst] &&
-                   nep_left_ns(deadline_ns) > 0) {
-                ops->progress(seat->transport);
-                usleep(20);
-            }
-            seat->num_errors += ops->completed(seat->transport, dst) != seat->last_number[dst];
+            seat->num_errors += !seat_wait_completed(seat, dst);
         }
         pthread_barrier_wait(&seat->world->barrier); /* slots are used again */
     }
@@ -48,28 +41,16 @@ static void exchange(struct seat *seat)
 static void run_exchange(uint32_t paths, uint32_t qps, uint32_t depth, uint64_t chunk_bytes)
 {
     static struct world world;
-    fake_reset(4);
+    world_prepare(&world, 4, "exchange");
     fake.slow = depth == 8;
-    world_config(&world.config);
     world.config.verbs_paths = paths;
     world.config.verbs_qps = qps;
     world.config.verbs_depth = depth;
     world.config.verbs_chunk_bytes = chunk_bytes;
-    world.seed = world_seed("exchange");
     uint32_t num_ranks = 2 + (uint32_t)(world.seed % 3);
     world_run(&world, num_ranks, exchange);
-    for (uint32_t r = 0; r < num_ranks; r++) {
-        if (world.seats[r].status != NEP_OK) {
-            print_message("rank %u: %s\n", r, world.seats[r].message);
-        }
-        assert_int_equal(world.seats[r].status, NEP_OK);
-        assert_int_equal(world.seats[r].num_errors, 0);
-        assert_int_equal(world.seats[r].num_wrong, 0);
-        assert_int_equal(world.seats[r].num_repeats, 0);
-    }
-    assert_int_equal(fake.num_overflows, 0);
-    assert_int_equal(fake.num_bad, 0);
-    world_free(&world);
+    world_is_exact(&world);
+    world_end(&world);
 }
 
 static void test_verbs_one_qp_delivers_all(void **state)
@@ -111,33 +92,21 @@ static void exchange_small(struct seat *seat)
         seat->num_errors +=
             seat->transport->ops->put(seat->transport, &to_self, &number) != NEP_ERR_UNSUPPORTED;
     }
-    for (uint32_t slot = 0; slot < SLOTS; slot++) {
-        seat_put(seat, other, slot, 0);
-    }
-    for (uint32_t slot = 0; slot < SLOTS; slot++) {
-        seat->num_errors += !seat_wait(seat, other, slot, 1);
-        seat->num_wrong += seat_wrong(seat, other, slot, 0);
-    }
+    seat_put_all(seat, other, 0);
+    seat_take_all(seat, other, 0);
     pthread_barrier_wait(&seat->world->barrier);
 }
 
 static void run_device_memory(bool has_dmabuf)
 {
     static struct world world;
-    fake_reset(2);
+    world_prepare(&world, 2, "device memory");
     fake.device_base = (const uint8_t *)1; /* all of the address space */
     fake.device_bytes = SIZE_MAX / 2;
     fake.no_dmabuf = !has_dmabuf;
-    world_config(&world.config);
     world.config.verbs_paths = 2;
     world.config.verbs_chunk_bytes = 4 << 20;
-    world.seed = world_seed("device memory");
     world_run(&world, 2, exchange_small);
-    for (uint32_t r = 0; r < 2; r++) {
-        assert_int_equal(world.seats[r].status, NEP_OK);
-        assert_int_equal(world.seats[r].num_errors, 0);
-        assert_int_equal(world.seats[r].num_wrong, 0);
-    }
     /* two ranks, two paths, every piece of the window */
     uint32_t pieces = (WINDOW_BYTES + (4 << 20) - 1) / (4 << 20);
     assert_int_equal(fake.num_dmabufs, has_dmabuf ? 2 * 2 * pieces : 0);
@@ -146,7 +115,7 @@ static void run_device_memory(bool has_dmabuf)
     if (has_dmabuf) {
         assert_int_equal(fcntl(fake.last_dmabuf, F_GETFD), -1); /* closed after registration */
     }
-    world_free(&world);
+    world_end(&world);
 }
 
 static void test_verbs_gpu_memory_goes_by_dmabuf(void **state)
@@ -185,7 +154,7 @@ static void put_tiles(struct seat *seat)
     }
     seat->transport->ops->stats(seat->transport, &stats);
     seat->num_errors += stats.puts != num_puts || stats.put_bytes != num_puts * SLOT_BYTES;
-    seat->num_wrong = (uint32_t)stats.work_requests;
+    seat->num_requests = stats.work_requests;
 }
 
 static void test_verbs_requests_are_nodes_times_tiles_times_qps(void **state)
@@ -193,16 +162,12 @@ static void test_verbs_requests_are_nodes_times_tiles_times_qps(void **state)
     (void)state;
     static struct world world;
     for (uint32_t paths = 1; paths <= 3; paths++) {
-        fake_reset(4);
-        world_config(&world.config);
+        world_prepare(&world, 4, "requests");
         world.config.verbs_paths = paths;
         uint32_t num_nodes = 1 + paths; /* this one and 1, 2 or 3 others */
         world_run(&world, num_nodes, put_tiles);
-        for (uint32_t r = 0; r < num_nodes; r++) {
-            assert_int_equal(world.seats[r].num_errors, 0);
-        }
-        assert_int_equal(world.seats[0].num_wrong, (num_nodes - 1) * SLOTS * paths);
-        world_free(&world);
+        assert_int_equal(world.seats[0].num_requests, (num_nodes - 1) * SLOTS * paths);
+        world_end(&world);
     }
 }
 
@@ -213,19 +178,11 @@ static void test_verbs_few_receives_delay_and_deliver_all(void **state)
 {
     (void)state;
     static struct world world;
-    fake_reset(4);
+    world_prepare(&world, 4, "few receives");
     fake.max_srq_wr = 48; /* of 2 * 32 + 36 */
-    world_config(&world.config);
-    world.seed = world_seed("few receives");
     world_run(&world, 2, exchange);
-    for (uint32_t r = 0; r < 2; r++) {
-        assert_int_equal(world.seats[r].status, NEP_OK);
-        assert_int_equal(world.seats[r].num_errors, 0);
-        assert_int_equal(world.seats[r].num_wrong, 0);
-        assert_int_equal(world.seats[r].num_repeats, 0);
-    }
-    assert_int_equal(fake.num_bad + fake.num_overflows, 0);
-    world_free(&world);
+    world_is_exact(&world);
+    world_end(&world);
 }
 
 static void test_verbs_too_few_receives_are_refused(void **state)
@@ -239,9 +196,8 @@ static void test_verbs_too_few_receives_are_refused(void **state)
     } cases[] = {{35, 7, "2 ranks need 100 receives, 36 at the very least"},
                  {99, 6, "fake0 has 99, with room for their completions, and 1024: lower"}};
     for (size_t i = 0; i < 2; i++) {
-        fake_reset(1);
+        world_prepare(&world, 1, "receives");
         fake.max_srq_wr = cases[i].max_srq_wr;
-        world_config(&world.config);
         world.config.verbs_rnr_retry = cases[i].rnr_retry;
         world_run(&world, 2, NULL);
         for (uint32_t r = 0; r < 2; r++) {
@@ -263,9 +219,7 @@ static void use_again(struct seat *seat)
     const struct nep_transport_ops *ops = seat->transport->ops;
     uint32_t other = 1 - seat->rank;
     if (seat->rank == 0) {
-        for (uint32_t slot = 0; slot < SLOTS; slot++) {
-            seat_put(seat, 1, slot, 0);
-        }
+        seat_put_all(seat, 1, 0);
         ops->window_destroy(seat->transport, WINDOW); /* waits for the own puts */
         struct nep_put put = {.dst = 1, .window = WINDOW, .imm = world_imm(0)};
         uint64_t number;
@@ -295,13 +249,8 @@ static void use_again(struct seat *seat)
         seat->num_repeats += world_arrived(seat, i / SLOTS, i % SLOTS) != 0;
     }
     pthread_barrier_wait(&seat->world->barrier);
-    for (uint32_t slot = 0; slot < SLOTS; slot++) {
-        seat_put(seat, other, slot, 2);
-    }
-    for (uint32_t slot = 0; slot < SLOTS; slot++) {
-        seat->num_errors += !seat_wait(seat, other, slot, 1);
-        seat->num_wrong += seat_wrong(seat, other, slot, 2);
-    }
+    seat_put_all(seat, other, 2);
+    seat_take_all(seat, other, 2);
     seat->num_errors += ops->peer_status(seat->transport, other) != NEP_OK;
     pthread_barrier_wait(&seat->world->barrier);
 }
@@ -310,20 +259,11 @@ static void test_verbs_late_puts_to_a_destroyed_window_hurt_nobody(void **state)
 {
     (void)state;
     static struct world world;
-    fake_reset(2);
-    world_config(&world.config);
+    world_prepare(&world, 2, "windows");
     world.config.verbs_paths = 2;
-    world.seed = world_seed("windows");
     world_run(&world, 2, use_again);
-    for (uint32_t r = 0; r < 2; r++) {
-        assert_int_equal(world.seats[r].status, NEP_OK);
-        assert_int_equal(world.seats[r].num_errors, 0);
-        assert_int_equal(world.seats[r].num_wrong, 0);
-        assert_int_equal(world.seats[r].num_repeats, 0);
-    }
-    assert_int_equal(fake.num_bad, 0);
-    assert_int_equal(fake.num_live, 0);
-    world_free(&world);
+    world_is_exact(&world);
+    world_end(&world);
 }
 
 /* ---- refusals ------------------------------------------------------------------------------- */
@@ -359,11 +299,9 @@ static void test_verbs_bad_puts_are_refused(void **state)
 {
     (void)state;
     static struct world world;
-    fake_reset(1);
-    world_config(&world.config);
+    world_prepare(&world, 1, "bad puts");
     world_run(&world, 2, put_badly);
-    assert_int_equal(world.seats[0].num_errors + world.seats[1].num_errors, 0);
-    world_free(&world);
+    world_end(&world);
 }
 
 /* Creation fails on every rank with a sentence that has `words`. */
@@ -382,8 +320,7 @@ static void test_verbs_machine_without_devices_is_refused(void **state)
 {
     (void)state;
     static struct world world;
-    fake_reset(0);
-    world_config(&world.config);
+    world_prepare(&world, 0, "no devices");
     expect_refusal(&world, NEP_ERR_UNSUPPORTED, "no RDMA devices on this machine");
     fake.list_errno = ENOSYS;
     expect_refusal(&world, NEP_ERR_UNSUPPORTED, "modprobe ib_uverbs");
@@ -396,9 +333,8 @@ static void test_verbs_locked_memory_limit_is_named(void **state)
 {
     (void)state;
     static struct world world;
-    fake_reset(1);
+    world_prepare(&world, 1, "locked memory");
     fake.max_reg_bytes = 65536;
-    world_config(&world.config);
     expect_refusal(&world, NEP_ERR_NO_MEMORY, "cannot register a window");
     fake.max_reg_bytes = 1;
     expect_refusal(&world, NEP_ERR_NO_MEMORY, "cannot register a page of host memory");
@@ -408,8 +344,7 @@ static void test_verbs_impossible_settings_are_refused(void **state)
 {
     (void)state;
     static struct world world;
-    fake_reset(1);
-    world_config(&world.config);
+    world_prepare(&world, 1, "settings");
     world.config.verbs_qps = 9;
     expect_refusal(&world, NEP_ERR_INVALID, "NEP_VERBS_QPS is 9");
     world_config(&world.config);

@@ -20,14 +20,9 @@ struct fault {
 };
 static struct fault fault;
 
-static struct nep_verbs *inner(struct seat *seat)
-{
-    return (struct nep_verbs *)seat->transport;
-}
-
 static struct fake_qp *qp_to(struct seat *seat, uint32_t dst, uint32_t qp_idx)
 {
-    return (struct fake_qp *)inner(seat)->peers[dst].qps[qp_idx].qp;
+    return (struct fake_qp *)seat_verbs(seat)->peers[dst].qps[qp_idx].qp;
 }
 
 /* Sets the knobs of some of rank 0's QPs to rank 1, not all of them. */
@@ -57,15 +52,8 @@ static void survive(struct seat *seat)
         if (round == KILL_ROUND && seat->rank == 0) {
             arm_faults(seat);
         }
-        for (uint32_t slot = 0; slot < SLOTS; slot++) {
-            seat_put(seat, other, slot, round);
-        }
-        uint64_t deadline_ns = nep_deadline_ns(20 * NEP_S);
-        while (seat->transport->ops->completed(seat->transport, other) < seat->last_number[other] &&
-               nep_left_ns(deadline_ns) > 0) {
-            seat->transport->ops->progress(seat->transport);
-            usleep(20);
-        }
+        seat_put_all(seat, other, round);
+        seat->num_errors += !seat_wait_completed(seat, other);
         pthread_barrier_wait(&seat->world->barrier); /* all that was sent is acknowledged */
         for (uint32_t slot = 0; slot < SLOTS; slot++) {
             seat->num_errors += !seat_wait(seat, other, slot, seen[slot] + 1);
@@ -88,22 +76,15 @@ static void survive(struct seat *seat)
 static void run_survive(uint32_t paths, uint32_t qps, struct fault wanted)
 {
     static struct world world;
-    fake_reset(4);
-    world_config(&world.config);
+    world_prepare(&world, 4, "survive");
     world.config.verbs_paths = paths;
     world.config.verbs_qps = qps;
-    world.seed = world_seed("survive");
     fault = wanted;
     world_run(&world, 2, survive);
     for (uint32_t r = 0; r < 2; r++) {
-        assert_int_equal(world.seats[r].status, NEP_OK);
-        assert_int_equal(world.seats[r].num_errors, 0);
-        assert_int_equal(world.seats[r].num_wrong, 0);
         print_message("rank %u: %u announcements repeated\n", r, world.seats[r].num_repeats);
     }
-    assert_int_equal(fake.num_overflows, 0);
-    assert_int_equal(fake.num_bad, 0);
-    world_free(&world);
+    world_end(&world);
 }
 
 static void test_verbs_path_death_loses_nothing(void **state)
@@ -140,7 +121,7 @@ static void lose_one(struct seat *seat)
     if (seat->rank == 1) {
         pthread_mutex_lock(&fake.lock);
         for (uint32_t r = 0; r < 3; r += 2) {
-            for (uint32_t q = 0; q < inner(seat)->num_qps; q++) {
+            for (uint32_t q = 0; q < seat_verbs(seat)->num_qps; q++) {
                 qp_to(seat, r, q)->state = IBV_QPS_ERR;
             }
         }
@@ -155,26 +136,14 @@ static void lose_one(struct seat *seat)
                 break;
             }
         }
-        uint64_t deadline_ns = nep_deadline_ns(10 * NEP_S);
-        while (ops->peer_status(seat->transport, 1) == NEP_OK && nep_left_ns(deadline_ns) > 0) {
-            ops->progress(seat->transport);
-            usleep(1000);
-        }
-        enum nep_status status = ops->peer_status(seat->transport, 1);
-        seat->num_errors += status != NEP_ERR_PEER_LOST;
-        snprintf(seat->message, sizeof seat->message, "%.511s", nep_last_message());
+        seat->num_errors += !seat_wait_lost(seat, 1);
         seat->num_errors += ops->completed(seat->transport, 1) != seat->last_number[1];
         struct nep_put put = {.dst = 1, .window = WINDOW, .imm = world_imm(0)};
         uint64_t number = 99;
         seat->num_errors += ops->put(seat->transport, &put, &number) != NEP_ERR_PEER_LOST;
         uint32_t other = 2 - seat->rank;
-        for (uint32_t slot = 0; slot < SLOTS; slot++) {
-            seat_put(seat, other, slot, 1);
-        }
-        for (uint32_t slot = 0; slot < SLOTS; slot++) {
-            seat->num_errors += !seat_wait(seat, other, slot, 1);
-            seat->num_wrong += seat_wrong(seat, other, slot, 1);
-        }
+        seat_put_all(seat, other, 1);
+        seat_take_all(seat, other, 1);
         seat->num_errors += ops->peer_status(seat->transport, other) != NEP_OK;
     }
     pthread_barrier_wait(&seat->world->barrier);
@@ -184,16 +153,9 @@ static void test_verbs_lost_peer_is_named_and_others_go_on(void **state)
 {
     (void)state;
     static struct world world;
-    fake_reset(4);
-    world_config(&world.config);
+    world_prepare(&world, 4, "lost peer");
     world.config.verbs_paths = 2;
-    world.seed = world_seed("lost peer");
     world_run(&world, 3, lose_one);
-    for (uint32_t r = 0; r < 3; r++) {
-        assert_int_equal(world.seats[r].status, NEP_OK);
-        assert_int_equal(world.seats[r].num_errors, 0);
-        assert_int_equal(world.seats[r].num_wrong, 0);
-    }
     for (uint32_t r = 0; r < 3; r += 2) {
         const char *message = world.seats[r].message;
         print_message("%s\n", message);
@@ -201,7 +163,7 @@ static void test_verbs_lost_peer_is_named_and_others_go_on(void **state)
         assert_non_null(strstr(message, "transport retry counter exceeded"));
         assert_non_null(strstr(message, "QP state ERR, port ACTIVE"));
     }
-    world_free(&world);
+    world_end(&world);
 }
 
 /* Rank 0 gives rank 1 up while puts to it are under way: they are over at once, 2 is not touched.
@@ -210,9 +172,7 @@ static void give_one_up(struct seat *seat)
 {
     const struct nep_transport_ops *ops = seat->transport->ops;
     if (seat->rank == 0) {
-        for (uint32_t slot = 0; slot < SLOTS; slot++) {
-            seat_put(seat, 1, slot, 0);
-        }
+        seat_put_all(seat, 1, 0);
         ops->abandon(seat->transport, 1);
         ops->abandon(seat->transport, 1);
         ops->abandon(seat->transport, 0); /* the own rank: nothing is there */
@@ -237,24 +197,17 @@ static void test_verbs_abandoned_peer_is_not_waited_for(void **state)
 {
     (void)state;
     static struct world world;
-    fake_reset(4);
-    world_config(&world.config);
+    world_prepare(&world, 4, "abandoned peer");
     world.config.verbs_paths = 2;
-    world.seed = world_seed("abandoned peer");
     world_run(&world, 3, give_one_up);
-    for (uint32_t r = 0; r < 3; r++) {
-        assert_int_equal(world.seats[r].status, NEP_OK);
-        assert_int_equal(world.seats[r].num_errors, 0);
-        assert_int_equal(world.seats[r].num_wrong, 0);
-    }
-    world_free(&world);
+    world_end(&world);
 }
 
 /* ---- events --------------------------------------------------------------------------------- */
 
 static void send_event(struct seat *seat, uint32_t path, enum ibv_event_type type, void *element)
 {
-    struct ibv_context *context = inner(seat)->paths[path].context;
+    struct ibv_context *context = seat_verbs(seat)->paths[path].context;
     struct ibv_async_event event = {.event_type = type};
     if (element == NULL) {
         event.element.port_num = 1;
@@ -280,7 +233,7 @@ static bool becomes(atomic_bool *flag, bool wanted)
 /* Queue pairs to rank 1 that still work; the progress thread changes it. */
 static uint32_t num_alive(struct seat *seat)
 {
-    struct nep_verbs_peer *peer = &inner(seat)->peers[1];
+    struct nep_verbs_peer *peer = &seat_verbs(seat)->peers[1];
     pthread_mutex_lock(&peer->lock);
     uint32_t num = peer->num_alive;
     pthread_mutex_unlock(&peer->lock);
@@ -290,16 +243,14 @@ static uint32_t num_alive(struct seat *seat)
 static void port_goes_and_comes(struct seat *seat)
 {
     if (seat->rank == 0) {
-        struct nep_verbs_path *path = &inner(seat)->paths[0];
+        struct nep_verbs_path *path = &seat_verbs(seat)->paths[0];
         send_event(seat, 0, IBV_EVENT_PORT_ERR, NULL);
         seat->num_errors += !becomes(&path->is_down, true);
         uint64_t before = qp_to(seat, 1, 0)->qp.qp_num;
-        uint64_t posted = inner(seat)->peers[1].qps[0].posted;
-        for (uint32_t slot = 0; slot < SLOTS; slot++) {
-            seat_put(seat, 1, slot, 0);
-        }
+        uint64_t posted = seat_verbs(seat)->peers[1].qps[0].posted;
+        seat_put_all(seat, 1, 0);
         /* all by the other path */
-        seat->num_errors += inner(seat)->peers[1].qps[0].posted != posted || before == 0;
+        seat->num_errors += seat_verbs(seat)->peers[1].qps[0].posted != posted || before == 0;
         send_event(seat, 0, IBV_EVENT_PORT_ACTIVE, NULL);
         seat->num_errors += !becomes(&path->is_down, false);
         /* Few receives left: said once, and asked for again when something comes and there are
@@ -333,10 +284,7 @@ static void port_goes_and_comes(struct seat *seat)
         pthread_barrier_wait(&seat->world->barrier);
         return;
     }
-    for (uint32_t slot = 0; slot < SLOTS; slot++) {
-        seat->num_errors += !seat_wait(seat, 0, slot, 1);
-        seat->num_wrong += seat_wrong(seat, 0, slot, 0);
-    }
+    seat_take_all(seat, 0, 0);
     pthread_barrier_wait(&seat->world->barrier); /* leaving early would end the tale */
 }
 
@@ -344,17 +292,10 @@ static void test_verbs_events_are_acted_on(void **state)
 {
     (void)state;
     static struct world world;
-    fake_reset(4);
-    world_config(&world.config);
+    world_prepare(&world, 4, "events");
     world.config.verbs_paths = 2;
-    world.seed = world_seed("events");
     world_run(&world, 2, port_goes_and_comes);
-    for (uint32_t r = 0; r < 2; r++) {
-        assert_int_equal(world.seats[r].status, NEP_OK);
-        assert_int_equal(world.seats[r].num_errors, 0);
-        assert_int_equal(world.seats[r].num_wrong, 0);
-    }
-    world_free(&world);
+    world_end(&world);
 }
 
 /* ---- leaving -------------------------------------------------------------------------------- */
@@ -363,24 +304,13 @@ static void test_verbs_events_are_acted_on(void **state)
 static void leave_early(struct seat *seat)
 {
     if (seat->rank == 0) {
-        for (uint32_t slot = 0; slot < SLOTS; slot++) {
-            seat_put(seat, 1, slot, 0);
-        }
+        seat_put_all(seat, 1, 0);
         return; /* closes */
     }
     usleep(20000);
-    for (uint32_t slot = 0; slot < SLOTS; slot++) {
-        seat->num_errors += !seat_wait(seat, 0, slot, 1);
-        seat->num_wrong += seat_wrong(seat, 0, slot, 0);
-    }
-    uint64_t deadline_ns = nep_deadline_ns(10 * NEP_S);
-    while (seat->transport->ops->peer_status(seat->transport, 0) == NEP_OK &&
-           nep_left_ns(deadline_ns) > 0) {
-        seat->transport->ops->progress(seat->transport);
-        usleep(1000);
-    }
-    seat->transport->ops->peer_status(seat->transport, 0);
-    seat->num_errors += strstr(nep_last_message(), "rank 0 has left") == NULL;
+    seat_take_all(seat, 0, 0);
+    seat->num_errors += !seat_wait_lost(seat, 0);
+    seat->num_errors += strstr(seat->message, "rank 0 has left") == NULL;
     struct nep_put put = {.dst = 0, .window = WINDOW, .imm = world_imm(0)};
     uint64_t number = 0;
     seat->num_errors += seat->transport->ops->put(seat->transport, &put, &number) != NEP_OK;
@@ -391,14 +321,10 @@ static void test_verbs_close_delivers_and_says_farewell(void **state)
 {
     (void)state;
     static struct world world;
-    fake_reset(2);
-    world_config(&world.config);
+    world_prepare(&world, 2, "leaving");
     world.config.verbs_depth = 8;
-    world.seed = world_seed("leaving");
     world_run(&world, 2, leave_early);
-    assert_int_equal(world.seats[0].num_errors + world.seats[1].num_errors, 0);
-    assert_int_equal(world.seats[1].num_wrong, 0);
-    world_free(&world);
+    world_end(&world);
 }
 
 /* ---- set-up that fails ---------------------------------------------------------------------- */
@@ -441,7 +367,7 @@ static void test_verbs_failed_set_up_leaves_nothing(void **state)
 static void lose_device(struct seat *seat)
 {
     if (seat->rank == 0) {
-        struct nep_verbs_path *path = &inner(seat)->paths[1];
+        struct nep_verbs_path *path = &seat_verbs(seat)->paths[1];
         pthread_mutex_lock(&fake.lock);
         for (uint32_t i = 0; i < 64; i++) {
             if (fake.contexts[i] != NULL && &fake.contexts[i]->context == path->context) {
@@ -454,13 +380,8 @@ static void lose_device(struct seat *seat)
     }
     pthread_barrier_wait(&seat->world->barrier);
     uint32_t other = 1 - seat->rank;
-    for (uint32_t slot = 0; slot < SLOTS; slot++) {
-        seat_put(seat, other, slot, 0);
-    }
-    for (uint32_t slot = 0; slot < SLOTS; slot++) {
-        seat->num_errors += !seat_wait(seat, other, slot, 1);
-        seat->num_wrong += seat_wrong(seat, other, slot, 0);
-    }
+    seat_put_all(seat, other, 0);
+    seat_take_all(seat, other, 0);
     pthread_barrier_wait(&seat->world->barrier);
 }
 
@@ -468,17 +389,10 @@ static void test_verbs_device_that_hangs_up_is_left(void **state)
 {
     (void)state;
     static struct world world;
-    fake_reset(4);
-    world_config(&world.config);
+    world_prepare(&world, 4, "device gone");
     world.config.verbs_paths = 2;
-    world.seed = world_seed("device gone");
     world_run(&world, 2, lose_device);
-    for (uint32_t r = 0; r < 2; r++) {
-        assert_int_equal(world.seats[r].status, NEP_OK);
-        assert_int_equal(world.seats[r].num_errors, 0);
-        assert_int_equal(world.seats[r].num_wrong, 0);
-    }
-    world_free(&world);
+    world_end(&world);
 }
 
 int main(void)

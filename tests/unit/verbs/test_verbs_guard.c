@@ -15,27 +15,9 @@ enum { FORGER, VICTIM, OTHER, NUM };
 
 static void (*forge)(struct seat *seat, struct nep_put *put);
 
-static struct nep_verbs *inner(const struct seat *seat)
-{
-    return (struct nep_verbs *)seat->transport;
-}
-
 static struct nep_verbs_remote *victim_of(struct seat *seat)
 {
-    return &inner(seat)->windows[WINDOW].remotes[VICTIM];
-}
-
-static bool wait_lost(struct seat *seat, uint32_t peer)
-{
-    uint64_t deadline_ns = nep_deadline_ns(20 * NEP_S);
-    while (nep_left_ns(deadline_ns) > 0) {
-        seat->transport->ops->progress(seat->transport);
-        if (seat->transport->ops->peer_status(seat->transport, peer) == NEP_ERR_PEER_LOST) {
-            return true;
-        }
-        usleep(20);
-    }
-    return false;
+    return &seat_verbs(seat)->windows[WINDOW].remotes[VICTIM];
 }
 
 /* All of the window is this rank's, it says, with the keys that it has. */
@@ -53,7 +35,7 @@ static void steal_keys(struct seat *seat, struct nep_put *put)
 {
     claim_all(seat, put);
     struct seat *victim = &seat->world->seats[VICTIM];
-    const struct nep_verbs_window *window = &inner(victim)->windows[WINDOW];
+    const struct nep_verbs_window *window = &seat_verbs(victim)->windows[WINDOW];
     for (uint32_t g = 0; g < window->num_gates; g++) {
         const struct nep_verbs_gate *gate = &window->gates[g];
         if (gate->rank == OTHER && gate->offset <= put->offset &&
@@ -69,8 +51,8 @@ static void use_whole(struct seat *seat, struct nep_put *put)
     claim_all(seat, put);
     struct seat *victim = &seat->world->seats[VICTIM];
     static uint32_t keys[NEP_VERBS_MAX_QPS];
-    for (uint32_t q = 0; q < inner(seat)->num_qps; q++) {
-        keys[q] = inner(victim)->windows[WINDOW].mrs[q % inner(seat)->num_paths]->rkey;
+    for (uint32_t q = 0; q < seat_verbs(seat)->num_qps; q++) {
+        keys[q] = seat_verbs(victim)->windows[WINDOW].mrs[q % seat_verbs(seat)->num_paths]->rkey;
     }
     victim_of(seat)->ways[0].rkeys = keys;
 }
@@ -91,7 +73,7 @@ static void put_into_others_slot(struct seat *seat)
     seat->num_errors += strstr(nep_last_message(), "elsewhere") == NULL;
     forge(seat, &put);
     seat->num_errors += ops->put(seat->transport, &put, &number) != NEP_OK;
-    seat->num_errors += !wait_lost(seat, VICTIM);
+    seat->num_errors += !seat_wait_lost(seat, VICTIM);
     seat->num_errors += strstr(nep_last_message(), "remote access error") == NULL ||
                         strstr(nep_last_message(), "rank 1 is lost") == NULL;
 }
@@ -114,19 +96,14 @@ static void attack(struct seat *seat)
     /* The two that behave go on. */
     if (seat->rank != FORGER) {
         uint32_t other = seat->rank == VICTIM ? OTHER : VICTIM;
-        for (uint32_t slot = 0; slot < SLOTS; slot++) {
-            seat_put(seat, other, slot, 1);
-        }
-        for (uint32_t slot = 0; slot < SLOTS; slot++) {
-            seat->num_errors += !seat_wait(seat, other, slot, 1);
-            seat->num_wrong += seat_wrong(seat, other, slot, 1);
-        }
+        seat_put_all(seat, other, 1);
+        seat_take_all(seat, other, 1);
     }
     if (seat->rank == VICTIM) {
         uint64_t number;
         struct nep_put put = {.dst = FORGER, .window = WINDOW, .imm = world_imm(0)};
         (void)seat->transport->ops->put(seat->transport, &put, &number);
-        seat->num_errors += !wait_lost(seat, FORGER);
+        seat->num_errors += !seat_wait_lost(seat, FORGER);
     }
     pthread_barrier_wait(&seat->world->barrier);
 }
@@ -134,22 +111,12 @@ static void attack(struct seat *seat)
 static void run_attack(void (*wanted)(struct seat *seat, struct nep_put *put), bool no_mw)
 {
     static struct world world;
-    memset(&world, 0, sizeof world);
-    fake_reset(2);
+    world_prepare(&world, 2, "attack");
     fake.no_mw = no_mw;
-    world_config(&world.config);
     world.config.verbs_paths = 2;
-    world.seed = world_seed("attack");
     forge = wanted;
     world_run(&world, NUM, attack);
-    for (uint32_t r = 0; r < NUM; r++) {
-        assert_int_equal(world.seats[r].status, NEP_OK);
-        assert_int_equal(world.seats[r].num_errors, 0);
-        assert_int_equal(world.seats[r].num_wrong, 0);
-    }
-    assert_int_equal(fake.num_bad, 0);
-    assert_int_equal(fake.num_live, 0);
-    world_free(&world);
+    world_end(&world);
 }
 
 static void test_verbs_put_beyond_the_own_slots_never_lands(void **state)
@@ -199,27 +166,21 @@ static void grant_badly(struct seat *seat)
     /* What failed is forgotten: the next window of this number is open to all. */
     base = NULL;
     seat->num_errors += ops->window_create(seat->transport, 3, &base, 4096) != NEP_OK;
-    seat->num_errors += inner(seat)->windows[3].is_guarded;
+    seat->num_errors += seat_verbs(seat)->windows[3].is_guarded;
 }
 
 static void test_verbs_grants_that_make_no_sense_are_refused(void **state)
 {
     (void)state;
     static struct world world;
-    fake_reset(2);
-    world_config(&world.config);
+    world_prepare(&world, 2, "grants");
     world_run(&world, 2, grant_badly);
-    for (uint32_t r = 0; r < 2; r++) {
-        assert_int_equal(world.seats[r].status, NEP_OK);
-        assert_int_equal(world.seats[r].num_errors, 0);
-    }
-    assert_int_equal(fake.num_live, 0);
-    world_free(&world);
+    world_end(&world);
 }
 
 static void check_open(struct seat *seat)
 {
-    seat->num_errors += inner(seat)->windows[WINDOW].is_guarded;
+    seat->num_errors += seat_verbs(seat)->windows[WINDOW].is_guarded;
     seat_put(seat, 1 - seat->rank, 0, 0);
     seat->num_errors += !seat_wait(seat, 1 - seat->rank, 0, 1);
 }
@@ -228,16 +189,11 @@ static void test_verbs_guard_can_be_turned_off(void **state)
 {
     (void)state;
     static struct world world;
-    fake_reset(2);
-    world_config(&world.config);
+    world_prepare(&world, 2, "unguarded");
     world.config.verbs_guard = false;
     world_run(&world, 2, check_open);
-    for (uint32_t r = 0; r < 2; r++) {
-        assert_int_equal(world.seats[r].status, NEP_OK);
-        assert_int_equal(world.seats[r].num_errors, 0);
-    }
     assert_int_equal(fake.num_mws, 1 + 2); /* the one per path that is tried */
-    world_free(&world);
+    world_end(&world);
 }
 
 int main(void)

@@ -22,11 +22,6 @@ static struct {
     bool is_last;        /* rank 0 decides for both */
 } flapping;
 
-static struct nep_verbs *inner(struct seat *seat)
-{
-    return (struct nep_verbs *)seat->transport;
-}
-
 static void cut(uint32_t devices)
 {
     pthread_mutex_lock(&fake.lock);
@@ -51,29 +46,12 @@ static void *flap(void *arg)
     return NULL;
 }
 
-static bool wait_completed(struct seat *seat, uint32_t dst)
-{
-    uint64_t deadline_ns = nep_deadline_ns(60 * NEP_S);
-    const struct nep_transport_ops *ops = seat->transport->ops;
-    while (ops->completed(seat->transport, dst) < seat->last_number[dst]) {
-        if (nep_left_ns(deadline_ns) == 0 || ops->peer_status(seat->transport, dst) != NEP_OK) {
-            fprintf(stderr, "rank %u: %s\n", seat->rank, nep_last_message());
-            return false;
-        }
-        ops->progress(seat->transport);
-        usleep(20);
-    }
-    return true;
-}
-
 /* All slots to the other rank, and all of its slots here, with their bytes. */
 static void exchange(struct seat *seat, uint64_t round, uint64_t *seen)
 {
     uint32_t other = 1 - seat->rank;
-    for (uint32_t slot = 0; slot < SLOTS; slot++) {
-        seat_put(seat, other, slot, round);
-    }
-    seat->num_errors += !wait_completed(seat, other);
+    seat_put_all(seat, other, round);
+    seat->num_errors += !seat_wait_completed(seat, other);
     pthread_barrier_wait(&seat->world->barrier); /* all that was sent is acknowledged */
     for (uint32_t slot = 0; slot < SLOTS && seat->num_errors == 0; slot++) {
         seat->num_errors += !seat_wait(seat, other, slot, seen[slot] + 1);
@@ -93,7 +71,7 @@ static void exchange(struct seat *seat, uint64_t round, uint64_t *seen)
 
 static uint32_t num_alive(struct seat *seat)
 {
-    struct nep_verbs_peer *peer = &inner(seat)->peers[1 - seat->rank];
+    struct nep_verbs_peer *peer = &seat_verbs(seat)->peers[1 - seat->rank];
     pthread_mutex_lock(&peer->lock);
     uint32_t num = peer->num_alive;
     pthread_mutex_unlock(&peer->lock);
@@ -103,17 +81,17 @@ static uint32_t num_alive(struct seat *seat)
 static bool all_alive(struct seat *seat)
 {
     uint64_t deadline_ns = nep_deadline_ns(60 * NEP_S);
-    while (num_alive(seat) < inner(seat)->num_qps && nep_left_ns(deadline_ns) > 0) {
+    while (num_alive(seat) < seat_verbs(seat)->num_qps && nep_left_ns(deadline_ns) > 0) {
         seat->transport->ops->progress(seat->transport);
         usleep(1000);
     }
-    return num_alive(seat) == inner(seat)->num_qps;
+    return num_alive(seat) == seat_verbs(seat)->num_qps;
 }
 
 static void flapped(struct seat *seat)
 {
     uint64_t seen[SLOTS] = {0}, round = 0;
-    struct nep_verbs *verbs = inner(seat);
+    struct nep_verbs *verbs = seat_verbs(seat);
     struct nep_verbs_peer *peer = &verbs->peers[1 - seat->rank];
     for (bool is_last = false; !is_last; round++) {
         exchange(seat, round, seen);
@@ -149,14 +127,12 @@ static void run_flapped(uint32_t paths, uint32_t qps, uint32_t devices, uint32_t
                         uint32_t lost_datagrams)
 {
     static struct world world;
-    fake_reset(4);
+    world_prepare(&world, 4, "flapped");
     fake.lost_datagrams = lost_datagrams;
     fake.is_loopback = true; /* they may ask, and learn that both live */
-    world_config(&world.config);
     world.config.verbs_revive_ns = 60 * NEP_S;
     world.config.verbs_paths = paths;
     world.config.verbs_qps = qps;
-    world.seed = world_seed("flapped");
     flapping.seed = world.seed;
     flapping.devices = devices;
     flapping.num_cuts = num_cuts;
@@ -165,15 +141,7 @@ static void run_flapped(uint32_t paths, uint32_t qps, uint32_t devices, uint32_t
     pthread_create(&flapping.thread, NULL, flap, NULL);
     world_run(&world, 2, flapped);
     pthread_join(flapping.thread, NULL);
-    for (uint32_t r = 0; r < 2; r++) {
-        assert_int_equal(world.seats[r].status, NEP_OK);
-        assert_int_equal(world.seats[r].num_errors, 0);
-        assert_int_equal(world.seats[r].num_wrong, 0);
-    }
-    assert_int_equal(fake.num_overflows, 0);
-    assert_int_equal(fake.num_bad, 0);
-    assert_int_equal(fake.num_live, 0);
-    world_free(&world);
+    world_end(&world);
 }
 
 static void test_verbs_only_path_comes_back_and_nothing_is_lost(void **state)
@@ -203,13 +171,7 @@ static void cut_for_good(struct seat *seat)
     pthread_barrier_wait(&seat->world->barrier);
     cut(1);
     seat_put(seat, other, 0, 0);
-    uint64_t deadline_ns = nep_deadline_ns(60 * NEP_S);
-    while (ops->peer_status(seat->transport, other) == NEP_OK && nep_left_ns(deadline_ns) > 0) {
-        ops->progress(seat->transport);
-        usleep(1000);
-    }
-    seat->num_errors += ops->peer_status(seat->transport, other) != NEP_ERR_PEER_LOST;
-    snprintf(seat->message, sizeof seat->message, "%.511s", nep_last_message());
+    seat->num_errors += !seat_wait_lost(seat, other);
     /* the transport holds no source bytes of a lost peer any more */
     seat->num_errors += ops->completed(seat->transport, other) != seat->last_number[other];
     pthread_barrier_wait(&seat->world->barrier);
@@ -218,11 +180,9 @@ static void cut_for_good(struct seat *seat)
 static void run_cut_for_good(uint64_t revive_ns, bool no_datagrams)
 {
     static struct world world;
-    fake_reset(2);
+    world_prepare(&world, 2, "cut for good");
     fake.no_datagrams = no_datagrams;
-    world_config(&world.config);
     world.config.verbs_revive_ns = revive_ns;
-    world.seed = world_seed("cut for good");
     world_run(&world, 2, cut_for_good);
     for (uint32_t r = 0; r < 2; r++) {
         print_message("%s\n", world.seats[r].message);
@@ -231,8 +191,7 @@ static void run_cut_for_good(uint64_t revive_ns, bool no_datagrams)
         assert_non_null(strstr(world.seats[r].message, "is lost: QP"));
         assert_non_null(strstr(world.seats[r].message, "transport retry counter exceeded"));
     }
-    assert_int_equal(fake.num_live, 0);
-    world_free(&world);
+    world_end(&world);
 }
 
 static void test_verbs_path_that_stays_away_is_given_up_in_time(void **state)
@@ -255,7 +214,7 @@ static void end_of_one(struct seat *seat)
 {
     const struct nep_transport_ops *ops = seat->transport->ops;
     uint32_t other = 1 - seat->rank;
-    struct nep_verbs *verbs = inner(seat);
+    struct nep_verbs *verbs = seat_verbs(seat);
     seat->num_errors += verbs->paths[0].door_port == 0;
     pthread_barrier_wait(&seat->world->barrier);
     if (seat->rank == 1) {
@@ -264,17 +223,11 @@ static void end_of_one(struct seat *seat)
     }
     pthread_barrier_wait(&seat->world->barrier);
     seat_put(seat, other, 0, 0);
-    uint64_t deadline_ns = nep_deadline_ns(60 * NEP_S);
-    while (seat->rank == 0 && ops->peer_status(seat->transport, other) == NEP_OK &&
-           nep_left_ns(deadline_ns) > 0) {
-        ops->progress(seat->transport);
-        usleep(1000);
-    }
     if (seat->rank == 0) {
-        seat->num_errors += ops->peer_status(seat->transport, other) != NEP_ERR_PEER_LOST;
-        snprintf(seat->message, sizeof seat->message, "%.511s", nep_last_message());
+        seat->num_errors += !seat_wait_lost(seat, other);
     }
     pthread_barrier_wait(&seat->world->barrier);
+    uint64_t deadline_ns = nep_deadline_ns(60 * NEP_S);
     if (seat->rank == 1) { /* whose own question is answered: it waits for the path */
         while (num_alive(seat) > 0 && nep_left_ns(deadline_ns) > 0) {
             ops->progress(seat->transport);
@@ -290,11 +243,9 @@ static void test_verbs_process_that_ended_is_not_waited_for(void **state)
 {
     static struct world world;
     (void)state;
-    fake_reset(2);
+    world_prepare(&world, 2, "ended");
     fake.is_loopback = true;
-    world_config(&world.config);
     world.config.verbs_revive_ns = 3600 * NEP_S;
-    world.seed = world_seed("ended");
     world_run(&world, 2, end_of_one);
     for (uint32_t r = 0; r < 2; r++) {
         print_message("rank %u: %s\n", r, world.seats[r].message);
@@ -303,8 +254,7 @@ static void test_verbs_process_that_ended_is_not_waited_for(void **state)
     }
     assert_non_null(strstr(world.seats[0].message, "is lost: QP"));
     assert_non_null(strstr(world.seats[0].message, "its process has ended"));
-    assert_int_equal(fake.num_live, 0);
-    world_free(&world);
+    world_end(&world);
 }
 
 int main(void)

@@ -38,6 +38,7 @@ struct seat {
     uint32_t num_errors; /* found by its thread: cmocka's checks belong to the main one */
     uint32_t num_wrong;
     uint32_t num_repeats;
+    uint64_t num_requests; /* that a test looked up */
     uint64_t last_number[MAX_RANKS];
     pthread_t thread;
     void (*work)(struct seat *seat);
@@ -113,6 +114,23 @@ static inline void world_config(struct nep_config *config)
     config->verbs_split_bytes = 32 << 10;
     config->timeout_ns = 20 * NEP_S;
     config->verbs_revive_ns = 0; /* a dead QP stays dead but where its return is the test */
+}
+
+static inline uint64_t world_seed(const char *name)
+{
+    const char *given = getenv("NEP_TEST_SEED");
+    uint64_t seed = given != NULL ? strtoull(given, NULL, 0) : nep_now_ns();
+    printf("%s: NEP_TEST_SEED=%llu\n", name, (unsigned long long)seed);
+    return seed;
+}
+
+/* Devices as new, usual settings, a seed that is printed; knobs of a test come after it. */
+static inline void world_prepare(struct world *world, uint32_t num_devices, const char *name)
+{
+    memset(world, 0, sizeof *world);
+    fake_reset(num_devices);
+    world_config(&world->config);
+    world->seed = world_seed(name);
 }
 
 /* Each source writes its own slots, which come in two parts. */
@@ -203,12 +221,20 @@ static inline void world_free(struct world *world)
     }
 }
 
-static inline uint64_t world_seed(const char *name)
+/* All seats were made and found nothing wrong, no device was misused, nothing stayed behind. */
+static inline void world_end(struct world *world)
 {
-    const char *given = getenv("NEP_TEST_SEED");
-    uint64_t seed = given != NULL ? strtoull(given, NULL, 0) : nep_now_ns();
-    printf("%s: NEP_TEST_SEED=%llu\n", name, (unsigned long long)seed);
-    return seed;
+    for (uint32_t r = 0; r < world->num_ranks; r++) {
+        const struct seat *seat = &world->seats[r];
+        if (seat->status != NEP_OK || seat->num_errors != 0 || seat->num_wrong != 0) {
+            fail_msg("rank %u: status %d, %u errors, %u wrong bytes: %s", r, seat->status,
+                     seat->num_errors, seat->num_wrong, seat->message);
+        }
+    }
+    assert_int_equal(fake.num_overflows, 0);
+    assert_int_equal(fake.num_bad, 0);
+    assert_int_equal(fake.num_live, 0);
+    world_free(world);
 }
 
 /* What slot `slot` of round `round` carries from src to dst. */
@@ -277,6 +303,67 @@ static inline uint32_t seat_wrong(const struct seat *seat, uint32_t src, uint32_
         wrong += landed[i] != world_byte(seed, src, seat->rank, slot, round, i);
     }
     return wrong;
+}
+
+/* Nothing came twice, where nothing had to go again. */
+static inline void world_is_exact(const struct world *world)
+{
+    for (uint32_t r = 0; r < world->num_ranks; r++) {
+        assert_int_equal(world->seats[r].num_repeats, 0);
+    }
+}
+
+/* ---- what tests do with a peer -------------------------------------------------------------- */
+
+static inline struct nep_verbs *seat_verbs(const struct seat *seat)
+{
+    return (struct nep_verbs *)seat->transport;
+}
+
+static inline void seat_put_all(struct seat *seat, uint32_t dst, uint64_t round)
+{
+    for (uint32_t slot = 0; slot < SLOTS; slot++) {
+        seat_put(seat, dst, slot, round);
+    }
+}
+
+/* All slots from `src` have come, for the first time, with the bytes of `round`. */
+static inline void seat_take_all(struct seat *seat, uint32_t src, uint64_t round)
+{
+    for (uint32_t slot = 0; slot < SLOTS; slot++) {
+        seat->num_errors += !seat_wait(seat, src, slot, 1);
+        seat->num_wrong += seat_wrong(seat, src, slot, round);
+    }
+}
+
+/* All puts to `dst` are acknowledged; false when it is lost, or not within a minute. */
+static inline bool seat_wait_completed(struct seat *seat, uint32_t dst)
+{
+    const struct nep_transport_ops *ops = seat->transport->ops;
+    uint64_t deadline_ns = nep_deadline_ns(60 * NEP_S);
+    while (ops->completed(seat->transport, dst) < seat->last_number[dst]) {
+        if (nep_left_ns(deadline_ns) == 0 || ops->peer_status(seat->transport, dst) != NEP_OK) {
+            fprintf(stderr, "rank %u: not acknowledged: %s\n", seat->rank, nep_last_message());
+            return false;
+        }
+        ops->progress(seat->transport);
+        usleep(20);
+    }
+    return true;
+}
+
+/* The peer is found lost within a minute; the sentence is the seat's message. */
+static inline bool seat_wait_lost(struct seat *seat, uint32_t peer)
+{
+    const struct nep_transport_ops *ops = seat->transport->ops;
+    uint64_t deadline_ns = nep_deadline_ns(60 * NEP_S);
+    while (ops->peer_status(seat->transport, peer) == NEP_OK && nep_left_ns(deadline_ns) > 0) {
+        ops->progress(seat->transport);
+        usleep(100);
+    }
+    bool is_lost = ops->peer_status(seat->transport, peer) == NEP_ERR_PEER_LOST;
+    snprintf(seat->message, sizeof seat->message, "%.511s", nep_last_message());
+    return is_lost;
 }
 
 #endif
