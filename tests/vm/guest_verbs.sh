@@ -40,6 +40,8 @@ for fault in rkey slot owner gone srq cut refused memlock dmabuf; do
     run "fault: $fault" "$bin/verbs_faults" $fault
     said
 done
+run "registering" "$bin/verbs_faults" registering
+sed -n 's/^registering/      &/p' /run/run.out
 run "fault: rnr" "$bin/verbs_faults" rnr
 tail -n 1 /run/run.out | sed 's/^/      /'
 # patient: 100 ms may last for seconds where the machine is busy

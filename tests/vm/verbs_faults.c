@@ -20,6 +20,8 @@
  * - refused: the ends have no address of one family: both are told, and nothing is left
  * - memlock: a limit on locked memory: a sentence with the limit
  * - dmabuf: Soft-RoCE has no dma-buf: refused, with an errno that says so
+ * - registering: what it costs to register memory that nobody has touched, and the same again: no
+ *   fault, and nothing but the calls is checked (docs/verbs.md has the figures)
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -536,17 +538,23 @@ static int run_two(struct rank *rank)
 
 /* ---- cases without a peer ------------------------------------------------------------------- */
 
+/* The calls and a protection domain of the first device; NULL. */
+static struct ibv_pd *first_domain(struct nep_verbs_api *api)
+{
+    struct ibv_device **list;
+    int num;
+    if (nep_verbs_api_load(api) != NEP_OK || nep_verbs_api_devices(api, &list, &num) != NEP_OK) {
+        return NULL;
+    }
+    struct ibv_context *context = api->open_device(list[0]);
+    return context == NULL ? NULL : api->alloc_pd(context);
+}
+
 static int refused_memlock(void)
 {
     const struct rlimit limit = {65536, 65536};
     struct nep_verbs_api api;
-    struct ibv_device **list;
-    int num;
-    if (nep_verbs_api_load(&api) != NEP_OK || nep_verbs_api_devices(&api, &list, &num) != NEP_OK) {
-        return 1;
-    }
-    struct ibv_context *context = api.open_device(list[0]);
-    struct ibv_pd *pd = context == NULL ? NULL : api.alloc_pd(context);
+    struct ibv_pd *pd = first_domain(&api);
     if (pd == NULL || setrlimit(RLIMIT_MEMLOCK, &limit) != 0 || setuid(65534) != 0) {
         return 1;
     }
@@ -564,13 +572,7 @@ static int refused_memlock(void)
 static int refused_dmabuf(void)
 {
     struct nep_verbs_api api;
-    struct ibv_device **list;
-    int num;
-    if (nep_verbs_api_load(&api) != NEP_OK || nep_verbs_api_devices(&api, &list, &num) != NEP_OK) {
-        return 1;
-    }
-    struct ibv_context *context = api.open_device(list[0]);
-    struct ibv_pd *pd = context == NULL ? NULL : api.alloc_pd(context);
+    struct ibv_pd *pd = first_domain(&api);
     int fd = memfd_create("no dma-buf", MFD_CLOEXEC);
     if (pd == NULL || fd < 0 || ftruncate(fd, 4096) != 0 || api.reg_dmabuf_mr == NULL) {
         return 1;
@@ -580,6 +582,30 @@ static int refused_dmabuf(void)
     printf("Soft-RoCE has no dma-buf, XRC or ODP; dma-buf: %s\n",
            mr == NULL ? strerror(errno) : "registered");
     return mr != NULL || errno == 0;
+}
+
+static int cost_of_registering(void)
+{
+    const size_t bytes = 16 << 20;
+    struct nep_verbs_api api;
+    struct ibv_pd *pd = first_domain(&api);
+    void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    double ms[5];
+    for (int i = 0; i < 5; i++) {
+        uint64_t begin_ns = nep_now_ns();
+        struct ibv_mr *mr = pd == NULL || memory == MAP_FAILED
+                                ? NULL
+                                : api.reg_mr(pd, memory, bytes, IBV_ACCESS_LOCAL_WRITE);
+        if (mr == NULL) {
+            fprintf(stderr, "%s\n", strerror(errno));
+            return 1;
+        }
+        ms[i] = (double)(nep_now_ns() - begin_ns) / 1e6;
+        api.dereg_mr(mr);
+    }
+    printf("registering 16 MiB: %.1f ms untouched, again %.1f %.1f %.1f %.1f\n", ms[0], ms[1],
+           ms[2], ms[3], ms[4]);
+    return 0;
 }
 
 int main(int argc, char **argv)
@@ -597,6 +623,9 @@ int main(int argc, char **argv)
     if (strcmp(name, "dmabuf") == 0) {
         return refused_dmabuf();
     }
+    if (strcmp(name, "registering") == 0) {
+        return cost_of_registering();
+    }
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         if (strcmp(name, cases[i].name) == 0) {
             uint32_t nodes[2] = {1, 1};
@@ -607,6 +636,6 @@ int main(int argc, char **argv)
     }
     fprintf(stderr, "usage: verbs_faults "
                     "rkey|slot|owner|rnr|srq|port|path|again|back|backs|gone|cut|refused|memlock|"
-                    "dmabuf\n");
+                    "dmabuf|registering\n");
     return 2;
 }

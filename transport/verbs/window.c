@@ -178,10 +178,14 @@ static enum nep_status exchange_keys(struct nep_verbs *verbs, struct nep_verbs_w
     const struct nep_transport_params *params = &verbs->params;
     window->mrs = calloc(verbs->num_paths * window->num_chunks, sizeof(struct ibv_mr *));
     uint32_t *nums = calloc(verbs->num_ranks, sizeof *nums), most = 0;
+    uint64_t begin_ns = nep_now_ns();
     enum nep_status status = window->mrs == NULL || nums == NULL
                                  ? nep_fail(NEP_ERR_NO_MEMORY, "verbs: no memory for registrations")
                                  : register_all(verbs, window);
     if (status == NEP_OK) {
+        nep_info("verbs: rank %u: a window of %.1f MB registered on %u paths in %.1f ms",
+                 verbs->rank, (double)window->bytes / 1e6, verbs->num_paths,
+                 (double)(nep_now_ns() - begin_ns) / 1e6);
         status = nep_verbs_gates_make(verbs, window, grants);
     }
     status = nep_bootstrap_common(params->bootstrap, verbs->rank, verbs->num_ranks, status,
