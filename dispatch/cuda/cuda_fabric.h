@@ -96,6 +96,7 @@ struct nep_far_state {
     uint64_t credit[NEP_FAR_MAX_RANKS];    /* what was last seen of pinned words */
     uint64_t sums_credit[NEP_FAR_MAX_RANKS];
     uint64_t slot[NEP_FAR_MAX_RANKS];
+    uint64_t counts_free[NEP_FAR_MAX_RANKS];
     uint64_t tile_seen[NEP_FAR_MAX_RANKS];
     uint64_t sums_seen[NEP_FAR_MAX_NODES];
     uint64_t listed[NEP_FAR_MAX_NODES]; /* within a launch: op + 1 when a node's list is there */

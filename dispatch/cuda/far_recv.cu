@@ -152,14 +152,47 @@ __device__ uint32_t find_round(const dispatch_args &a, const role &r, uint64_t o
     return round.begin[a.far.num_ranks];
 }
 
-__device__ bool read_all(const dispatch_args &a, const tables &tab, const role &r, uint64_t op)
+/* By a block: the most tiles that a source has in this operation. */
+__device__ uint32_t count_rounds(const dispatch_args &a)
 {
-    __shared__ tiles round;
+    __shared__ uint32_t most;
+    if (threadIdx.x < 32) {
+        uint32_t tiles = 0;
+        for (uint32_t s = threadIdx.x; s < a.far.num_ranks; s += 32) {
+            tiles = max(tiles, a.routing.in[s].tiles);
+        }
+        tiles = __reduce_max_sync(0xffffffffu, tiles);
+        if (threadIdx.x == 0) {
+            most = tiles;
+        }
+    }
+    __syncthreads();
+    return most;
+}
+
+/* By a block: the tiles of round t have been read by this rank. */
+__device__ void release_round(const dispatch_args &a, const tiles &round, uint32_t t)
+{
     const struct nep_far &far = a.far;
-    for (uint32_t t = 0;; t++) {
+    /* The last threads: the first ones tell the node. */
+    uint32_t s = blockDim.x - 1 - threadIdx.x;
+    if (s < far.num_ranks && round.rows[s] != 0) {
+        /* Release: read; pairs with the acquire in the proxy's duty. */
+        nep_st_release_sys(nep_far_word(far, far.local, far.own.dispatch_read, s),
+                           a.routing.in[s].first_tile + t + 1);
+    }
+}
+
+/* All rounds. Where nobody packs meanwhile, the last one is left to finish(): blocks then arrive
+ * once in place of twice. False: gave up. */
+__device__ bool read_all(const dispatch_args &a, const tables &tab, const role &r, uint64_t op,
+                         uint32_t rounds, tiles &round)
+{
+    const struct nep_far &far = a.far;
+    for (uint32_t t = 0; t < rounds; t++) {
         uint32_t rows = find_round(a, r, op, t, round);
-        if (rows == 0 || rows == UINT32_MAX) {
-            return rows == 0;
+        if (rows == UINT32_MAX) {
+            return false;
         }
         uint32_t stride = r.num * (THREADS / 32);
         uint32_t source = 0;
@@ -172,24 +205,26 @@ __device__ bool read_all(const dispatch_args &a, const tables &tab, const role &
             pull_row(a, tab, source, t * far.tile_rows, row - round.begin[source],
                      round.rows[source], i % a.tile_parts, round.tile[source]);
         }
+        if (t + 1 == rounds && a.pack_blocks == 0) {
+            break;
+        }
         if (nep_far_is_last(&far.state->read[t % NEP_FAR_WINDOW], r.num)) {
-            for (uint32_t s = threadIdx.x; s < far.num_ranks; s += THREADS) {
-                if (round.rows[s] != 0) {
-                    /* Release: read; pairs with the acquire in the proxy's duty. */
-                    nep_st_release_sys(nep_far_word(far, far.local, far.own.dispatch_read, s),
-                                       a.routing.in[s].first_tile + t + 1);
-                }
-            }
+            release_round(a, round, t);
         }
         __syncthreads(); /* `round` is filled in again */
     }
+    return true;
 }
 
 /* By the last block: all of this rank is done; waits for the node, and ends the operation. */
-__device__ void finish(const dispatch_args &a, uint64_t op)
+__device__ void finish(const dispatch_args &a, uint64_t op, uint32_t rounds, const tiles &round)
 {
     const struct nep_far &far = a.far;
-    if (!nep_near_meet(far, far.own.pushed, op + 1, NEP_CUDA_PHASE_PUSHED)) {
+    nep_near_tell(far, op + 1);
+    if (rounds != 0 && a.pack_blocks == 0) {
+        release_round(a, round, rounds - 1);
+    }
+    if (!nep_near_met(far, op + 1, NEP_CUDA_PHASE_PUSHED)) {
         return;
     }
     for (uint32_t n = threadIdx.x; n < far.num_nodes; n += blockDim.x) {
@@ -222,6 +257,8 @@ __device__ void receive(const dispatch_args &a, tables &tab, uint64_t op)
     }
     __syncthreads();
     bool is_done = true;
+    __shared__ tiles round;
+    uint32_t rounds = count_rounds(a);
     if (blockIdx.x < a.pack_blocks) {
         role r = {blockIdx.x, a.pack_blocks};
         is_done = pack(a, tab, r, op, NEP_FAR_WINDOW, UINT32_MAX);
@@ -231,7 +268,7 @@ __device__ void receive(const dispatch_args &a, tables &tab, uint64_t op)
         if (r.block == 0 && threadIdx.x == 0) {
             nep_far_stamp(far, NEP_FAR_AT_PUSHED);
         }
-        is_done = read_all(a, tab, r, op);
+        is_done = read_all(a, tab, r, op, rounds, round);
         if (r.block == 0 && threadIdx.x == 0) {
             nep_far_stamp(far, NEP_FAR_AT_READ);
         }
@@ -240,7 +277,7 @@ __device__ void receive(const dispatch_args &a, tables &tab, uint64_t op)
         return; /* recorded: nobody counts on this block */
     }
     if (nep_far_is_last(&far.state->arrived, gridDim.x)) {
-        finish(a, op);
+        finish(a, op, rounds, round);
     }
 }
 
@@ -282,20 +319,37 @@ __device__ bool wait_listed(const struct nep_far &far, uint64_t op)
 }
 
 /*
- * By one block, before it waits for lists: one look across PCIe at every credit and send slot. What
- * was there is then known near when pack asks for it, which is the rule.
+ * By one block, before it waits for lists: one look across PCIe at every credit, and at what is
+ * complete of tiles and COUNTS. What was there is then known near when it is asked for, which is
+ * the rule.
  */
 __device__ void look_ahead(const struct nep_far &far)
 {
     uint32_t n = threadIdx.x / 32;
-    if (threadIdx.x % 32 != 0 || n >= far.num_nodes || n == far.node) {
+    uint32_t what = threadIdx.x % 32;
+    if (what > 2 || n >= far.num_nodes || n == far.node) {
         return;
     }
     uint32_t ring = nep_far_skip(far.node, n);
+    uint32_t control = far.control[far.rank * far.num_ranks + nep_far_landing(far, far.rank, n)];
+    const uint64_t *word = what == 0   ? nep_far_word(far, far.local, far.own.dispatch_credit, n)
+                           : what == 1 ? &far.page->tiles_free[ring]
+                                       : &far.page->counts_free[control];
+    uint64_t *near = what == 0   ? &far.state->credit[n]
+                     : what == 1 ? &far.state->slot[ring]
+                                 : &far.state->counts_free[control];
     /* Acquire: pairs with raise() of the sink, and with the proxy's page; the raise hands it on. */
-    nep_ring_raise_near(&far.state->credit[n],
-                        nep_ring_load(nep_far_word(far, far.local, far.own.dispatch_credit, n)));
-    nep_ring_raise_near(&far.state->slot[ring], nep_ring_load(&far.page->tiles_free[ring]));
+    nep_ring_raise_near(near, nep_ring_load(word));
+}
+
+/* Blocks that pack: where there are enough, not those that send COUNTS, who are late. */
+__device__ __forceinline__ role find_packer(const struct nep_far &far, uint32_t placer)
+{
+    if (gridDim.x >= 2 * far.num_nodes) {
+        uint32_t first = far.num_nodes;
+        return {blockIdx.x - first, blockIdx.x < first ? 0 : gridDim.x - first};
+    }
+    return {blockIdx.x - (blockIdx.x > placer), blockIdx.x == placer ? 0 : gridDim.x - 1};
 }
 
 /*
@@ -321,6 +375,10 @@ __global__ void __launch_bounds__(THREADS, 1) whole_kernel(const __grid_constant
     if (blockIdx.x == placer && threadIdx.x == 0) {
         nep_far_stamp(far, NEP_FAR_AT_COUNTS);
     }
+    role packer = find_packer(far, placer);
+    if (packer.num != 0 && packer.block == packer.num - 1) {
+        look_ahead(far);
+    }
     far_counts::tell_nodes(a.counts, blockIdx.x, gridDim.x, op);
     if (blockIdx.x == placer) {
         if (!far_counts::place(a.place, op, totals)) {
@@ -333,12 +391,9 @@ __global__ void __launch_bounds__(THREADS, 1) whole_kernel(const __grid_constant
         }
         far_counts::count_local(a.counts);
     } else {
-        role r = {blockIdx.x - (blockIdx.x > placer), gridDim.x - 1};
-        if (r.block == gridDim.x - 2) {
-            look_ahead(far);
-        }
-        if (!wait_listed(far, op) || !pack(a.rows, tab, r, op, 0, NEP_FAR_WINDOW) ||
-            !wait_placed(far, op)) {
+        bool is_packed = packer.num == 0 || (wait_listed(far, op) &&
+                                             pack(a.rows, tab, packer, op, 0, NEP_FAR_WINDOW));
+        if (!is_packed || !wait_placed(far, op)) {
             return;
         }
     }

@@ -97,6 +97,28 @@ __device__ uint32_t take_token(const combine_args &a, const char *const *base, u
     return fill;
 }
 
+/* By a block: tiles whose rows are all of tokens before `end` have been read. */
+__device__ void release_sums(const combine_args &a, uint32_t end)
+{
+    const struct nep_far &far = a.far;
+    /* The last threads: the first ones tell the node. */
+    uint32_t n = blockDim.x - 1 - threadIdx.x;
+    if (n >= far.num_nodes || n == far.node) {
+        return;
+    }
+    uint32_t rows = rows_before(a, n, end);
+    uint32_t tiles = end == a.num_tokens ? nep_far_tiles(far, rows) : rows / far.tile_rows;
+    /* Release: pairs with the acquire in the proxy's duty. */
+    nep_st_release_sys(nep_far_word(far, far.local, far.own.combine_read, n),
+                       far.state->next_in[n] + tiles);
+}
+
+/* The last chunk, where nobody reduces meanwhile: blocks then arrive once in place of twice. */
+__device__ __forceinline__ bool is_left_to_finish(const combine_args &a, uint32_t end)
+{
+    return end == a.num_tokens && a.reduce_blocks == 0;
+}
+
 /* Tokens of one chunk; false: gave up. */
 template <class T>
 __device__ bool sum_chunk(const combine_args &a, const role &r, const char *const *base,
@@ -129,26 +151,20 @@ __device__ bool sum_chunk(const combine_args &a, const role &r, const char *cons
         sum_columns<T>(addends, addend_end, a.y + at, part_at(a, part, a.own_parts),
                        part_at(a, part + 1, a.own_parts), bias);
     }
-    if (nep_far_is_last(&a.routing.chunks[chunk], r.num) && threadIdx.x < far.num_nodes &&
-        threadIdx.x != far.node) {
-        uint32_t n = threadIdx.x;
-        uint32_t rows = rows_before(a, n, end);
-        uint32_t tiles = end == a.num_tokens ? nep_far_tiles(far, rows) : rows / far.tile_rows;
-        /* Release: these tiles have been read; pairs with the acquire in the proxy's duty. */
-        nep_st_release_sys(nep_far_word(far, far.local, far.own.combine_read, n),
-                           far.state->next_in[n] + tiles);
+    if (is_left_to_finish(a, end)) {
+        return true;
+    }
+    if (nep_far_is_last(&a.routing.chunks[chunk], r.num)) {
+        release_sums(a, end);
     }
     return true;
 }
 
-/* By the last block: R1, then the node's end of reading, then the end of the operation. */
-__device__ void finish(const combine_args &a, uint64_t op)
+/* By a block: R1, COUNTS of all ranks. Long before the end: words across PCIe take their time. */
+__device__ bool hear_all(const combine_args &a, uint64_t op)
 {
     const struct nep_far &far = a.far;
     bool is_there = true;
-    if (threadIdx.x == 0) {
-        nep_far_stamp(far, NEP_FAR_AT_SUMMED);
-    }
     for (uint32_t s = threadIdx.x; s < far.num_ranks; s += blockDim.x) {
         const uint64_t *word = nep_far_counts_word(far, s, op);
         is_there = far.node_of_rank[s] == far.node
@@ -160,8 +176,21 @@ __device__ void finish(const combine_args &a, uint64_t op)
             is_there = false;
         }
     }
-    if (__syncthreads_and(is_there) == 0 ||
-        !nep_near_meet(far, far.own.pushed, op + 1, NEP_CUDA_PHASE_READ)) {
+    return __syncthreads_and(is_there) != 0;
+}
+
+/* By the last block, when R1 holds: the node's end of reading, then the end of the operation. */
+__device__ void finish(const combine_args &a, uint64_t op)
+{
+    const struct nep_far &far = a.far;
+    if (threadIdx.x == 0) {
+        nep_far_stamp(far, NEP_FAR_AT_SUMMED);
+    }
+    nep_near_tell(far, op + 1);
+    if (a.num_tokens != 0 && is_left_to_finish(a, a.num_tokens)) {
+        release_sums(a, a.num_tokens);
+    }
+    if (!nep_near_met(far, op + 1, NEP_CUDA_PHASE_READ)) {
         return;
     }
     for (uint32_t n = threadIdx.x; n < far.num_nodes; n += blockDim.x) {
@@ -196,6 +225,7 @@ __device__ void sum_all(const combine_args &a, const char *const *base, addend *
     } else {
         role r = {blockIdx.x - a.reduce_blocks, gridDim.x - a.reduce_blocks};
         uint32_t chunks = nep_far_tiles(far, a.num_tokens);
+        is_done = r.block != r.num - 1 || hear_all(a, op);
         for (uint32_t c = 0; is_done && c < chunks; c++) {
             is_done = sum_chunk<T>(a, r, base, addends, op, c);
         }
@@ -219,14 +249,22 @@ __global__ void __launch_bounds__(THREADS, 1) sum_kernel(const __grid_constant__
     }
 }
 
-/* By one block: one look across PCIe at every credit and send slot, before it is asked for. */
+/* By one block: one look across PCIe at every credit, and at what is complete of tiles and COUNTS,
+ * before it is asked for. */
 __device__ void look_ahead(const struct nep_far &far)
 {
+    /* Acquire: pairs with raise() of the sink, and with the proxy's page; handed on here. */
     for (uint32_t l = threadIdx.x; l < far.num_lanes; l += blockDim.x) {
-        /* Acquire: pairs with raise() of the sink, and with the proxy's page; handed on here. */
         nep_ring_raise_near(&far.state->sums_credit[l],
                             nep_ring_load(nep_far_word(far, far.local, far.own.combine_credit, l)));
-        nep_ring_raise_near(&far.state->slot[l], nep_ring_load(&far.page->tiles_free[l]));
+    }
+    uint32_t other = blockDim.x - 1 - threadIdx.x;
+    if (other < far.num_lanes) {
+        nep_ring_raise_near(&far.state->slot[other], nep_ring_load(&far.page->tiles_free[other]));
+    } else if (other - far.num_lanes < far.num_controls) {
+        uint32_t control = other - far.num_lanes;
+        nep_ring_raise_near(&far.state->counts_free[control],
+                            nep_ring_load(&far.page->counts_free[control]));
     }
 }
 
@@ -252,10 +290,10 @@ __global__ void __launch_bounds__(THREADS, 1) whole_kernel(const __grid_constant
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         nep_far_stamp(far, NEP_FAR_AT_OFFER);
     }
-    far_counts::tell_controls(a.counts, blockIdx.x, gridDim.x, op);
     if (blockIdx.x == gridDim.x - 1) {
         look_ahead(far);
     }
+    far_counts::tell_controls(a.counts, blockIdx.x, gridDim.x, op);
     if (!find_rows(a.sums, op, base)) {
         return;
     }

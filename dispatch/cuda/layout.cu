@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(LAYOUT_MAX_THREADS)
     if (!__syncthreads_and(is_begun)) { /* the same answer for all threads of a block */
         return;
     }
-    const layout_tables tables = {a.routing.slots, a.routing.index};
+    const layout_tables tables = {a.routing.slots, a.routing.index, false};
     layout_block(a, tables, op, epoch, shared, blockIdx.x, gridDim.x, blockIdx.x == gridDim.x - 1);
     if (nep_is_last_block(a.routing.cell) && threadIdx.x == 0) {
         a.routing.cell->epoch = epoch;

@@ -27,7 +27,7 @@ enum { PUSH_THREADS = 1024 };
 
 /* A push of so few pairs does layout's work itself, every block for itself: its own launch would
  * take longer. */
-enum { ALONE_PAIRS = 256 };
+enum { ALONE_PAIRS = 1024 };
 
 struct push_args {
     struct nep_cuda_group group;
@@ -64,7 +64,7 @@ struct block {
     uint64_t totals[NEP_CUDA_MAX_RANKS];
     uint64_t capacity[NEP_CUDA_MAX_RANKS];
     bool is_short; /* an output is too small */
-    /* staging areas of this operation; rows NULL: nobody pulls, or not from there */
+    /* staging areas of this operation; rows NULL: those who pull do it elsewhere */
     bool is_pulled; /* somebody pulls */
     char *rows;
     char *scales;
@@ -329,7 +329,13 @@ __device__ __forceinline__ void find_places(const push_args &a, uint64_t op, blo
         b.capacity[r] = nep_bind_at(a.group, a.group.rank, op, r)->capacity;
     }
     if (threadIdx.x == 0) {
-        b.is_short = false;
+        uint64_t slot = op % a.staging.depth;
+        uint64_t row = slot * a.place.max_tokens;
+        char *window = nep_window(a.group, a.group.rank);
+        b.is_short = b.is_pulled = false;
+        b.pairs = row * a.top_k;
+        b.rows = a.is_lent ? nullptr : window + a.staging.x + row * a.wire.payload_bytes;
+        b.scales = window + a.staging.scales + slot * a.staging.scales_stride;
     }
 }
 
@@ -359,33 +365,22 @@ __device__ __forceinline__ bool prepare(const push_args &a, bool is_begun, uint6
     if (!__syncthreads_and(agrees)) {
         return false;
     }
-    bool is_pulled = false;
     if (threadIdx.x < num_ranks) {
         uint32_t r = threadIdx.x;
-        is_pulled = b.places[r].x == nullptr && b.totals[r] != 0;
+        if (b.places[r].x == nullptr && b.totals[r] != 0) {
+            b.is_pulled = true;
+        }
         if (b.totals[r] > b.capacity[r]) {
             nep_give_up(a.group, op, NEP_CUDA_STATUS(NEP_CUDA_OVERFLOW, NEP_CUDA_PHASE_BOUND, r));
             b.is_short = true;
         }
     }
-    is_pulled = __syncthreads_or(is_pulled) != 0;
-    if (threadIdx.x == 0) {
-        uint64_t slot = op % a.staging.depth;
-        char *window = nep_window(a.group, a.group.rank);
-        b.is_pulled = is_pulled;
-        b.pairs = slot * a.place.max_tokens * a.top_k;
-        b.rows =
-            !is_pulled || a.is_lent
-                ? nullptr
-                : window + a.staging.x + slot * a.place.max_tokens * (uint64_t)a.wire.payload_bytes;
-        b.scales = window + a.staging.scales + slot * a.staging.scales_stride;
-    }
     __syncthreads();
     return !b.is_short;
 }
 
-/* The row that a warp moves first, into the cache: the memory has nothing else to do while ranks
- * wait for each other. */
+/* The row that a warp moves first, into the cache: the memory has nothing else to do while counts
+ * are worked out and ranks wait for each other. */
 template <bool kCast> __device__ __forceinline__ void prefetch_first(const push_args &a)
 {
     const uint32_t kLine = 128;
@@ -452,7 +447,7 @@ __global__ void __launch_bounds__(PUSH_THREADS, 1) push_kernel(const __grid_cons
     nep_wait_for_previous();
     prefetch_first<kCast>(a);
     bool is_begun = nep_begin(a.group, a.routing.cell, &op);
-    push_rows<kCast>(a, {a.routing.slots, a.routing.index}, is_begun, false, op, first_rows, b);
+    push_rows<kCast>(a, {a.routing.slots, a.routing.index, true}, is_begun, false, op, first_rows, b);
 }
 
 /* Layout and push in one launch. Every block finds all slots and indexes in its own shared memory;
@@ -466,16 +461,15 @@ __global__ void __launch_bounds__(PUSH_THREADS, 1)
     const push_args &a = args.push;
     uint32_t pairs = a.num_tokens * a.top_k;
     const layout_tables tables = {first_rows + a.num_buckets,
-                                  first_rows + a.num_buckets + ALONE_PAIRS};
+                                  first_rows + a.num_buckets + ALONE_PAIRS, true};
     uint64_t op = 0;
-    prefetch_first<kCast>(a);
+    prefetch_ids(args.layout);
     bool is_begun = nep_begin_next(a.group, &op);
-    for (uint32_t i = threadIdx.x; args.layout.in.ids == nullptr && i < pairs; i += blockDim.x) {
-        tables.slots[i] = a.routing.slots[i];
-    }
+    fill_slots(args.layout, tables, op);
     if (!__syncthreads_and(is_begun)) {
         return;
     }
+    prefetch_first<kCast>(a); /* now: before, what layout needs would stand in line behind rows */
     layout_block(args.layout, tables, op, 0, tables.index + ALONE_PAIRS, 0, 1, blockIdx.x == 0);
     if (!__syncthreads_and(!nep_is_stuck(a.group))) {
         return;

@@ -256,17 +256,21 @@ static __device__ inline bool nep_far_is_last(uint32_t *counter, uint32_t num)
     return is_last;
 }
 
-/* By all threads of a block: raises this rank's word at every rank of the node, and waits for the
- * others' here. Release, and acquire: what each did before. */
-static __device__ inline bool nep_near_meet(const struct nep_far &a, uint64_t own_offset,
-                                            uint64_t value, uint32_t phase)
+/* By all threads of a block: raises this rank's word at every rank of the node. Release: what this
+ * rank did before; pairs with the acquire in nep_near_met there. */
+static __device__ inline void nep_near_tell(const struct nep_far &a, uint64_t value)
 {
-    bool is_there = true;
     for (uint32_t g = threadIdx.x; g < a.node_size; g += blockDim.x) {
         nep_st_release_sys(nep_near_word(a, g, nep_far_region(a, g).pushed, a.local), value);
     }
+}
+
+/* By all threads of a block: waits for the words of the node. */
+static __device__ inline bool nep_near_met(const struct nep_far &a, uint64_t value, uint32_t phase)
+{
+    bool is_there = true;
     for (uint32_t g = threadIdx.x; g < a.node_size; g += blockDim.x) {
-        is_there = nep_near_wait(a, nep_near_word(a, a.local, own_offset, g), value, phase,
+        is_there = nep_near_wait(a, nep_near_word(a, a.local, a.own.pushed, g), value, phase,
                                  nep_far_rank_at(a, g), a.timeout_ns);
     }
     return __syncthreads_and(is_there) != 0;

@@ -120,8 +120,9 @@ __device__ inline void publish(const counts_args &a, uint64_t op)
     fill(a, far.node, op, 0, 0, 0,
          (struct nep_counts_msg *)(own + region.counts + slot * region.counts_bytes));
     __syncthreads();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == 32) { /* at once: a second release would wait for the first's store */
         nep_st_release_sys((uint64_t *)(own + region.counts_word) + slot, op + 1);
+    } else if (threadIdx.x == 0) {
         if (is_dispatch && a.is_bound) {
             nep_far_bind_own(far, region.out_bind, a.out, op);
         } else if (!is_dispatch) {
@@ -183,8 +184,10 @@ __device__ inline void send(const counts_args &a, uint32_t dst, uint64_t op, uin
     uint64_t idx = (uint64_t)control * NEP_FAR_WINDOW + op % NEP_FAR_WINDOW;
     if (threadIdx.x == 0) {
         is_free =
-            op < NEP_FAR_WINDOW || nep_far_wait(far, &far.page->counts_free[control],
-                                                op - NEP_FAR_WINDOW + 1, NEP_FAR_PHASE_SLOT, dst);
+            op < NEP_FAR_WINDOW ||
+            nep_far_wait_relayed(far, true, &far.page->counts_free[control],
+                                 &far.state->counts_free[control], op - NEP_FAR_WINDOW + 1,
+                                 NEP_FAR_PHASE_SLOT, dst);
     }
     __syncthreads();
     if (!is_free) {

@@ -44,6 +44,7 @@ struct layout_args {
 struct layout_tables {
     uint32_t *slots; /* [T][K] */
     uint32_t *index;
+    bool is_filled; /* slots are there before layout_block */
 };
 
 /* Sections of the counts. */
@@ -74,9 +75,39 @@ __device__ __forceinline__ int32_t take_id(const layout_args &a, uint64_t op, ui
 }
 
 /* Experts with one copy need no choice: their slots are looked up while pairs are counted. */
-__device__ __forceinline__ bool is_looked_up(const layout_args &a)
+__device__ __forceinline__ bool is_looked_up(const layout_args &a, const layout_tables &tb)
 {
-    return a.in.ids != nullptr && a.in.copies.is_single;
+    return a.in.ids != nullptr && a.in.copies.is_single && !tb.is_filled;
+}
+
+/* By a block that does all of it: ids and the table of slots into the cache, for fill_slots. */
+__device__ __forceinline__ void prefetch_ids(const layout_args &a)
+{
+    const uint32_t kLine = 128;
+    uint32_t bytes = a.in.num_tokens * a.top_k * (a.in.id_type == NEP_IDS_INT64 ? 8 : 4);
+    uint32_t at = threadIdx.x * kLine;
+    uint32_t other = (blockDim.x - 1 - threadIdx.x) * kLine;
+    if (a.in.ids != nullptr && at < bytes) {
+        nep_prefetch((const char *)a.in.ids + at);
+    }
+    if (a.in.ids != nullptr && a.in.copies.is_single && other < a.in.copies.num_experts * 4) {
+        nep_prefetch((const char *)a.in.copies.slot + other);
+    }
+}
+
+/* Slots that need no choice, a pair per thread. A barrier must follow. */
+__device__ __forceinline__ void fill_slots(const layout_args &a, const layout_tables &tb,
+                                           uint64_t op)
+{
+    uint32_t pairs = a.in.num_tokens * a.top_k;
+    for (uint32_t i = threadIdx.x; i < pairs; i += blockDim.x) {
+        if (a.in.ids == nullptr) {
+            tb.slots[i] = a.routing.slots[i];
+        } else if (a.in.copies.is_single) {
+            int32_t id = take_id(a, op, i);
+            tb.slots[i] = id < 0 ? NEP_SLOT_NONE : a.in.copies.slot[id];
+        }
+    }
 }
 
 /* Slots of the block's tokens [begin, end), where there is a choice. */
@@ -120,7 +151,21 @@ __device__ __forceinline__ int32_t peek(const layout_args &a, const layout_table
         return -1;
     }
     uint64_t at = (uint64_t)t * a.top_k + lane % a.top_k;
-    return is_looked_up(a) ? take_id(a, op, at) : (int32_t)tb.slots[at];
+    return is_looked_up(a, tb) ? take_id(a, op, at) : (int32_t)tb.slots[at];
+}
+
+/* One node: the tokens of a warp's step that have a slot at all, in one addition. */
+__device__ __forceinline__ void count_tokens(const layout_args &a, bool is_used, uint32_t in_step,
+                                             uint32_t *counts)
+{
+    uint32_t lane = threadIdx.x % 32;
+    uint32_t used = __ballot_sync(0xffffffffu, is_used);
+    uint32_t mine = (a.top_k == 32 ? ~0u : (1u << a.top_k) - 1) << in_step * a.top_k;
+    bool is_first = is_used && __ffs(used & mine) - 1 == lane;
+    uint32_t tokens = __popc(__ballot_sync(0xffffffffu, is_first));
+    if (lane == 0 && tokens != 0) {
+        atomicAdd(&counts[node_section(a)], tokens);
+    }
 }
 
 __device__ __forceinline__ pair take_pair(const layout_args &a, const layout_tables &tb,
@@ -132,7 +177,7 @@ __device__ __forceinline__ pair take_pair(const layout_args &a, const layout_tab
     pair p;
     p.at = (token + in_step) * a.top_k + lane % a.top_k;
     p.slot = (uint32_t)peeked; /* -1 is NEP_SLOT_NONE */
-    if (is_looked_up(a)) {
+    if (is_looked_up(a, tb)) {
         p.slot = peeked < 0 ? NEP_SLOT_NONE : a.in.copies.slot[peeked];
         if (in_step < 32 / a.top_k && token + in_step < end) {
             tb.slots[p.at] = p.slot;
@@ -144,13 +189,18 @@ __device__ __forceinline__ pair take_pair(const layout_args &a, const layout_tab
     /* Keys of unused lanes differ from all others, and from each other. */
     uint32_t lonely = 0x80000000u + lane;
     uint32_t rank_mask = same(is_used ? in_step * a.num_ranks + rank : lonely);
-    uint32_t node_mask = same(is_used ? in_step * a.num_nodes + node : lonely);
+    uint32_t node_mask = 0;
+    if (a.num_nodes > 1) {
+        node_mask = same(is_used ? in_step * a.num_nodes + node : lonely);
+    }
     p.first = __ffs(rank_mask) - 1;
     bool is_first = is_used && p.first == lane;
     if (is_first) {
         atomicAdd(&counts[rank], 1u);
     }
-    if (is_used && __ffs(node_mask) - 1 == lane) {
+    if (a.num_nodes == 1) {
+        count_tokens(a, is_used, in_step, counts);
+    } else if (is_used && __ffs(node_mask) - 1 == lane) {
         atomicAdd(&counts[node_section(a) + node], 1u);
     }
     if (is_used) {
@@ -233,33 +283,33 @@ __device__ bool count_before(const layout_args &a, uint64_t op, uint64_t epoch, 
     return true;
 }
 
-/* By the last block, which knows all totals: COUNTS to every rank, then their words. One node. */
+/*
+ * By a block that knows all totals: COUNTS, and outputs if known, to every rank; one node. A warp
+ * per rank stores its message and then its words, so that none waits for the others' stores.
+ */
 __device__ void send_counts(const layout_args &a, const uint32_t *totals, uint64_t op)
 {
     uint32_t num_ranks = a.group.num_ranks;
     uint32_t num = num_ranks + num_ranks * a.slots_per_rank;
-    if (a.is_bound) {
-        nep_bind_store(a.group, a.out, op);
-    }
-    for (uint32_t r = 0; r < num_ranks; r++) {
+    uint32_t lane = threadIdx.x % 32;
+    uint32_t num_warps = blockDim.x / 32;
+    /* The last warps: the first ones have buckets to add up. */
+    for (uint32_t r = num_warps - 1 - threadIdx.x / 32; r < num_ranks; r += num_warps) {
         struct nep_cuda_message *head = nep_message_at(a.group, r, op, a.group.rank);
         uint32_t *rows = (uint32_t *)(head + 1);
-        if (threadIdx.x == 0) {
+        if (lane == 0) {
             *head = {op, a.in.digest, a.in.num_tokens, a.in.x_offset, a.in.scales_offset, 0};
+        } else if (lane == 1 && a.is_bound) {
+            nep_bind_store(a.group, a.out, op, r);
         }
-        for (uint32_t i = threadIdx.x; i < num; i += blockDim.x) {
+        for (uint32_t i = lane; i < num; i += 32) {
             rows[i] = totals[i < num_ranks ? i : slot_section(a) + i - num_ranks];
         }
-    }
-    __syncthreads();
-    /* Both words at once, by different warps: a second release would wait for the first's store. */
-    for (uint32_t i = threadIdx.x; i < 2 * NEP_CUDA_MAX_RANKS; i += blockDim.x) {
-        uint32_t rank = i % NEP_CUDA_MAX_RANKS;
-        bool is_counts = i < NEP_CUDA_MAX_RANKS;
-        uint64_t offset = is_counts ? a.group.words.counts : a.group.words.bound;
-        if (rank < num_ranks && (is_counts || a.is_bound)) {
+        __syncwarp();
+        if (lane < (a.is_bound ? 2 : 1)) {
+            uint64_t offset = lane == 0 ? a.group.words.counts : a.group.words.bound;
             /* Release: pairs with the acquire in nep_wait_word there. */
-            nep_st_release_sys(nep_word_at(a.group, rank, offset, op, a.group.rank), op);
+            nep_st_release_sys(nep_word_at(a.group, r, offset, op, a.group.rank), op);
         }
     }
 }
@@ -302,6 +352,10 @@ __device__ __forceinline__ void layout_block(const layout_args &a, const layout_
     route(a, tb, op, block_begin, block_end);
     index_in_warp(a, tb, op, begin, end, hists + warp * a.num_buckets, counts);
     __syncthreads();
+    bool is_told = is_sender && !a.is_quiet;
+    if (num_blocks == 1 && is_told && !nep_is_stuck(a.group)) {
+        send_counts(a, counts, op); /* these are all: no block comes before */
+    }
     for (uint32_t i = threadIdx.x; num_blocks > 1 && i < num_counts(a); i += blockDim.x) {
         nep_st_relaxed_gpu(a.routing.block_counts + (uint64_t)block * num_counts(a) + i,
                            epoch << 32 | counts[i]);
@@ -321,13 +375,15 @@ __device__ __forceinline__ void layout_block(const layout_args &a, const layout_
             *cell = run;
             run += rows;
         }
-        counts[i] += before;
+        if (before != 0) {
+            counts[i] += before;
+        }
         if (is_last && is_sender) {
             a.routing.counts[i] = counts[i];
         }
     }
     __syncthreads();
-    if (is_last && is_sender && !a.is_quiet && !nep_is_stuck(a.group)) {
+    if (num_blocks > 1 && is_last && is_told && !nep_is_stuck(a.group)) {
         send_counts(a, counts, op);
     }
     if (is_sender || num_blocks > 1) {

@@ -236,28 +236,30 @@ static __device__ inline void nep_tell_all(const struct nep_cuda_group &group, u
     }
 }
 
-/* By all threads of one block: where this rank's outputs are, to every rank; no word yet. */
+/* By one thread: where this rank's outputs are, to rank r; no word yet. */
 static __device__ inline void nep_bind_store(const struct nep_cuda_group &group,
-                                             const struct nep_cuda_output &out, uint64_t op)
+                                             const struct nep_cuda_output &out, uint64_t op,
+                                             uint32_t r)
 {
     const void *const arrays[] = {
         out.x, out.scales, out.topk_slots, out.topk_weights, out.source_rank, out.source_token};
     const char *own = nep_window(group, group.rank);
-    for (uint32_t r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
-        uint64_t *to = (uint64_t *)nep_bind_at(group, r, op, group.rank);
-        for (uint32_t i = 0; i < 6; i++) {
-            bool is_there = out.is_mapped && arrays[i] != nullptr;
-            to[i] = is_there ? (uint64_t)((const char *)arrays[i] - own) : NEP_CUDA_NONE;
-        }
-        to[6] = out.capacity;
+    uint64_t *to = (uint64_t *)nep_bind_at(group, r, op, group.rank);
+    for (uint32_t i = 0; i < 6; i++) {
+        bool is_there = out.is_mapped && arrays[i] != nullptr;
+        to[i] = is_there ? (uint64_t)((const char *)arrays[i] - own) : NEP_CUDA_NONE;
     }
+    to[6] = out.capacity;
 }
 
-/* The same, and the word: each thread releases what it stored itself. */
+/* By all threads of one block: the same to every rank, and the word: each thread releases what it
+ * stored itself. */
 static __device__ inline void nep_bind_all(const struct nep_cuda_group &group,
                                            const struct nep_cuda_output &out, uint64_t op)
 {
-    nep_bind_store(group, out, op);
+    for (uint32_t r = threadIdx.x; r < group.num_ranks; r += blockDim.x) {
+        nep_bind_store(group, out, op, r);
+    }
     nep_tell_all(group, group.words.bound, op);
 }
 

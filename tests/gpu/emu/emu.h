@@ -132,6 +132,15 @@ static inline uint32_t __reduce_add_sync(uint32_t, uint32_t value)
     }
     return sum;
 }
+static inline uint32_t __reduce_max_sync(uint32_t, uint32_t value)
+{
+    uint32_t live, most = 0;
+    const uint64_t *all = emu::exchange(value, &live);
+    for (uint32_t i = 0; i < 32; i++) {
+        most = (live >> i & 1) && all[i] > most ? (uint32_t)all[i] : most;
+    }
+    return most;
+}
 template <class T> static inline T emu_take(T value, uint32_t lane)
 {
     uint64_t bits = 0;
