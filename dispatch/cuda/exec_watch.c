@@ -3,13 +3,14 @@
  * What watches over an ep's kernels (dispatch/watch.h). A rank that is gone is told to them in the
  * word where it would have said itself that it gave up: kernels look at that word anyway while they
  * wait for this rank, and no other one, so nothing new is polled and nobody else is stopped. Over
- * several nodes the proxy looks after the ranks of other nodes, and tells kernels by its ring.
+ * several nodes that is the one word by which all of a node give up, and the ranks of other nodes
+ * that this one exchanges rows with are the proxy's to look after, which tells kernels by its ring.
  */
 #include <stdlib.h>
 
 #include "base/clock.h"
 #include "base/log.h"
-#include "dispatch/cuda/exec.h"
+#include "dispatch/cuda/exec_far.h"
 #include "dispatch/watch.h"
 
 enum { PERIOD_MS = 10 };
@@ -44,11 +45,14 @@ static void tell(void *ctx, uint32_t rank)
     const struct nep_device_watch *here = ctx;
     const struct nep_ep *ep = here->ep;
     const struct nep_cuda_group *group = &ep->device->group;
-    if (ep->device->far != NULL || cudaSetDevice(ep->device->ordinal) != cudaSuccess) {
+    bool is_near = ep->plan.topology->node_of_rank[rank] == ep->node;
+    if (!is_near || cudaSetDevice(ep->device->ordinal) != cudaSuccess) {
         return;
     }
-    char *word = group->base + group->rank * group->stride + group->words_offset +
-                 group->words.fault + (uint64_t)rank * sizeof(uint64_t);
+    char *word = ep->device->far != NULL
+                     ? (char *)ep->device->far->far.stuck
+                     : group->base + group->rank * group->stride + group->words_offset +
+                           group->words.fault + (uint64_t)rank * sizeof(uint64_t);
     if (is_silent(here, word) &&
         here->driver->write_value64(here->stream, (CUdeviceptr)(uintptr_t)word,
                                     NEP_CUDA_STATUS(NEP_CUDA_LOST, 0, rank), 0) != CUDA_SUCCESS) {
