@@ -104,6 +104,9 @@ part_sanitizer() {
     for tool in memcheck racecheck synccheck; do
         CUDA_DEVICE_MAX_CONNECTIONS=32 run 100 "$sanitizer" --tool $tool --error-exitcode 9 \
             "$bin/gpu_check" random threads 1 "$seed" 6
+        # Two hops: launch by launch, so that no kernel waits for one that has not ended.
+        CUDA_DEVICE_MAX_CONNECTIONS=32 run 100 "$sanitizer" --tool $tool --error-exitcode 9 \
+            "$bin/gpu_far" lockstep "$seed" 6
     done
     CUDA_DEVICE_MAX_CONNECTIONS=32 run 100 "$sanitizer" --tool racecheck --error-exitcode 9 \
         "$bin/gpu_check" random threads 2 "$seed" 4

@@ -132,28 +132,38 @@ void far_draw(struct far_rank *r, uint64_t round)
     far_meet(r);
 }
 
+/* Sanitizers may run kernels of two streams one after the other. With one rank a node none waits
+ * for a launch that has not ended, if all go in step. */
+static void step(struct far_rank *r, enum nep_status status)
+{
+    far_must(status != NEP_OK, nep_last_message());
+    if (r->world->shape.is_lockstep) {
+        far_must((int)cudaStreamSynchronize(r->stream), "kernels");
+        far_meet(r);
+    }
+}
+
 void far_dispatch(struct far_rank *r)
 {
     if (r->world->shape.is_whole) {
-        far_must(nep_cuda_far_dispatch(&r->dispatch, r->stream) != NEP_OK, nep_last_message());
+        step(r, nep_cuda_far_dispatch(&r->dispatch, r->stream));
         return;
     }
-    far_must(nep_cuda_far_counts(&r->dispatch, NEP_FAR_BINDS, r->stream) != NEP_OK,
-             nep_last_message());
-    far_must(nep_cuda_far_pack(&r->dispatch, r->stream) != NEP_OK, nep_last_message());
-    far_must(nep_cuda_far_place(&r->dispatch, r->stream) != NEP_OK, nep_last_message());
-    far_must(nep_cuda_far_recv(&r->dispatch, 0, r->stream) != NEP_OK, nep_last_message());
+    step(r, nep_cuda_far_counts(&r->dispatch, NEP_FAR_BINDS, r->stream));
+    step(r, nep_cuda_far_pack(&r->dispatch, r->stream));
+    step(r, nep_cuda_far_place(&r->dispatch, r->stream));
+    step(r, nep_cuda_far_recv(&r->dispatch, 0, r->stream));
 }
 
 void far_combine(struct far_rank *r)
 {
     if (r->world->shape.is_whole) {
-        far_must(nep_cuda_far_combine(&r->combine, r->stream) != NEP_OK, nep_last_message());
+        step(r, nep_cuda_far_combine(&r->combine, r->stream));
         return;
     }
-    far_must(nep_cuda_far_offer(&r->combine, r->stream) != NEP_OK, nep_last_message());
-    far_must(nep_cuda_far_reduce(&r->combine, r->stream) != NEP_OK, nep_last_message());
-    far_must(nep_cuda_far_sum(&r->combine, r->stream) != NEP_OK, nep_last_message());
+    step(r, nep_cuda_far_offer(&r->combine, r->stream));
+    step(r, nep_cuda_far_reduce(&r->combine, r->stream));
+    step(r, nep_cuda_far_sum(&r->combine, r->stream));
 }
 
 uint64_t far_status(struct far_rank *r)

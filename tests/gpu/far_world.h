@@ -35,7 +35,8 @@ struct far_shape {
     bool is_staged;
     bool is_full; /* every rank has max_tokens, every k is used */
     bool is_graph;
-    bool is_whole; /* one launch an operation */
+    bool is_whole;    /* one launch an operation */
+    bool is_lockstep; /* every launch ends before the next one of any rank begins */
     uint64_t nic_seed;
     uint64_t timeout_ns;
 };

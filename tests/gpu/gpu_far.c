@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * usage: gpu_far random SEED COUNT | faults | perf NODES RANKS SMS TOKENS bf16|fp8 [staged]
- * Two hops on one GPU: emulated nodes (far_world.h). random: every element of dispatch and combine
- * over random shapes, groups of unlike nodes, few and many tiles, a NIC that reorders, staging
- * through pinned memory, graphs. faults: a stopped proxy and a lost rank, named within the deadline
- * on every rank that waits. perf: times in a graph that is replayed.
+ * usage: gpu_far random SEED COUNT | lockstep SEED COUNT | faults | perf NODES RANKS SMS TOKENS
+ * bf16|fp8 [staged] Two hops on one GPU: emulated nodes (far_world.h). random: every element of
+ * dispatch and combine over random shapes, groups of unlike nodes, few and many tiles, a NIC that
+ * reorders, staging through pinned memory, graphs. lockstep: the same in small, launch by launch, a
+ * rank a node, for sanitizers, which may not run two kernels at once. faults: a stopped proxy and a
+ * lost rank, named within the deadline on every rank that waits. perf: times in a graph that is
+ * replayed.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -106,11 +108,31 @@ static void print_shape(const struct far_shape *s)
            s->is_whole ? " whole" : "");
 }
 
-static int check_random(uint64_t seed, uint32_t count)
+/* Small, and such that no kernel waits for one that has not ended: all tiles fit their slots. */
+static void set_lockstep(struct far_shape *s)
+{
+    s->num_nodes = s->num_nodes > 3 ? 3 : s->num_nodes;
+    for (uint32_t n = 0; n < s->num_nodes; n++) {
+        s->node_ranks[n] = 1;
+    }
+    uint32_t most = s->num_nodes * s->slots_per_rank;
+    s->top_k = s->top_k < most ? s->top_k : most;
+    s->max_tokens = 1 + s->max_tokens % 24;
+    s->tile_rows = (s->max_tokens + 1) / 2;
+    s->hidden = s->hidden > 512 ? 512 : s->hidden;
+    s->is_staged = s->is_lockstep = true;
+    s->is_graph = s->is_whole = false;
+    s->timeout_ns = 20 * NEP_S; /* the proxies' threads are slow there, too */
+}
+
+static int check_random(uint64_t seed, uint32_t count, bool is_lockstep)
 {
     uint64_t wrong = 0;
     for (uint32_t i = 0; i < count; i++) {
         struct far_shape shape = random_shape(nep_ref_mix(seed, i));
+        if (is_lockstep) {
+            set_lockstep(&shape);
+        }
         uint64_t here = far_world_run(&shape, check_rounds, NULL);
         if (here != 0) {
             printf("%llu wrong in shape %u: ", (unsigned long long)here, i);
@@ -343,8 +365,9 @@ int main(int argc, char **argv)
     setenv("CUDA_MODULE_LOADING", "EAGER", 1);
     setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
     cudaSetDeviceFlags(cudaDeviceScheduleBlockingSync);
-    if (argc == 4 && strcmp(argv[1], "random") == 0) {
-        return check_random(strtoull(argv[2], NULL, 0), (uint32_t)atoi(argv[3]));
+    bool is_lockstep = strcmp(argc > 1 ? argv[1] : "", "lockstep") == 0;
+    if (argc == 4 && (is_lockstep || strcmp(argv[1], "random") == 0)) {
+        return check_random(strtoull(argv[2], NULL, 0), (uint32_t)atoi(argv[3]), is_lockstep);
     }
     if (argc == 2 && strcmp(argv[1], "faults") == 0) {
         return check_faults();
@@ -352,7 +375,7 @@ int main(int argc, char **argv)
     if (argc >= 7 && strcmp(argv[1], "perf") == 0) {
         return perf(argv, argc);
     }
-    fprintf(stderr, "usage: gpu_far random SEED COUNT | faults | perf NODES RANKS SMS TOKENS "
-                    "bf16|fp8 [staged]\n");
+    fprintf(stderr, "usage: gpu_far random SEED COUNT | lockstep SEED COUNT | faults | perf NODES "
+                    "RANKS SMS TOKENS bf16|fp8 [staged]\n");
     return 2;
 }
