@@ -19,6 +19,19 @@ __device__ uint32_t rows_before(const combine_args &a, uint32_t node, uint32_t t
     if (token >= a.num_tokens) {
         return end;
     }
+    /* The next token that has a row is near as a rule; a search takes a load after another. */
+    const uint32_t *row_of = a.routing.row_of + (uint64_t)node * a.far.shape.max_tokens + token;
+    uint32_t rows[4];
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++) {
+        rows[i] = token + i < a.num_tokens ? row_of[i] : end;
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++) {
+        if (rows[i] != NEP_SLOT_NONE) {
+            return rows[i];
+        }
+    }
     const uint32_t *tokens = a.routing.node_tokens + (uint64_t)node * a.far.shape.max_tokens;
     uint32_t begin = 0;
     while (begin < end) {

@@ -29,13 +29,15 @@ struct counts_args {
 __device__ __forceinline__ bool goes_to(const counts_args &a, uint32_t token, uint32_t node)
 {
     const uint32_t *slots = a.slots + (uint64_t)token * a.far.shape.top_k;
-    bool is_there = false;
+    uint32_t is_there = 0;
+    /* No early end: loads of all k are in flight together. */
+#pragma unroll 8
     for (uint32_t k = 0; k < a.far.shape.top_k; k++) {
         uint32_t slot = slots[k];
-        is_there = is_there || (slot != NEP_SLOT_NONE &&
-                                a.far.node_of_rank[slot / a.far.shape.slots_per_rank] == node);
+        uint32_t rank = slot != NEP_SLOT_NONE ? slot / a.far.shape.slots_per_rank : a.far.rank;
+        is_there |= slot != NEP_SLOT_NONE && a.far.node_of_rank[rank] == node ? 1 : 0;
     }
-    return is_there;
+    return is_there != 0;
 }
 
 /* By a block: tokens that go to the node, ascending, and the inverse. Returns how many. */
@@ -183,11 +185,10 @@ __device__ inline void send(const counts_args &a, uint32_t dst, uint64_t op, uin
     uint32_t control = far.control[far.rank * far.num_ranks + dst];
     uint64_t idx = (uint64_t)control * NEP_FAR_WINDOW + op % NEP_FAR_WINDOW;
     if (threadIdx.x == 0) {
-        is_free =
-            op < NEP_FAR_WINDOW ||
-            nep_far_wait_relayed(far, true, &far.page->counts_free[control],
-                                 &far.state->counts_free[control], op - NEP_FAR_WINDOW + 1,
-                                 NEP_FAR_PHASE_SLOT, dst);
+        is_free = op < NEP_FAR_WINDOW ||
+                  nep_far_wait_relayed(far, true, &far.page->counts_free[control],
+                                       &far.state->counts_free[control], op - NEP_FAR_WINDOW + 1,
+                                       NEP_FAR_PHASE_SLOT, dst);
     }
     __syncthreads();
     if (!is_free) {
