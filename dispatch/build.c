@@ -30,6 +30,7 @@ static enum nep_status agree(struct nep_ep *ep)
         {"scale", shape->format.scale},
         {"row_bytes", shape->format.payload_bytes},
         {"scale_bytes", shape->format.scale_bytes},
+        {"scale_order", shape->format.scale_columns},
         {"layout", shape->layout},
         {"expert_alignment", shape->alignment},
         {"outstanding", shape->outstanding},

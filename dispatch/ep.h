@@ -45,6 +45,7 @@ struct nep_word_at {
 struct nep_push_at {
     uint8_t *x; /* NULL: that rank pulls */
     uint8_t *scales;
+    uint64_t capacity; /* rows */
 };
 
 /* Where the outputs of a local rank lie. */

@@ -93,7 +93,8 @@ static void push_row(const struct push_run *run, uint32_t row, uint8_t *scratch)
         const struct nep_push_at *at = &ep->push_at[addend->local];
         if (at->x != NULL) {
             places.x[num] = at->x + (uint64_t)addend->pos * format->payload_bytes;
-            places.scales[num++] = nep_wire_scales_at(format, at->scales, addend->pos);
+            places.scales[num++] =
+                nep_wire_scales_at(format, at->scales, addend->pos, at->capacity);
         }
     }
     if (num != 0) {
@@ -136,12 +137,13 @@ static void find_push_bases(struct nep_ep *ep, const struct nep_handle *handle)
         const struct nep_bind *bind = find_bind(ep, g, handle->op.number);
         struct nep_push_at *at = &ep->push_at[g];
         if (g == ep->local) {
-            *at = (struct nep_push_at){handle->op.out.x, handle->op.out.scales};
+            *at = (struct nep_push_at){handle->op.out.x, handle->op.out.scales,
+                                       handle->op.out.capacity};
         } else if (bind->mode == NEP_BIND_MAPPED) {
             *at = (struct nep_push_at){nep_buffers_at(ep, g, bind->rows),
-                                       nep_buffers_at(ep, g, bind->extra)};
+                                       nep_buffers_at(ep, g, bind->extra), bind->capacity};
         } else {
-            *at = (struct nep_push_at){NULL, NULL};
+            *at = (struct nep_push_at){NULL, NULL, 0};
         }
     }
 }

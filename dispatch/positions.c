@@ -285,7 +285,7 @@ static bool take_own(struct nep_ep *ep, struct nep_handle *handle, uint32_t sour
         }
         fill_row(ep, out, pos, token, found, i, weights);
         places.x[num] = (uint8_t *)out->x + (uint64_t)pos * ep->shape.format.payload_bytes;
-        places.scales[num] = nep_wire_scales_at(&ep->shape.format, (uint8_t *)out->scales, pos);
+        places.scales[num] = nep_wire_scales_at(&ep->shape.format, out->scales, pos, out->capacity);
         if (producer->begin != NULL) {
             producer->pos[fill + num] = pos;
             producer->weight[fill + num] = found->rows[i].weight;

@@ -17,15 +17,17 @@ void nep_recv_bind(struct nep_ep *ep, struct nep_handle *handle)
     const struct nep_rows *out = &handle->op.out;
     const struct nep_wire *format = &ep->shape.format;
     struct nep_place rows = {0}, scales = {0};
+    uint64_t scale_rows = format->scale_columns != 0 ? out->capacity : handle->num_rows;
     bool is_mapped =
         nep_buffers_find(ep, out->x, handle->num_rows * format->payload_bytes, &rows) &&
         (format->scale_bytes == 0 ||
-         nep_buffers_find(ep, out->scales, handle->num_rows * format->scale_bytes, &scales));
+         nep_buffers_find(ep, out->scales, nep_wire_scales_bytes(format, scale_rows), &scales));
     struct nep_bind *bind = (struct nep_bind *)((uint8_t *)ep->head + ep->region->out_bind) +
                             handle->op.number % ep->shape.window;
     bind->mode = is_mapped ? NEP_BIND_MAPPED : NEP_BIND_PRIVATE;
     bind->rows = rows;
     bind->extra = scales;
+    bind->capacity = out->capacity;
     handle->op.out_is_mapped = is_mapped;
     handle->op.is_bound = true;
     /* Release: pairs with the acquire in find_bind (home.c). */

@@ -91,7 +91,8 @@ struct nep_bind {
     uint64_t mode;
     struct nep_place rows;
     struct nep_place extra; /* scales (outputs) or weights (expert outputs), where there are any */
-    uint64_t reserved[2];
+    uint64_t capacity;      /* outputs: rows */
+    uint64_t reserved;
 };
 
 #define NEP_REGION_MAGIC 0x6e65702d72656731ull

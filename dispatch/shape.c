@@ -82,6 +82,23 @@ static enum nep_status check_types(struct nep_shape *shape, const struct nep_ep_
     return nep_wire_init(&shape->format, shape->dtype, shape->wire, shape->hidden, params->scale);
 }
 
+/* Where outputs have their scales; the blocks of layouts with fixed places are those of their
+ * slots.
+ */
+static enum nep_status check_scales(struct nep_shape *shape, const struct nep_ep_params *params,
+                                    const struct nep_topology *topology)
+{
+    if (params->scale_order != NEP_SCALES_ROWS && params->scale_order != NEP_SCALES_COLUMNS) {
+        return nep_fail(NEP_ERR_INVALID, "ep: scale_order %d is not one of enum nep_scale_order",
+                        (int)params->scale_order);
+    }
+    if (params->scale_order == NEP_SCALES_ROWS) {
+        return NEP_OK;
+    }
+    uint32_t block = topology->num_ranks * shape->max_tokens;
+    return nep_wire_set_columns(&shape->format, nep_layout_is_fixed(shape->layout) ? block : 0);
+}
+
 /* Enough slots for all experts, and few enough on each node for a 16-bit number. */
 static enum nep_status check_slots(const struct nep_shape *shape,
                                    const struct nep_topology *topology)
@@ -177,6 +194,9 @@ enum nep_status nep_shape_init(struct nep_shape *shape, const struct nep_ep_para
     enum nep_status status = check_numbers(shape);
     if (status == NEP_OK) {
         status = check_types(shape, params);
+    }
+    if (status == NEP_OK) {
+        status = check_scales(shape, params, topology);
     }
     if (status == NEP_OK) {
         status = check_slots(shape, topology);

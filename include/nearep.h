@@ -239,6 +239,18 @@ enum nep_scale {
     NEP_SCALE_UE8M0 = 2 /* uint8_t, the biased exponent of that power of two */
 };
 
+/* Where dispatch's outputs have the scales of their rows. */
+enum nep_scale_order {
+    NEP_SCALES_ROWS = 0, /* [capacity] rows of scales */
+    /*
+     * Columns of pieces of 4 bytes (a float, or four exponents), as matrix multiplies load them: an
+     * output of N = capacity rows has [S][C] pieces, C = N rounded up to 4, piece s of row i at
+     * s * C + i. The padded and the front layout have such a matrix for each local slot, N = R * M:
+     * [L][S][C]. What lies between column and C is not written. Inputs keep rows.
+     */
+    NEP_SCALES_COLUMNS = 1
+};
+
 /* The output of dispatch. */
 enum nep_layout {
     NEP_LAYOUT_DEFAULT = 0, /* NEP_LAYOUT_EXPERT_PACKED */
@@ -295,6 +307,7 @@ struct nep_ep_params {
                          that ranks share; more than all ranks' kernels fit: refused */
     uint64_t staging_bytes; /* executor cuda: for expert outputs (over several nodes also outputs of
                                dispatch) outside of nep_buffer_alloc's memory; 0: NEP_STAGING */
+    enum nep_scale_order scale_order; /* of outputs; columns need whole pieces of 4 bytes */
 };
 
 struct nep_ep;
@@ -402,7 +415,7 @@ struct nep_rows {
     size_t size;
     void *x;           /* [capacity][H] of the wire type, or [capacity][row_bytes] */
     uint64_t capacity; /* rows that fit; less than needed: NEP_ERR_OVERFLOW with the number */
-    void *scales;      /* [capacity] rows of scales, where the wire type has some; required then */
+    void *scales; /* nep_scale_order of [capacity], where the wire type has some; required then */
     int32_t *topk_slots; /* rank layout: [capacity][K] local slot, -1 = the expert is elsewhere */
     /* rank layout: [capacity][K], 0 where the slot is -1; expert layouts: [capacity] */
     float *topk_weights;

@@ -195,12 +195,15 @@ struct nep_far_combine {
     uint32_t num_tokens;
 };
 
-/* Rows between memory that the node does not map and this rank's window: up to six arrays. */
+/* Rows between memory that the node does not map and this rank's window: up to six arrays, of a
+ * dispatch those of struct nep_far_output. */
+enum { NEP_FAR_SCALES = 1 };
 struct nep_far_copy {
     const char *from[6]; /* NULL: nothing */
     char *to[6];
     uint32_t row_bytes[6];
-    int is_dispatched; /* what the operation before brought: padded slots source by source */
+    uint64_t capacity[2]; /* rows of the outputs that it copies from, and to: for NEP_FAR_SCALES */
+    int is_dispatched;    /* what the operation before brought: padded slots source by source */
 };
 
 /* Loads the kernels. Before the first launch and before any kernel that stays. */

@@ -116,7 +116,8 @@ static enum nep_status copy_out(struct nep_handle *handle, struct CUstream_st *s
         {here->out.source_rank, area->source_rank, 4},
         {here->out.source_token, area->source_token, 4},
     };
-    struct nep_far_copy copy = {.is_dispatched = 1};
+    struct nep_far_copy copy = {.is_dispatched = 1,
+                                .capacity = {area->capacity, here->out.capacity}};
     for (uint32_t i = 0; i < 6; i++) {
         copy.from[i] = arrays[i].to != NULL ? near + arrays[i].from : NULL;
         copy.to[i] = arrays[i].to;

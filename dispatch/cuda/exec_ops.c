@@ -94,7 +94,7 @@ static void fill_output(const struct nep_ep *ep, const struct nep_rows *rows,
         .capacity = num,
     };
     out->is_mapped = num != 0 && nep_pool_holds(&ep->pool, rows->x, num * wire->payload_bytes) &&
-                     is_mapped(ep, out->scales, num * wire->scale_bytes) &&
+                     is_mapped(ep, out->scales, nep_wire_scales_bytes(wire, num)) &&
                      is_mapped(ep, out->topk_slots, num * k * 4) &&
                      is_mapped(ep, out->topk_weights, num * k * 4) &&
                      is_mapped(ep, out->source_rank, num * 4) &&

@@ -87,6 +87,22 @@ __device__ void copy_all(const char *from, char *to, uint64_t bytes, uint64_t at
     }
 }
 
+/* Scales in columns, which differ with the number of rows that each side has room for. */
+__device__ void copy_columns(const copy_args &a, const segment &s, uint64_t at, uint64_t step)
+{
+    const struct nep_wire &wire = a.far.shape.wire;
+    uint64_t num = s.rows * (wire.scale_bytes / 4);
+    for (uint64_t i = at; i < num; i += step) {
+        uint64_t row = s.first + i % s.rows;
+        struct nep_scales_at from =
+            nep_wire_scales_at(&wire, (char *)a.copy.from[NEP_FAR_SCALES], row, a.copy.capacity[0]);
+        struct nep_scales_at to =
+            nep_wire_scales_at(&wire, a.copy.to[NEP_FAR_SCALES], row, a.copy.capacity[1]);
+        *(uint32_t *)(to.first + i / s.rows * to.step) =
+            *(const uint32_t *)(from.first + i / s.rows * from.step);
+    }
+}
+
 __global__ void __launch_bounds__(THREADS, 1) copy_kernel(const __grid_constant__ copy_args a)
 {
     if (nep_ld_relaxed_gpu(&a.far.state->run.status) != 0) {
@@ -107,7 +123,10 @@ __global__ void __launch_bounds__(THREADS, 1) copy_kernel(const __grid_constant_
     for (uint32_t s = is_shared ? 0 : blockIdx.x; s < num; s += is_shared ? 1 : gridDim.x) {
         segment segment = segment_at(a, s);
         for (int i = 0; i < 6; i++) {
-            if (a.copy.from[i] != nullptr) {
+            bool is_scales = a.copy.is_dispatched && i == NEP_FAR_SCALES;
+            if (is_scales && a.copy.from[i] != nullptr && a.far.shape.wire.scale_columns != 0) {
+                copy_columns(a, segment, at, step);
+            } else if (a.copy.from[i] != nullptr) {
                 uint64_t offset = segment.first * a.copy.row_bytes[i];
                 copy_all(a.copy.from[i] + offset, a.copy.to[i] + offset,
                          segment.rows * a.copy.row_bytes[i], at, step);

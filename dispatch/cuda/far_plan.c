@@ -57,7 +57,7 @@ static void place_staging(struct nep_far_plan *far, uint32_t num_ranks, uint64_t
     uint64_t *end = &far->near_bytes;
     far->out = (struct nep_far_output){
         .x = take(end, rows * shape->format.payload_bytes),
-        .scales = take(end, rows * shape->format.scale_bytes),
+        .scales = take(end, nep_wire_scales_bytes(&shape->format, rows)),
         .topk_slots = take(end, rows * per_k),
         .topk_weights = take(end, rows * per_k),
         .source_rank = take(end, rows * 4),

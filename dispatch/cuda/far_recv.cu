@@ -82,14 +82,15 @@ __device__ void pull_row(const dispatch_args &a, const tables &t, uint32_t sourc
         }
         store_beside(a, t, p, place, source, *(const uint32_t *)meta);
     }
-    if (!__any_sync(0xffffffffu, place.has_row)) {
+    uint32_t rows = __ballot_sync(0xffffffffu, place.has_row);
+    if (rows == 0) {
         return;
     }
     const char *from = tile + nep_far_payload(far, num) + (uint64_t)row * wire.row_bytes;
-    nep_far_copy(from, place, part_begin(a, part, a.tile_parts),
+    nep_copy_row(from, place.row, rows, nullptr, part_begin(a, part, a.tile_parts),
                  part_begin(a, part + 1, a.tile_parts));
     if (part == 0 && wire.scale_bytes != 0) {
-        nep_far_copy_scales(from + wire.payload_bytes, wire.scale_bytes, place);
+        nep_copy_scales(from + wire.payload_bytes, place.scales, rows, nullptr, wire.scale_bytes);
     }
 }
 
@@ -391,8 +392,8 @@ __global__ void __launch_bounds__(THREADS, 1) whole_kernel(const __grid_constant
         }
         far_counts::count_local(a.counts);
     } else {
-        bool is_packed = packer.num == 0 || (wait_listed(far, op) &&
-                                             pack(a.rows, tab, packer, op, 0, NEP_FAR_WINDOW));
+        bool is_packed = packer.num == 0 ||
+                         (wait_listed(far, op) && pack(a.rows, tab, packer, op, 0, NEP_FAR_WINDOW));
         if (!is_packed || !wait_placed(far, op)) {
             return;
         }

@@ -25,8 +25,7 @@ struct pull_args {
     uint32_t units;
     uint32_t slots_per_rank;
     uint32_t top_k;
-    uint32_t payload_bytes;
-    uint32_t scale_bytes;
+    struct nep_wire wire;
     enum nep_layout layout;
 };
 
@@ -50,7 +49,7 @@ __device__ __forceinline__ source source_at(const pull_args &a, uint64_t op, uin
     s.num_tokens = (uint32_t)message->num_tokens;
     s.rows = window + (message->x_offset != NEP_CUDA_NONE
                            ? message->x_offset
-                           : a.staging.x + slot * a.max_tokens * (uint64_t)a.payload_bytes);
+                           : a.staging.x + slot * a.max_tokens * (uint64_t)a.wire.payload_bytes);
     s.scales = window + (message->x_offset != NEP_CUDA_NONE
                              ? message->scales_offset
                              : a.staging.scales + slot * a.staging.scales_stride);
@@ -106,12 +105,12 @@ __device__ __forceinline__ void pull_item(const pull_args &a, const source &s, u
     uint32_t end = min(a.units, begin + per_part);
     if (part == 0) {
         nep_store_beside(rows_args, token, t, rows, lane < a.top_k ? s.weights[at] : 0.0f);
-        if (a.scale_bytes != 0) {
-            nep_copy_scales(rows_args, s.scales + (uint64_t)token * a.scale_bytes, t, rows,
-                            nullptr);
+        if (a.wire.scale_bytes != 0) {
+            nep_copy_scales(s.scales + (uint64_t)token * a.wire.scale_bytes,
+                            nep_target_scales(rows_args, t), rows, nullptr, a.wire.scale_bytes);
         }
     }
-    nep_copy_row(s.rows + (uint64_t)token * a.payload_bytes, t, rows, nullptr, begin, end);
+    nep_copy_row(s.rows + (uint64_t)token * a.wire.payload_bytes, t.row, rows, nullptr, begin, end);
 }
 
 __global__ void __launch_bounds__(PULL_THREADS, 1) pull_kernel(const __grid_constant__ pull_args a)
@@ -135,9 +134,8 @@ __global__ void __launch_bounds__(PULL_THREADS, 1) pull_kernel(const __grid_cons
     for (uint32_t i = 1; i < a.group.num_ranks; i++) {
         uint32_t rank = (a.group.rank + i) % a.group.num_ranks;
         source s = source_at(a, op, rank);
-        const nep_rows_args rows_args = {
-            places,          rank,          a.slots_per_rank,           a.top_k,
-            a.payload_bytes, a.scale_bytes, a.layout == NEP_LAYOUT_RANK};
+        const nep_rows_args rows_args = {places,  rank,   a.slots_per_rank,
+                                         a.top_k, a.wire, a.layout == NEP_LAYOUT_RANK};
         uint64_t num_items = (uint64_t)s.num_tokens * a.parts;
         for (uint64_t item = (uint64_t)(threadIdx.x / 32) * gridDim.x + blockIdx.x;
              item < num_items; item += stride) {
@@ -169,8 +167,7 @@ extern "C" enum nep_status nep_cuda_pull(const struct nep_cuda_dispatch *dispatc
         nep_cuda_row_parts(geometry, dispatch->in->num_tokens, args.units, 32 * NEP_ROWS_FLIGHT);
     args.slots_per_rank = shape->slots_per_rank;
     args.top_k = shape->top_k;
-    args.payload_bytes = shape->wire.payload_bytes;
-    args.scale_bytes = shape->wire.scale_bytes;
+    args.wire = shape->wire;
     args.layout = shape->layout;
     pull_kernel<<<geometry->blocks, PULL_THREADS, geometry->shared_bytes, stream>>>(args);
     return nep_cuda_check(cudaGetLastError(), "launch of pull");

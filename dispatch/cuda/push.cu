@@ -62,7 +62,6 @@ struct warp_item {
 struct block {
     struct nep_places places[NEP_CUDA_MAX_RANKS];
     uint64_t totals[NEP_CUDA_MAX_RANKS];
-    uint64_t capacity[NEP_CUDA_MAX_RANKS];
     bool is_short; /* an output is too small */
     /* staging areas of this operation; rows NULL: those who pull do it elsewhere */
     bool is_pulled; /* somebody pulls */
@@ -92,102 +91,6 @@ __device__ __forceinline__ warp_item item_at(const push_args &a, const layout_ta
         w.index = tables.index[at];
     }
     return w;
-}
-
-/* 16 elements of the caller's row as floats. */
-__device__ __forceinline__ void load_elements(const char *from, enum nep_dtype dtype, uint32_t unit,
-                                              float *x)
-{
-    if (dtype == NEP_DTYPE_FP32) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            nep_fp32::load(((const uint4 *)from)[4 * (uint64_t)unit + i], x + 4 * i);
-        }
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        uint4 v = ((const uint4 *)from)[2 * (uint64_t)unit + i];
-        if (dtype == NEP_DTYPE_BF16) {
-            nep_bf16::load(v, x + 8 * i);
-        } else {
-            nep_fp16::load(v, x + 8 * i);
-        }
-    }
-}
-
-__device__ __forceinline__ void put_scale(const push_args &a, char *scales, uint32_t block,
-                                          float scale)
-{
-    if (a.wire.scale == NEP_SCALE_UE8M0) {
-        ((uint8_t *)scales)[block] = (uint8_t)(__float_as_uint(scale) >> 23);
-    } else {
-        ((float *)scales)[block] = scale;
-    }
-}
-
-/* By the lane whose piece begins a block. */
-__device__ __forceinline__ void store_scale(const push_args &a, const struct nep_places *places,
-                                            const nep_target &t, uint32_t rows, char *more,
-                                            uint32_t unit, float scale)
-{
-    for (uint32_t m = rows; m != 0; m &= m - 1) {
-        uint32_t from = __ffs(m) - 1;
-        uint32_t rank = __shfl_sync(0xffffffffu, t.rank, from);
-        uint32_t pos = __shfl_sync(0xffffffffu, t.pos, from);
-        if (unit % 8 == 0) {
-            put_scale(a, places[rank].scales + (uint64_t)pos * a.wire.scale_bytes, unit / 8, scale);
-        }
-    }
-    if (more != nullptr && unit % 8 == 0) {
-        put_scale(a, more, unit / 8, scale);
-    }
-}
-
-/* The same with the cast: a lane has 16 elements, eight lanes the 128 that share a scale. */
-__device__ void cast_row(const push_args &a, const char *from, const struct nep_places *places,
-                         const nep_target &t, uint32_t rows, char *more, char *more_scales,
-                         uint32_t begin, uint32_t end)
-{
-    uint32_t lane = threadIdx.x % 32;
-    for (uint32_t first = begin; first < end; first += 32) {
-        uint32_t unit = first + lane;
-        bool is_in = unit < end;
-        float x[16];
-        float amax = 0;
-        if (is_in) {
-            load_elements(from, a.wire.dtype, unit, x);
-#pragma unroll
-            for (int i = 0; i < 16; i++) {
-                amax = fmaxf(amax, fabsf(x[i])); /* a NaN counts as 0 */
-            }
-        }
-#pragma unroll
-        for (int d = 1; d < 8; d <<= 1) {
-            amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
-        }
-        float scale = nep_fp8_scale_of(amax, a.wire.scale);
-        float inverse = __frcp_rn(scale);
-        uint32_t q[4] = {0, 0, 0, 0};
-        if (is_in) {
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                q[i / 2] |= nep_e4m3_pair(nep_fp8_divide(x[2 * i], scale, inverse),
-                                          nep_fp8_divide(x[2 * i + 1], scale, inverse))
-                            << (16 * (i % 2));
-            }
-        }
-        for (uint32_t m = rows; m != 0; m &= m - 1) {
-            uint4 *to = (uint4 *)nep_lane_row(t.row, __ffs(m) - 1);
-            if (is_in) {
-                to[unit] = make_uint4(q[0], q[1], q[2], q[3]);
-            }
-        }
-        if (more != nullptr && is_in) {
-            ((uint4 *)more)[unit] = make_uint4(q[0], q[1], q[2], q[3]);
-        }
-        store_scale(a, places, t, rows, more_scales, is_in ? unit : 1, scale);
-    }
 }
 
 /* The token's addends in the order of the tree: ranks ascending, k ascending inside. */
@@ -253,8 +156,8 @@ push_beside(const push_args &a, const warp_item &w, const nep_target &t, uint32_
     if (w.part == 0) {
         store_terms(a, w, t, all, weight);
         if (!kCast && a.scales != nullptr) {
-            nep_copy_scales(rows_args, a.scales + (uint64_t)w.token * a.wire.scale_bytes, t, rows,
-                            more_scales);
+            nep_copy_scales(a.scales + (uint64_t)w.token * a.wire.scale_bytes,
+                            nep_target_scales(rows_args, t), rows, more_scales, a.wire.scale_bytes);
         }
     }
     if (is_second) {
@@ -294,9 +197,10 @@ __device__ __forceinline__ void push_item(const push_args &a, const warp_item &w
     uint32_t end = min(a.units, begin + per_part);
     const char *from = a.x + (uint64_t)w.token * (kCast ? a.wire.in_bytes : a.wire.payload_bytes);
     if constexpr (kCast) {
-        cast_row(a, from, b.places, t, rows, more, more_scales, begin, end);
+        nep_cast_row(a.wire, from, t.row, nep_target_scales(rows_args, t), rows, more, more_scales,
+                     begin, end);
     } else {
-        nep_copy_row(from, t, rows, more, begin, end);
+        nep_copy_row(from, t.row, rows, more, begin, end);
     }
 }
 
@@ -326,7 +230,6 @@ __device__ __forceinline__ void find_places(const push_args &a, uint64_t op, blo
     uint32_t r = blockDim.x - 1 - threadIdx.x;
     if (r < a.group.num_ranks) {
         b.places[r] = r == a.group.rank ? nep_own_places(a.out) : nep_places_at(a.group, op, r);
-        b.capacity[r] = nep_bind_at(a.group, a.group.rank, op, r)->capacity;
     }
     if (threadIdx.x == 0) {
         uint64_t slot = op % a.staging.depth;
@@ -370,7 +273,7 @@ __device__ __forceinline__ bool prepare(const push_args &a, bool is_begun, uint6
         if (b.places[r].x == nullptr && b.totals[r] != 0) {
             b.is_pulled = true;
         }
-        if (b.totals[r] > b.capacity[r]) {
+        if (b.totals[r] > b.places[r].capacity) {
             nep_give_up(a.group, op, NEP_CUDA_STATUS(NEP_CUDA_OVERFLOW, NEP_CUDA_PHASE_BOUND, r));
             b.is_short = true;
         }
@@ -413,9 +316,8 @@ __device__ __forceinline__ void push_rows(const push_args &a, const layout_table
     if (!prepare(a, is_begun, op, first_rows, b)) {
         return;
     }
-    const nep_rows_args rows_args = {b.places,        a.group.rank,         a.slots_per_rank,
-                                     a.top_k,         a.wire.payload_bytes, a.wire.scale_bytes,
-                                     a.is_rank_layout};
+    const nep_rows_args rows_args = {b.places, a.group.rank, a.slots_per_rank,
+                                     a.top_k,  a.wire,       a.is_rank_layout};
     for (; item < num_items; item += stride) {
         warp_item now = next;
         next = item_at(a, tables, item + stride);
@@ -447,7 +349,8 @@ __global__ void __launch_bounds__(PUSH_THREADS, 1) push_kernel(const __grid_cons
     nep_wait_for_previous();
     prefetch_first<kCast>(a);
     bool is_begun = nep_begin(a.group, a.routing.cell, &op);
-    push_rows<kCast>(a, {a.routing.slots, a.routing.index, true}, is_begun, false, op, first_rows, b);
+    push_rows<kCast>(a, {a.routing.slots, a.routing.index, true}, is_begun, false, op, first_rows,
+                     b);
 }
 
 /* Layout and push in one launch. Every block finds all slots and indexes in its own shared memory;
@@ -469,10 +372,17 @@ __global__ void __launch_bounds__(PUSH_THREADS, 1)
     if (!__syncthreads_and(is_begun)) {
         return;
     }
-    prefetch_first<kCast>(a); /* now: before, what layout needs would stand in line behind rows */
+    /* Not before, when what layout needs would stand in line behind rows; the block that sends
+     * COUNTS does it after that. */
+    if (blockIdx.x != 0) {
+        prefetch_first<kCast>(a);
+    }
     layout_block(args.layout, tables, op, 0, tables.index + ALONE_PAIRS, 0, 1, blockIdx.x == 0);
     if (!__syncthreads_and(!nep_is_stuck(a.group))) {
         return;
+    }
+    if (blockIdx.x == 0) {
+        prefetch_first<kCast>(a);
     }
     for (uint32_t i = threadIdx.x; blockIdx.x == 0 && i < pairs; i += blockDim.x) {
         a.routing.slots[i] = tables.slots[i];

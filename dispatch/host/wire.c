@@ -79,6 +79,19 @@ enum nep_status nep_wire_init_opaque(struct nep_wire *wire, uint32_t payload_byt
     return NEP_OK;
 }
 
+enum nep_status nep_wire_set_columns(struct nep_wire *wire, uint32_t block)
+{
+    if (wire->scale_bytes == 0 || wire->scale_bytes % 4 != 0) {
+        return nep_fail(NEP_ERR_INVALID,
+                        "ep: scales in columns of 4 bytes, but a row has %u bytes of scales: it "
+                        "must be a multiple of 4, and not 0",
+                        wire->scale_bytes);
+    }
+    wire->scale_columns = 1;
+    wire->scale_block = block;
+    return NEP_OK;
+}
+
 static bool is_cast(const struct nep_wire *wire, const struct nep_wire_row *row)
 {
     return wire->type != wire->dtype && row->scales == NULL;
@@ -122,6 +135,10 @@ void nep_wire_push(const struct nep_wire *wire, const struct nep_kernels *kernel
         return;
     }
     for (uint32_t i = 0; i < places->num; i++) {
-        memcpy(places->scales[i], from.scales, wire->scale_bytes);
+        const struct nep_scales_at *at = &places->scales[i];
+        uint32_t piece = at->step == 4 ? wire->scale_bytes : 4;
+        for (uint32_t done = 0; done < wire->scale_bytes; done += piece) {
+            memcpy(at->first + done / 4 * at->step, (const char *)from.scales + done, piece);
+        }
     }
 }

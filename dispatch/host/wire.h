@@ -21,6 +21,9 @@ struct nep_wire {
     uint32_t scale_bytes;   /* of its scales; 0: none */
     uint32_t row_bytes;     /* of both in a tile, padded */
     uint32_t in_bytes;      /* of a caller's row that is to be cast; else payload_bytes */
+    /* outputs: columns of 4 bytes of scales, not rows; of so many rows, 0: of the capacity */
+    uint32_t scale_columns;
+    uint32_t scale_block;
 };
 
 /*
@@ -33,24 +36,68 @@ enum nep_status nep_wire_init(struct nep_wire *wire, enum nep_dtype dtype, enum 
 enum nep_status nep_wire_init_opaque(struct nep_wire *wire, uint32_t payload_bytes,
                                      uint32_t scale_bytes);
 
+/* Scales of outputs in columns, of `block` rows each (0: of the capacity); refused where a row's
+ * are not whole pieces of 4 bytes. */
+enum nep_status nep_wire_set_columns(struct nep_wire *wire, uint32_t block);
+
 /* A row at its source. Without scales, where the wire has some, x is of dtype and is cast. */
 struct nep_wire_row {
     const void *x;
     const void *scales;
 };
 
+#if defined(__CUDACC__)
+#define NEP_WIRE_FN static __host__ __device__ inline
+#else
+#define NEP_WIRE_FN static inline
+#endif
+
+/* Where the scales of one row lie: 4 bytes every `step` bytes. */
+struct nep_scales_at {
+    char *first; /* NULL: nowhere */
+    uint64_t step;
+};
+
+/* Rows of a column, the pad to 16 bytes included. */
+NEP_WIRE_FN uint64_t nep_wire_column(const struct nep_wire *wire, uint64_t capacity)
+{
+    return ((wire->scale_block != 0 ? wire->scale_block : capacity) + 3) / 4 * 4;
+}
+
+/* Of row `row` of an output's scales; capacity: rows of that output. */
+NEP_WIRE_FN struct nep_scales_at nep_wire_scales_at(const struct nep_wire *wire, void *scales,
+                                                    uint64_t row, uint64_t capacity)
+{
+    struct nep_scales_at at = {(char *)scales, 4};
+    if (scales == 0) {
+        return at;
+    }
+    if (wire->scale_columns == 0) {
+        at.first += row * wire->scale_bytes;
+        return at;
+    }
+    uint64_t column = nep_wire_column(wire, capacity);
+    uint64_t block = wire->scale_block != 0 ? row / wire->scale_block : 0;
+    at.step = column * 4;
+    at.first += block * wire->scale_bytes * column + (row - block * wire->scale_block) * 4;
+    return at;
+}
+
+/* Bytes of the scales of an output. */
+NEP_WIRE_FN uint64_t nep_wire_scales_bytes(const struct nep_wire *wire, uint64_t capacity)
+{
+    uint64_t blocks =
+        wire->scale_block != 0 ? (capacity + wire->scale_block - 1) / wire->scale_block : 1;
+    return wire->scale_columns == 0 ? capacity * wire->scale_bytes
+                                    : blocks * wire->scale_bytes * nep_wire_column(wire, capacity);
+}
+
 /* Final places of one row: of its payload, and of its scales where the wire has some. */
 struct nep_wire_places {
     uint32_t num; /* at most NEP_PUSH_MAX */
     void *x[NEP_PUSH_MAX];
-    void *scales[NEP_PUSH_MAX];
+    struct nep_scales_at scales[NEP_PUSH_MAX];
 };
-
-/* The scales of row `row` of an array of them; NULL where there are none. */
-static inline void *nep_wire_scales_at(const struct nep_wire *wire, void *scales, uint64_t row)
-{
-    return scales != NULL ? (char *)scales + row * wire->scale_bytes : NULL;
-}
 
 /* A caller's row into a tile, through the caches: the fabric reads it next. The pad is zeroed. */
 void nep_wire_pack(const struct nep_wire *wire, const struct nep_kernels *kernels,

@@ -42,7 +42,8 @@ struct block {
     uint32_t copied; /* warps that are done with the entry at hand */
 };
 
-/* By one thread: looks for an entry until it is there or, with `until`, that many warps are done. */
+/* By one thread: looks for an entry until it is there or, with `until`, that many warps are done.
+ */
 __device__ void fetch(fake_nic_queue &queue, uint64_t next, uint64_t end_ns, uint32_t until,
                       block &b)
 {
@@ -54,8 +55,8 @@ __device__ void fetch(fake_nic_queue &queue, uint64_t next, uint64_t end_ns, uin
             return;
         }
         bool is_over = until != 0 && *(volatile uint32_t *)&b.copied >= until;
-        if (is_over || (looks % 16 == 0 && (nep_ld_acquire_sys(&queue.stop) != 0 ||
-                                            nep_globaltimer() > end_ns))) {
+        if (is_over || (looks % 16 == 0 &&
+                        (nep_ld_acquire_sys(&queue.stop) != 0 || nep_globaltimer() > end_ns))) {
             return;
         }
     }

@@ -52,11 +52,6 @@ static void put(struct gpu_case *c, void *to, const void *from, uint64_t bytes)
     gpu_must((int)cudaStreamSynchronize(c->world->stream), "put");
 }
 
-static bool gpu_is_fixed(enum nep_layout layout)
-{
-    return layout == NEP_LAYOUT_EXPERT_PADDED || layout == NEP_LAYOUT_EXPERT_FRONT;
-}
-
 struct gpu_shape gpu_shape_random(uint64_t key, uint32_t num_ranks)
 {
     struct nep_ref_rng rng = {key};
@@ -95,13 +90,15 @@ struct gpu_shape gpu_shape_random(uint64_t key, uint32_t num_ranks)
         (enum gpu_calls)nep_ref_rng_below(&rng, s.is_graph ? GPU_CALLS_COUNTS : GPU_NUM_CALLS);
     s.has_weights_late = s.layout != NEP_LAYOUT_RANK && nep_ref_rng_below(&rng, 3) == 0;
     s.has_weights = s.has_weights && !s.has_weights_late;
+    s.has_columns = s.wire != s.dtype && nep_scales_row_bytes(s.hidden, s.scale) % 4 == 0 &&
+                    nep_ref_rng_below(&rng, 2);
     return s;
 }
 
 void gpu_shape_print(const struct gpu_shape *s)
 {
     printf("key %llx: %u ranks, %u SMs, L %u, E %u, K %u, H %u, M %u, align %u, layout %d, type %d "
-           "wire %d scale %d calls %d%s%s%s%s%s%s%s%s%s%s%s\n",
+           "wire %d scale %d calls %d%s%s%s%s%s%s%s%s%s%s%s%s\n",
            (unsigned long long)s->key, s->num_ranks, s->num_sms, s->slots_per_rank, s->num_experts,
            s->top_k, s->hidden, s->max_tokens, s->alignment, (int)s->layout, (int)s->dtype,
            (int)s->wire, (int)s->scale, (int)s->calls + (s->is_overlapped ? 10 : 0),
@@ -110,7 +107,7 @@ void gpu_shape_print(const struct gpu_shape *s)
            s->is_graph ? " graph" : "", s->is_x_private ? " x-private" : "",
            s->is_out_private ? " out-private" : "", s->is_y_private ? " y-private" : "",
            s->has_bias ? " bias" : "", s->has_weights_back ? " weights-back" : "",
-           s->has_weights_late ? " weights-late" : "");
+           s->has_weights_late ? " weights-late" : "", s->has_columns ? " columns" : "");
 }
 
 static uint64_t capacity_of(const struct gpu_shape *s)
@@ -282,10 +279,15 @@ static void make_ep(struct gpu_case *c)
         .executor = NEP_EXECUTOR_CUDA,
         .num_sms = s->num_sms,
         .outstanding = s->is_overlapped ? 2 : 1,
+        .scale_order = s->has_columns ? NEP_SCALES_COLUMNS : NEP_SCALES_ROWS,
     };
     gpu_must_nep(nep_ep_create(c->world->comm, &params, &c->ep), "ep");
     gpu_must_nep(nep_handle_create(c->ep, &c->handle), "handle");
     gpu_must_nep(nep_wire_init(&c->wire, s->dtype, s->wire, s->hidden, s->scale), "wire");
+    if (s->has_columns) {
+        uint32_t block = gpu_is_fixed(s->layout) ? s->num_ranks * s->max_tokens : 0;
+        gpu_must_nep(nep_wire_set_columns(&c->wire, block), "columns of scales");
+    }
 }
 
 static struct nep_rows make_outputs(struct gpu_case *c)
@@ -303,7 +305,7 @@ static struct nep_rows make_outputs(struct gpu_case *c)
         .source_token = shared(c, rows * 4, is_private),
     };
     if (c->wire.scale_bytes != 0) {
-        out.scales = shared(c, rows * c->wire.scale_bytes, is_private);
+        out.scales = shared(c, nep_wire_scales_bytes(&c->wire, rows), is_private);
     }
     if (s->layout == NEP_LAYOUT_RANK) {
         out.topk_slots = shared(c, rows * 4 * k, is_private);
@@ -453,7 +455,7 @@ static void upload_round(struct gpu_case *c)
     for (uint32_t i = 0; i < 2; i++) {
         const struct nep_rows *out = i == 0 ? &c->out : &c->out2;
         poison(c, out->x, c->capacity * c->wire.payload_bytes);
-        poison(c, out->scales, c->capacity * c->wire.scale_bytes);
+        poison(c, out->scales, nep_wire_scales_bytes(&c->wire, c->capacity));
         poison(c, out->topk_slots, c->capacity * 4 * k);
         poison(c, out->topk_weights, c->capacity * 4 * k);
         poison(c, out->source_rank, c->capacity * 4);

@@ -49,6 +49,7 @@ struct gpu_shape {
     bool is_y_private;
     bool has_bias;
     bool has_weights_back; /* rank layout: top-k weights come back with combine */
+    bool has_columns;      /* of scales, in outputs */
     bool has_weights_late; /* expert layouts: given to combine, not to dispatch */
     enum gpu_calls calls;
     bool is_overlapped; /* two operations outstanding, with a handle and outputs each */
@@ -57,6 +58,11 @@ struct gpu_shape {
 static inline uint32_t gpu_num_nodes(const struct gpu_shape *shape)
 {
     return shape->num_nodes != 0 ? shape->num_nodes : 1;
+}
+
+static inline bool gpu_is_fixed(enum nep_layout layout)
+{
+    return layout == NEP_LAYOUT_EXPERT_PADDED || layout == NEP_LAYOUT_EXPERT_FRONT;
 }
 
 struct gpu_shape gpu_shape_random(uint64_t key, uint32_t num_ranks);

@@ -128,6 +128,33 @@ static uint64_t check_counts(struct gpu_case *c)
     return report.wrong;
 }
 
+/* Rows of scales, from the columns that nearep.h describes where the case has some. */
+static char *fetch_scales(struct gpu_case *c, uint64_t rows)
+{
+    const struct gpu_shape *s = &c->shape;
+    uint64_t bytes = c->wire.scale_bytes;
+    if (bytes == 0) {
+        return NULL;
+    }
+    if (!s->has_columns) {
+        return fetch(c, c->out.scales, rows * bytes);
+    }
+    bool is_fixed = gpu_is_fixed(s->layout);
+    uint64_t in_matrix = is_fixed ? (uint64_t)s->num_ranks * s->max_tokens : c->out.capacity;
+    uint64_t column = (in_matrix + 3) / 4 * 4;
+    uint64_t matrices = is_fixed ? s->slots_per_rank : 1;
+    char *all = fetch(c, c->out.scales, matrices * bytes * column);
+    char *to = host(rows * bytes);
+    for (uint64_t i = 0; i < rows; i++) {
+        const char *matrix = all + i / in_matrix * bytes * column;
+        for (uint64_t piece = 0; piece < bytes / 4; piece++) {
+            memcpy(to + i * bytes + piece * 4, matrix + (piece * column + i % in_matrix) * 4, 4);
+        }
+    }
+    free(all);
+    return to;
+}
+
 uint64_t gpu_case_check_dispatch(struct gpu_case *c)
 {
     const struct gpu_shape *s = &c->shape;
@@ -137,7 +164,7 @@ uint64_t gpu_case_check_dispatch(struct gpu_case *c)
     struct nep_rows got = {.size = sizeof got, .capacity = rows};
     uint64_t k = s->layout == NEP_LAYOUT_RANK ? s->top_k : 1;
     got.x = fetch(c, c->out.x, rows * wire->payload_bytes);
-    got.scales = wire->scale_bytes != 0 ? fetch(c, c->out.scales, rows * wire->scale_bytes) : NULL;
+    got.scales = fetch_scales(c, rows);
     got.topk_slots =
         s->layout == NEP_LAYOUT_RANK ? fetch(c, c->out.topk_slots, rows * 4 * k) : NULL;
     got.topk_weights = fetch(c, c->out.topk_weights, rows * 4 * k);

@@ -166,6 +166,19 @@ struct bytes_case {
     uint32_t scale_bytes;
 };
 
+/* Byte b of row i's scales: in rows, or in the columns that nearep.h describes. */
+static uint8_t scale_byte(const struct bytes_case *c, const uint8_t *scales, uint64_t i, uint32_t b)
+{
+    if (c->params.scale_order == NEP_SCALES_ROWS) {
+        return scales[i * c->scale_bytes + b];
+    }
+    bool is_fixed = c->params.layout == NEP_LAYOUT_EXPERT_FRONT;
+    uint64_t rows = is_fixed ? SEAT_RANKS * SEAT_TOKENS : SEAT_ROWS;
+    uint64_t column = (rows + 3) / 4 * 4;
+    const uint8_t *matrix = scales + i / rows * c->scale_bytes * column;
+    return matrix[(b / 4 * column + i % rows) * 4 + b % 4];
+}
+
 static bool bytes_arrive(struct nep_multi_rank *rank)
 {
     const struct bytes_case *c = rank->arg;
@@ -202,7 +215,7 @@ static bool bytes_arrive(struct nep_multi_rank *rank)
             }
         }
         for (uint32_t b = 0; b < c->scale_bytes; b++) {
-            if (out_scales[i * c->scale_bytes + b] !=
+            if (scale_byte(c, out_scales, i, b) !=
                 (uint8_t)seat_mix(c->seed, source + 50, 7ull * (token * c->scale_bytes + b))) {
                 return nep_multi_fail(rank, "row %llu: byte %u of its scales differs",
                                       (unsigned long long)i, b);
@@ -245,6 +258,17 @@ static void test_dispatch_bytes_pass_through(void **state)
         {seed, {.wire = NEP_DTYPE_FP8_E4M3}, SEAT_HIDDEN, 8},
         {seed, {.wire = NEP_DTYPE_FP8_E4M3, .scale = NEP_SCALE_POW2}, SEAT_HIDDEN, 8},
         {seed, {.wire = NEP_DTYPE_FP8_E4M3, .scale = NEP_SCALE_UE8M0}, SEAT_HIDDEN, 2},
+        {seed,
+         {.wire = NEP_DTYPE_OPAQUE,
+          .row_bytes = SEAT_HIDDEN / 2,
+          .scale_bytes = 12,
+          .scale_order = NEP_SCALES_COLUMNS},
+         SEAT_HIDDEN / 2,
+         12},
+        {seed,
+         {.layout = NEP_LAYOUT_RANK, .wire = NEP_DTYPE_FP8_E4M3, .scale_order = NEP_SCALES_COLUMNS},
+         SEAT_HIDDEN,
+         8},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         seat_run(bytes_arrive, &cases[i]);

@@ -10,7 +10,7 @@
 #include "dispatch/cuda/device/launch.cuh" /* first: it names what is C */
 
 #include "dispatch/cuda/cuda_fabric.h"
-#include "dispatch/cuda/device/number.cuh"
+#include "dispatch/cuda/device/move.cuh"
 
 /* ---- places --------------------------------------------------------------------------------- */
 
@@ -276,125 +276,11 @@ static __device__ inline bool nep_near_met(const struct nep_far &a, uint64_t val
     return __syncthreads_and(is_there) != 0;
 }
 
-/* ---- rows ----------------------------------------------------------------------------------- */
-
 /* Where a lane's copy of the row goes. */
 struct nep_far_place {
     bool has_row;
     char *row;
-    char *scales;
+    struct nep_scales_at scales;
 };
-
-static __device__ __forceinline__ char *nep_far_shfl(char *pointer, uint32_t lane)
-{
-    return (char *)__shfl_sync(0xffffffffu, (unsigned long long)pointer, lane);
-}
-
-/* Pieces [begin, end) of 16 bytes to all places, by a warp. */
-static __device__ inline void nep_far_copy(const char *from, const nep_far_place &place,
-                                           uint32_t begin, uint32_t end)
-{
-    const int kFlight = 4;
-    uint32_t lane = threadIdx.x % 32;
-    uint32_t rows = __ballot_sync(0xffffffffu, place.has_row);
-    for (uint32_t first = begin; first < end; first += 32 * kFlight) {
-        uint4 v[kFlight];
-#pragma unroll
-        for (int i = 0; i < kFlight; i++) {
-            if (first + lane + 32 * i < end) {
-                v[i] = nep_ld16(from + 16 * (uint64_t)(first + lane + 32 * i));
-            }
-        }
-        for (uint32_t m = rows; m != 0; m &= m - 1) {
-            uint4 *to = (uint4 *)nep_far_shfl(place.row, __ffs(m) - 1);
-#pragma unroll
-            for (int i = 0; i < kFlight; i++) {
-                if (first + lane + 32 * i < end) {
-                    to[first + lane + 32 * i] = v[i];
-                }
-            }
-        }
-    }
-}
-
-static __device__ inline void nep_far_copy_scales(const char *from, uint32_t bytes,
-                                                  const nep_far_place &place)
-{
-    uint32_t lane = threadIdx.x % 32;
-    uint32_t rows = __ballot_sync(0xffffffffu, place.has_row);
-    for (uint32_t m = rows; m != 0; m &= m - 1) {
-        char *to = nep_far_shfl(place.scales, __ffs(m) - 1);
-        bool is_wide = (bytes | (uint64_t)from | (uint64_t)to) % 4 == 0;
-        for (uint32_t i = lane; is_wide && i < bytes / 4; i += 32) {
-            ((uint32_t *)to)[i] = ((const uint32_t *)from)[i];
-        }
-        for (uint32_t i = lane; !is_wide && i < bytes; i += 32) {
-            to[i] = from[i];
-        }
-    }
-}
-
-/* 16 elements of the caller's row as floats. */
-static __device__ __forceinline__ void nep_far_elements(const char *from, enum nep_dtype dtype,
-                                                        uint32_t unit, float *x)
-{
-    const uint4 *at = (const uint4 *)from;
-    if (dtype == NEP_DTYPE_FP32) {
-        for (int i = 0; i < 4; i++) {
-            nep_fp32::load(at[4 * (uint64_t)unit + i], x + 4 * i);
-        }
-    } else {
-        for (int i = 0; i < 2; i++) {
-            uint4 v = at[2 * (uint64_t)unit + i];
-            dtype == NEP_DTYPE_BF16 ? nep_bf16::load(v, x + 8 * i) : nep_fp16::load(v, x + 8 * i);
-        }
-    }
-}
-
-/* The same with the cast to fp8: 16 elements per lane, eight lanes to a scale. begin is a multiple
- * of 8. */
-static __device__ inline void nep_far_cast(const struct nep_wire &wire, const char *from,
-                                           const nep_far_place &place, uint32_t begin, uint32_t end)
-{
-    uint32_t lane = threadIdx.x % 32;
-    uint32_t rows = __ballot_sync(0xffffffffu, place.has_row);
-    for (uint32_t first = begin; first < end; first += 32) {
-        uint32_t unit = first + lane;
-        float x[16];
-        float amax = 0;
-        for (int i = 0; i < 16; i++) {
-            x[i] = 0;
-        }
-        if (unit < end) {
-            nep_far_elements(from, wire.dtype, unit, x);
-        }
-        for (int i = 0; i < 16; i++) {
-            amax = fmaxf(amax, fabsf(x[i]));
-        }
-        for (int d = 1; d < 8; d <<= 1) {
-            amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, d));
-        }
-        float scale = nep_fp8_scale_of(amax, wire.scale);
-        float inverse = __frcp_rn(scale);
-        uint32_t q[4] = {0, 0, 0, 0};
-        for (int i = 0; i < 8; i++) {
-            q[i / 2] |= nep_e4m3_pair(nep_fp8_divide(x[2 * i], scale, inverse),
-                                      nep_fp8_divide(x[2 * i + 1], scale, inverse))
-                        << (16 * (i % 2));
-        }
-        for (uint32_t m = rows; m != 0; m &= m - 1) {
-            uint4 *to = (uint4 *)nep_far_shfl(place.row, __ffs(m) - 1);
-            char *scales = nep_far_shfl(place.scales, __ffs(m) - 1);
-            if (unit < end) {
-                to[unit] = make_uint4(q[0], q[1], q[2], q[3]);
-                if (unit % 8 == 0 && wire.scale == NEP_SCALE_UE8M0) {
-                    ((uint8_t *)scales)[unit / 8] = (uint8_t)(__float_as_uint(scale) >> 23);
-                } else if (unit % 8 == 0) {
-                    ((float *)scales)[unit / 8] = scale;
-                }
-            }
-        }
-    }
-}
 
 #endif

@@ -11,7 +11,7 @@
 namespace far_rows
 {
 
-enum { THREADS = 1024, FLIGHT = 4 };
+enum { THREADS = 1024 };
 
 struct dispatch_args {
     struct nep_far far;
@@ -113,13 +113,13 @@ __device__ __forceinline__ pair make_pair(const dispatch_args &a, const uint32_t
 __device__ __forceinline__ nep_far_place place_of(const dispatch_args &a, const tables &t,
                                                   const pair &p, bool is_mine)
 {
-    nep_far_place place = {p.has_row && is_mine, nullptr, nullptr};
+    nep_far_place place = {p.has_row && is_mine, nullptr, {nullptr, 4}};
     if (place.has_row) {
         const nep_far_bind &bind = t.binds[p.g];
         place.row = t.near[p.g] + bind.x + (uint64_t)p.pos * a.far.shape.wire.payload_bytes;
         if (a.far.shape.wire.scale_bytes != 0) {
-            place.scales =
-                t.near[p.g] + bind.scales + (uint64_t)p.pos * a.far.shape.wire.scale_bytes;
+            place.scales = nep_wire_scales_at(&a.far.shape.wire, t.near[p.g] + bind.scales, p.pos,
+                                              bind.capacity);
         }
     }
     return place;
@@ -205,13 +205,16 @@ __device__ __forceinline__ void move_input(const dispatch_args &a, uint32_t toke
     const struct nep_wire &wire = a.far.shape.wire;
     uint32_t begin = part_begin(a, part, parts);
     uint32_t end = part_begin(a, part + 1, parts);
+    uint32_t rows = __ballot_sync(0xffffffffu, place.has_row);
     if (a.is_cast) {
-        nep_far_cast(wire, input_row(a, token), place, begin, end);
+        nep_cast_row(wire, input_row(a, token), place.row, place.scales, rows, nullptr, nullptr,
+                     begin, end);
         return;
     }
-    nep_far_copy(input_row(a, token), place, begin, end);
+    nep_copy_row(input_row(a, token), place.row, rows, nullptr, begin, end);
     if (part == 0 && wire.scale_bytes != 0) {
-        nep_far_copy_scales(a.scales + (uint64_t)token * wire.scale_bytes, wire.scale_bytes, place);
+        nep_copy_scales(a.scales + (uint64_t)token * wire.scale_bytes, place.scales, rows, nullptr,
+                        wire.scale_bytes);
     }
 }
 
@@ -258,7 +261,7 @@ __device__ inline void fill_tile(const dispatch_args &a, const tables &tab, cons
         uint32_t part = i % a.tile_parts;
         uint32_t token = tokens[row];
         char *to = payload + (uint64_t)row * a.far.shape.wire.row_bytes;
-        nep_far_place place = {lane == 0, to, to + a.far.shape.wire.payload_bytes};
+        nep_far_place place = {lane == 0, to, {to + a.far.shape.wire.payload_bytes, 4}};
         move_input(a, token, place, part, a.tile_parts);
         if (part == 0) {
             store_meta(a, tab, node, token,
@@ -369,10 +372,10 @@ inline dispatch_args make_args(const struct nep_far_dispatch *d)
     args.num_tokens = d->in->num_tokens;
     args.units = wire->payload_bytes / 16;
     args.is_cast = wire->type != wire->dtype && d->in->scales == nullptr;
-    uint32_t least = args.is_cast ? 32 : 32 * FLIGHT;
+    uint32_t least = args.is_cast ? 32 : 32 * NEP_ROWS_FLIGHT;
     args.own_parts = nep_cuda_row_parts(d->geometry, args.num_tokens, args.units, least);
     uint32_t rows = args.num_tokens < far->tile_rows ? args.num_tokens : far->tile_rows;
-    args.tile_parts = nep_cuda_row_parts(d->geometry, rows, args.units, 32 * FLIGHT);
+    args.tile_parts = nep_cuda_row_parts(d->geometry, rows, args.units, 32 * NEP_ROWS_FLIGHT);
     bool is_long = args.num_tokens > NEP_FAR_WINDOW * far->tile_rows;
     args.pack_blocks = is_long && d->geometry->blocks > 1 ? d->geometry->blocks / 2 : 0;
     return args;

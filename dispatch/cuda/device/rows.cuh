@@ -7,9 +7,8 @@
 #ifndef NEP_DISPATCH_CUDA_DEVICE_ROWS_CUH
 #define NEP_DISPATCH_CUDA_DEVICE_ROWS_CUH
 
+#include "dispatch/cuda/device/move.cuh"
 #include "dispatch/cuda/device/wait.cuh"
-
-enum { NEP_ROWS_FLIGHT = 4 };
 
 /* Outputs of a rank as this one reaches them. x NULL: not at all, that rank pulls. */
 struct nep_places {
@@ -19,6 +18,7 @@ struct nep_places {
     float *topk_weights;
     uint32_t *source_rank;
     uint32_t *source_token;
+    uint64_t capacity; /* rows */
 };
 
 /* What a warp knows about the rows at hand. */
@@ -27,8 +27,7 @@ struct nep_rows_args {
     uint32_t source;                 /* rank whose tokens these are */
     uint32_t slots_per_rank;
     uint32_t top_k;
-    uint32_t payload_bytes;
-    uint32_t scale_bytes;
+    const struct nep_wire &wire;
     bool is_rank_layout;
 };
 
@@ -57,13 +56,15 @@ nep_places_at(const struct nep_cuda_group &group, uint64_t op, uint32_t rank)
         bind->source_rank != NEP_CUDA_NONE ? (uint32_t *)(window + bind->source_rank) : nullptr;
     places.source_token =
         bind->source_token != NEP_CUDA_NONE ? (uint32_t *)(window + bind->source_token) : nullptr;
+    places.capacity = bind->capacity;
     return places;
 }
 
 static __device__ __forceinline__ struct nep_places
 nep_own_places(const struct nep_cuda_output &out)
 {
-    return {out.x, out.scales, out.topk_slots, out.topk_weights, out.source_rank, out.source_token};
+    return {out.x,           out.scales,       out.topk_slots, out.topk_weights,
+            out.source_rank, out.source_token, out.capacity};
 }
 
 /* slot and first_row + index are this lane's pair. Every lane takes part. */
@@ -86,76 +87,18 @@ static __device__ __forceinline__ nep_target nep_find_target(const nep_rows_args
     if (is_used) {
         t.pos = first_rows[a.is_rank_layout ? t.rank : slot] + index;
         char *x = a.places[t.rank].x;
-        t.row = x != nullptr ? x + (uint64_t)t.pos * a.payload_bytes : nullptr;
+        t.row = x != nullptr ? x + (uint64_t)t.pos * a.wire.payload_bytes : nullptr;
     }
     return t;
 }
 
-static __device__ __forceinline__ char *nep_lane_row(char *row, uint32_t lane)
+/* Where the scales of this lane's row go. */
+static __device__ __forceinline__ struct nep_scales_at nep_target_scales(const nep_rows_args &a,
+                                                                         const nep_target &t)
 {
-    return (char *)__shfl_sync(0xffffffffu, (unsigned long long)row, lane);
-}
-
-/* Pieces [begin, end) of a row as it is, to the rows of `rows` and, where given, to one more. */
-static __device__ __forceinline__ void nep_copy_row(const char *from, const nep_target &t,
-                                                    uint32_t rows, char *more, uint32_t begin,
-                                                    uint32_t end)
-{
-    for (uint32_t c = begin + threadIdx.x % 32; c - threadIdx.x % 32 < end;
-         c += 32 * NEP_ROWS_FLIGHT) {
-        uint4 v[NEP_ROWS_FLIGHT];
-#pragma unroll
-        for (int i = 0; i < NEP_ROWS_FLIGHT; i++) {
-            if (c + 32 * i < end) {
-                v[i] = nep_ld16(from + 16 * (uint64_t)(c + 32 * i));
-            }
-        }
-        for (uint32_t m = rows; m != 0; m &= m - 1) {
-            uint4 *to = (uint4 *)nep_lane_row(t.row, __ffs(m) - 1);
-#pragma unroll
-            for (int i = 0; i < NEP_ROWS_FLIGHT; i++) {
-                if (c + 32 * i < end) {
-                    to[c + 32 * i] = v[i];
-                }
-            }
-        }
-        if (more != nullptr) {
-#pragma unroll
-            for (int i = 0; i < NEP_ROWS_FLIGHT; i++) {
-                if (c + 32 * i < end) {
-                    ((uint4 *)more)[c + 32 * i] = v[i];
-                }
-            }
-        }
-    }
-}
-
-static __device__ __forceinline__ void nep_copy_bytes(const char *from, char *to, uint32_t bytes)
-{
-    uint32_t lane = threadIdx.x % 32;
-    bool is_wide = (bytes | (uint64_t)from | (uint64_t)to) % 4 == 0;
-    for (uint32_t i = lane; is_wide && i < bytes / 4; i += 32) {
-        ((uint32_t *)to)[i] = ((const uint32_t *)from)[i];
-    }
-    for (uint32_t i = lane; !is_wide && i < bytes; i += 32) {
-        to[i] = from[i];
-    }
-}
-
-/* A row's scales, likewise. */
-static __device__ __forceinline__ void nep_copy_scales(const nep_rows_args &a, const char *from,
-                                                       const nep_target &t, uint32_t rows,
-                                                       char *more)
-{
-    for (uint32_t m = rows; m != 0; m &= m - 1) {
-        uint32_t source = __ffs(m) - 1;
-        uint32_t rank = __shfl_sync(0xffffffffu, t.rank, source);
-        uint32_t pos = __shfl_sync(0xffffffffu, t.pos, source);
-        nep_copy_bytes(from, a.places[rank].scales + (uint64_t)pos * a.scale_bytes, a.scale_bytes);
-    }
-    if (more != nullptr) {
-        nep_copy_bytes(from, more, a.scale_bytes);
-    }
+    const struct nep_places &places = a.places[t.rank];
+    return nep_wire_scales_at(&a.wire, t.row != nullptr ? places.scales : nullptr, t.pos,
+                              places.capacity);
 }
 
 /* What lies beside the rows at their receivers. weight: of this lane's pair. */

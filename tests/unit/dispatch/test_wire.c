@@ -27,7 +27,8 @@ static void places_init(struct nep_wire_places *places, struct rooms *rooms, uin
     memset(rooms, 0xa5, sizeof *rooms);
     for (uint32_t i = 0; i < places->num; i++) {
         places->x[i] = rooms->x[i] + ref_below(seed, 64);
-        places->scales[i] = rooms->scales[i] + ref_below(seed, 64);
+        places->scales[i] =
+            (struct nep_scales_at){(char *)rooms->scales[i] + ref_below(seed, 64), 4};
     }
 }
 
@@ -45,8 +46,8 @@ static void check_places(const struct nep_wire *wire, const struct nep_wire_plac
 {
     for (uint32_t i = 0; i < places->num; i++) {
         check_room(rooms->x[i], places->x[i], want, wire->payload_bytes);
-        check_room(rooms->scales[i], places->scales[i], want + wire->payload_bytes,
-                   wire->scale_bytes);
+        check_room(rooms->scales[i], (unsigned char *)places->scales[i].first,
+                   want + wire->payload_bytes, wire->scale_bytes);
     }
 }
 
