@@ -42,7 +42,7 @@
  * tokens have their home drawn: what few requests prefer is known less well than what fires
  * together. */
 #define SCARCE_TOKENS 16384u
-#define SCARCE_DRAWN  60u
+#define SCARCE_DRAWN  80u
 /* Rows per token of the sample that a moved copy must save: the term that keeps experts put. */
 #define WARM_GAIN 2e-4
 

@@ -4,6 +4,10 @@
  * the list; a request that ends makes room for the next. After every EVERY tokens the corrector
  * may move copies, and what comes after is routed by the new map. What is scored is what was
  * routed, each token once, by the map of its time.
+ *
+ * A request that comes brings its signature, which chose its home: the corrector sees of it the
+ * share of the window that the request is going to have, as it would have seen the prefill. So it
+ * need not wait for the first tokens of a new domain to be routed badly.
  */
 #include "placement/stream.h"
 
@@ -15,11 +19,12 @@
 
 #define ACTIVE 64u
 #define WINDOW 768u
-#define EVERY  192u
+#define EVERY  128u
 
 struct active {
     uint64_t next;
     uint64_t left;
+    uint32_t request;
     uint32_t source;
     uint32_t home;
 };
@@ -41,20 +46,25 @@ struct stream {
     uint64_t moved;
     struct active active[ACTIVE];
     uint32_t num_active;
+    uint64_t since; /* tokens that the corrector saw since its last update */
     uint32_t next_request;
 };
 
-static void admit(struct stream *s)
+/* Returns where those that came begin. */
+static uint32_t admit(struct stream *s)
 {
+    uint32_t num_old = s->num_active;
     while (s->num_active < ACTIVE && s->next_request < s->requests->num) {
         uint32_t i = s->next_request++;
         struct active *a = &s->active[s->num_active];
-        nep_trace_scored(s->requests->trace, nep_requests_at(s->requests, i), &a->next, &a->left);
+        a->request = nep_requests_at(s->requests, i);
+        nep_trace_scored(s->requests->trace, a->request, &a->next, &a->left);
         a->home = s->homes[i];
         a->source = s->first_rank[a->home] + s->turn[a->home];
         s->turn[a->home] = (s->turn[a->home] + 1) % s->shape->ranks_per_node[a->home];
         s->num_active += a->left > 0;
     }
+    return num_old;
 }
 
 static void count(struct stream *s, uint32_t layer, uint32_t home, const uint32_t *slots,
@@ -129,17 +139,57 @@ static enum nep_status update(struct stream *s)
     return status;
 }
 
-static enum nep_status run(struct stream *s)
+/* After a token that the corrector saw. */
+static enum nep_status seen(struct stream *s)
+{
+    if (++s->since < EVERY) {
+        return NEP_OK;
+    }
+    s->since = 0;
+    return update(s);
+}
+
+/* Token t of the `share` that the corrector sees of a signature, evenly spaced. */
+static enum nep_status show_token(struct stream *s, const struct active *a, uint64_t t,
+                                  uint64_t share)
+{
+    const struct nep_trace *trace = s->requests->trace;
+    int32_t ids[NEP_TRACE_TOP_K_LIMIT];
+    uint64_t first;
+    uint64_t count;
+    nep_trace_signature(trace, a->request, &first, &count);
+    uint64_t num = count < share ? count : share;
+    if (t >= num) {
+        return NEP_OK;
+    }
+    enum nep_status status = NEP_OK;
+    for (uint32_t l = 0; l < s->shape->num_layers && status == NEP_OK; l++) {
+        nep_trace_ids(trace, first + t * count / num, l, ids);
+        status = nep_balance_observe(s->balance, l, a->home, ids, 1);
+    }
+    return status == NEP_OK ? seen(s) : status;
+}
+
+/* The requests from `begin` on have come; in turn, so that no window is of one of them alone. */
+static enum nep_status show_signatures(struct stream *s, uint32_t begin)
 {
     enum nep_status status = NEP_OK;
-    uint64_t since = 0;
-    for (admit(s); s->num_active > 0 && status == NEP_OK; admit(s)) {
+    uint64_t share = begin < s->num_active ? WINDOW / s->num_active : 0;
+    for (uint64_t t = 0; t < share && status == NEP_OK; t++) {
+        for (uint32_t i = begin; i < s->num_active && status == NEP_OK; i++) {
+            status = show_token(s, &s->active[i], t, share);
+        }
+    }
+    return status;
+}
+
+static enum nep_status run(struct stream *s)
+{
+    enum nep_status status = show_signatures(s, admit(s));
+    while (s->num_active > 0 && status == NEP_OK) {
         for (uint32_t i = 0; i < s->num_active && status == NEP_OK; i++) {
             status = route_token(s, &s->active[i]);
-            if (++since >= EVERY && status == NEP_OK) {
-                since = 0;
-                status = update(s);
-            }
+            status = status == NEP_OK ? seen(s) : status;
         }
         uint32_t kept = 0;
         for (uint32_t i = 0; i < s->num_active; i++) {
@@ -148,6 +198,7 @@ static enum nep_status run(struct stream *s)
             }
         }
         s->num_active = kept;
+        status = status == NEP_OK ? show_signatures(s, admit(s)) : status;
     }
     return status;
 }
