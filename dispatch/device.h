@@ -45,6 +45,9 @@ enum nep_status nep_device_counts(struct nep_handle *handle);
 bool nep_device_is_counted(const struct nep_handle *handle);
 /* Pointers into device memory, valid as long as the handle. */
 void nep_device_counts_at(const struct nep_handle *handle, struct nep_counts *counts);
+/* The stream waits until the outputs for the handle's rows are written. */
+enum nep_status nep_device_combine_await(struct nep_handle *handle,
+                                         const struct nep_written *written, void *stream);
 /* is_whole: recv follows at once on the same stream. */
 enum nep_status nep_device_combine_send(struct nep_handle *handle, bool is_whole, void *stream);
 enum nep_status nep_device_combine_recv(struct nep_handle *handle, bool is_whole, void *stream);

@@ -130,6 +130,15 @@ void nep_device_counts_at(const struct nep_handle *handle, struct nep_counts *co
     (void)counts;
 }
 
+enum nep_status nep_device_combine_await(struct nep_handle *handle,
+                                         const struct nep_written *written, void *stream)
+{
+    (void)handle;
+    (void)written;
+    (void)stream;
+    return refuse();
+}
+
 enum nep_status nep_device_combine_send(struct nep_handle *handle, bool is_whole, void *stream)
 {
     (void)handle;

@@ -2,6 +2,7 @@
 /* The calls of combine: arguments, halves, and which executor does the work. */
 #include <string.h>
 
+#include "base/backoff.h"
 #include "dispatch/combine.h"
 #include "dispatch/counts.h"
 #include "dispatch/device.h"
@@ -166,6 +167,66 @@ static enum nep_status receive_combine(struct nep_ep *ep, struct nep_handle *han
     }
     if (status == NEP_OK) {
         nep_op_end(ep, handle);
+    }
+    return status;
+}
+
+/* ---- outputs that are still being written ---------------------------------------------------- */
+
+/* Until one slot's rows are written. */
+static enum nep_status await_slot(const struct nep_ep *ep, const struct nep_written *written,
+                                  uint32_t slot, uint32_t rows)
+{
+    const uint32_t *flags = written->flags + (uint64_t)slot * written->flags_per_slot;
+    uint32_t each = written->rows_per_flag != 0 ? written->rows_per_flag : UINT32_MAX;
+    uint32_t num = (uint32_t)(((uint64_t)rows + each - 1) / each);
+    if (num > written->flags_per_slot) {
+        return nep_fail(NEP_ERR_INVALID,
+                        "slot %u has %u rows, but %u flags for %u rows each: give it %u", slot,
+                        rows, written->flags_per_slot, each, num);
+    }
+    struct nep_backoff backoff;
+    nep_backoff_init(&backoff, ep->timeout_ns, ep->comm->spin_limit);
+    for (uint32_t i = 0; i < num; i++) {
+        /* Acquire: pairs with the release of the caller's writer; rows are read after it. */
+        uint32_t value = __atomic_load_n(&flags[i], __ATOMIC_ACQUIRE);
+        while (value < written->least) {
+            if (!nep_backoff_pause(&backoff)) {
+                return nep_fail(NEP_ERR_TIMEOUT,
+                                "expert outputs of slot %u were not written within %.3f s: flag %u "
+                                "is %u, waited for %u",
+                                slot, (double)ep->timeout_ns / 1e9, i, value, written->least);
+            }
+            value = __atomic_load_n(&flags[i], __ATOMIC_ACQUIRE);
+        }
+        nep_backoff_reset(&backoff);
+    }
+    return NEP_OK;
+}
+
+enum nep_status nep_combine_await(struct nep_ep *ep, struct nep_handle *handle,
+                                  const struct nep_written *written, void *stream)
+{
+    struct nep_written is;
+    enum nep_status status = nep_op_check(ep, handle, stream);
+    if (status == NEP_OK && handle->state != NEP_HANDLE_READY) {
+        status = nep_fail(NEP_ERR_INVALID, "handle %u has not been dispatched", handle->id);
+    }
+    if (status == NEP_OK && ep->shape.layout == NEP_LAYOUT_RANK) {
+        status = nep_fail(NEP_ERR_INVALID, "flags are by slot: they are for the expert layouts");
+    }
+    if (status == NEP_OK) {
+        status = nep_struct_copy(&is, sizeof is, written, sizeof is.size, "nep_written");
+    }
+    if (status == NEP_OK && (is.flags == NULL || is.flags_per_slot == 0)) {
+        status = nep_fail(NEP_ERR_INVALID, "flags is %s, flags_per_slot is %u; both are required",
+                          is.flags == NULL ? "NULL" : "given", is.flags_per_slot);
+    }
+    if (status == NEP_OK && ep->device != NULL) {
+        return nep_device_combine_await(handle, &is, stream);
+    }
+    for (uint32_t l = 0; status == NEP_OK && l < ep->shape.slots_per_rank; l++) {
+        status = await_slot(ep, &is, l, handle->rows_per_slot[l]);
     }
     return status;
 }

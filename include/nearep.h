@@ -511,6 +511,26 @@ NEP_API enum nep_status nep_combine_send(struct nep_ep *ep, struct nep_handle *h
 NEP_API enum nep_status nep_combine_recv(struct nep_ep *ep, struct nep_handle *handle,
                                          const struct nep_tokens_out *out, void *stream);
 
+/* Flags by which whoever writes expert outputs says how far it is. */
+struct nep_written {
+    size_t size;
+    /* [L][flags_per_slot]; each is raised when its rows are written (release, of the device's scope
+     * on a GPU), and only grows meanwhile */
+    const uint32_t *flags;
+    uint32_t flags_per_slot; /* 1 or more */
+    /* flag i of a slot is for its rows [i * this, (i + 1) * this), as received; 0: for all */
+    uint32_t rows_per_flag;
+    uint32_t least; /* the rows are written when their flag has this value or more */
+};
+/*
+ * Expert layouts, before nep_combine_send: waits, bounded, until the flags say that the outputs for
+ * all rows of this handle's dispatch are written. Flags of rows that were not received are not
+ * looked at. Executor cuda: the stream waits, in a kernel of one block, beside which what writes
+ * must be able to run; this returns when it is launched.
+ */
+NEP_API enum nep_status nep_combine_await(struct nep_ep *ep, struct nep_handle *handle,
+                                          const struct nep_written *written, void *stream);
+
 /* Both halves in one call. */
 NEP_API enum nep_status nep_dispatch(struct nep_ep *ep, struct nep_handle *handle,
                                      const struct nep_tokens *in, const struct nep_rows *out,

@@ -72,7 +72,8 @@ enum nep_cuda_phase {
     NEP_CUDA_PHASE_READY = 4,
     NEP_CUDA_PHASE_READ = 5,
     NEP_CUDA_PHASE_BOUND = 6,
-    NEP_CUDA_PHASE_STAGE = 7
+    NEP_CUDA_PHASE_STAGE = 7,
+    NEP_CUDA_PHASE_WRITTEN = 8
 };
 #define NEP_CUDA_STATUS(kind, phase, who)                                                          \
     ((uint64_t)(kind) << 56 | (uint64_t)(phase) << 48 | (uint64_t)(who))
@@ -285,6 +286,11 @@ struct nep_cuda_combine {
     enum nep_dtype dtype;
     uint32_t hidden;
 };
+/* Before it begins: until the outputs for the rows that came are written, as flags say. */
+enum nep_status nep_cuda_await_written(const struct nep_cuda_group *group,
+                                       const struct nep_cuda_routing *routing,
+                                       const struct nep_written *written, uint32_t num_slots,
+                                       struct CUstream_st *stream);
 /* Begins the operation: copies the rows to be staged. */
 enum nep_status nep_cuda_stage(const struct nep_cuda_combine *combine, struct CUstream_st *stream);
 /* Says that this rank's rows may be read; begins the operation if stage did not. */

@@ -462,7 +462,8 @@ static const char *phase_name(uint64_t phase)
                                         "expert outputs",
                                         "reading of expert outputs",
                                         "output binding",
-                                        "staging"};
+                                        "staging",
+                                        "its expert outputs to be written"};
     static const char *const far_names[] = {"a send slot's completion", "a tile's credit",
                                             "room in the command ring", "a tile of rows",
                                             "a tile of sums",           "output binding"};
@@ -515,8 +516,12 @@ static void fill_fault(const struct nep_ep *ep, uint64_t status, struct nep_faul
         fault->idle_ns = ep->timeout_ns;
         snprintf(
             fault->message, sizeof fault->message,
-            "rank %u is lost, slow or stuck: the timeout of %.3f s passed; a kernel of rank %u "
-            "waited in operation %llu for %s of rank %u",
+            phase == NEP_CUDA_PHASE_WRITTEN
+                ? "expert outputs of rank %u were not written: the timeout of %.3f s passed while "
+                  "a "
+                  "kernel of rank %u waited for their flags, before operation %llu (%s; rank %u)"
+                : "rank %u is lost, slow or stuck: the timeout of %.3f s passed; a kernel of rank "
+                  "%u waited in operation %llu for %s of rank %u",
             fault->rank, (double)ep->timeout_ns / 1e9, ep->rank, op, fault->phase, fault->rank);
         break;
     case NEP_CUDA_LOST:

@@ -323,6 +323,20 @@ void nep_device_counts_at(const struct nep_handle *handle, struct nep_counts *co
 
 /* ---- combine -------------------------------------------------------------------------------- */
 
+enum nep_status nep_device_combine_await(struct nep_handle *handle,
+                                         const struct nep_written *written, void *stream)
+{
+    const struct nep_device *device = handle->ep->device;
+    int was = -1;
+    enum nep_status status = nep_device_enter(handle->ep, &was);
+    if (status == NEP_OK) {
+        status = nep_cuda_await_written(&device->group, &handle->device->routing, written,
+                                        handle->ep->shape.slots_per_rank, stream);
+    }
+    nep_device_leave(was);
+    return status;
+}
+
 enum nep_status nep_device_combine_send(struct nep_handle *handle, bool is_whole, void *stream)
 {
     struct nep_device_handle *here = handle->device;

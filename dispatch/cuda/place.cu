@@ -49,9 +49,9 @@ extern "C" enum nep_status nep_cuda_place(const struct nep_cuda_dispatch *dispat
 
 extern "C" enum nep_status nep_cuda_load(void)
 {
-    enum nep_status (*const loads[])(void) = {nep_cuda_load_layout, nep_cuda_load_place,
-                                              nep_cuda_load_push,   nep_cuda_load_pull,
-                                              nep_cuda_load_stage,  nep_cuda_load_sum};
+    enum nep_status (*const loads[])(void) = {
+        nep_cuda_load_layout, nep_cuda_load_place, nep_cuda_load_push,   nep_cuda_load_pull,
+        nep_cuda_load_stage,  nep_cuda_load_sum,   nep_cuda_load_written};
     for (auto load : loads) {
         enum nep_status status = load();
         if (status != NEP_OK) {

@@ -168,6 +168,13 @@ class Ep(Owner):
         rows.topk_weights, rows.source_rank, rows.source_token = weights, source_rank, source_token
         check(lib.nep_dispatch_recv(self.pointer, handle.pointer, self._at["rows"], stream))
 
+    def await_raw(self, handle: Handle, flags: Address, flags_per_slot: int, rows_per_flag: int, least: int,
+                  stream: Address) -> None:
+        """nep_combine_await with addresses."""
+        written = sized(_abi.nep_written, flags=flags, flags_per_slot=flags_per_slot, rows_per_flag=rows_per_flag,
+                        least=least)
+        check(lib.nep_combine_await(self.pointer, handle.pointer, ctypes.addressof(written), stream))
+
     def combine_send_raw(self, handle: Handle, y: Address, weights: Address, stream: Address,
                          token_weights: Address = None) -> None:
         """nep_combine_send with addresses."""
@@ -284,6 +291,17 @@ class Ep(Owner):
                       pointer_of(source_rank, "source_rank", ("int32", "uint32"), (room,), keep),
                       pointer_of(source_token, "source_token", ("int32", "uint32"), (room,), keep), stream)
         handle.keep = []
+
+    def combine_await(self, handle: Handle, flags: Any, least: int, *, rows_per_flag: int = 0,
+                      stream: Optional[int] = None) -> None:
+        """Expert layouts, before combine_send: waits, bounded, until y is written, as flags say ([L] or [L, F],
+        int32 or uint32): rows_per_flag rows of a slot for each, 0: all of them; written from `least` on. On a GPU
+        the stream waits."""
+        keep: list = []
+        found = array_of(flags)
+        shape = (self.slots_per_rank, None) if len(found.shape) == 2 else (self.slots_per_rank,)
+        self.await_raw(handle, pointer_of(flags, "flags", ("int32", "uint32"), shape, keep) or None,
+                       found.shape[1] if len(found.shape) == 2 else 1, rows_per_flag, least, stream)
 
     def combine_send(self, handle: Handle, y: Any, *, topk_weights: Any = None, token_weights: Any = None,
                      stream: Optional[int] = None) -> None:

@@ -220,6 +220,34 @@ def registered(rank, ranks):
     os.close(fd)
 
 
+def awaited(rank, ranks):
+    """Outputs that are not written in time, and flags that cannot be."""
+    comm = nearep.Comm.from_torch()
+    ep = comm.ep(num_experts=2 * ranks, top_k=2, hidden=32, max_tokens=8, dtype="fp32")
+    mine = world(ranks, [8] * ranks, 32, 2 * ranks, 2, absent=0)[rank]
+    handle, rows, out = ep.handle(), torch.empty(ep.max_rows(), 32), torch.empty(8, 32)
+    ep.dispatch_send(handle, mine.x.float(), mine.ids, mine.weights)
+    ep.dispatch_recv(handle, rows)
+    flags = torch.zeros(2, 9, dtype=torch.int32)
+    ep.set_timeout(0.2)
+    for bad, kind, word in ((dict(least=1, rows_per_flag=4), nearep.DeadlineError, "were not written"),
+                            (dict(least=1, rows_per_flag=1), nearep.InvalidError, "9 flags")):
+        try:
+            counts = ep.dispatch_counts(handle).rows_per_slot
+            ep.combine_await(handle, flags, **bad)
+            must(max(counts) <= 9, f"{word}: {counts}")
+        except kind as error:
+            must(word in str(error), str(error))
+        except nearep.DeadlineError:
+            must(counts[0] <= 9, "too few flags for the first slot")
+    ep.set_timeout(0)
+    ep.combine_await(handle, flags + 5, 5, rows_per_flag=8)
+    ep.combine_send(handle, rows)
+    ep.combine_recv(handle, out)
+    want = mine.x.float() * mine.weights.sum(1, keepdim=True)
+    must(float((out - want).abs().max()) < 1e-5, "sums")
+
+
 def recording(rank, ranks, path):
     comm = nearep.Comm.from_torch()
     ep = comm.ep(num_experts=4, top_k=2, hidden=32, max_tokens=8, num_layers=2)
@@ -243,6 +271,9 @@ class GroupTest(unittest.TestCase):
 
     def test_memory_of_the_callers_own(self):
         run(2, registered)
+
+    def test_outputs_that_are_not_written(self):
+        run(2, awaited)
 
     def test_recording(self):
         with tempfile.TemporaryDirectory() as folder:

@@ -46,6 +46,37 @@ def streams(rank, ranks):
     dist.barrier()
 
 
+def while_written(rank, ranks):
+    """A combine that is launched before the experts' outputs are: its stream waits for their flags."""
+    experts, most, block = 2 * ranks, 64, 16
+    buffer = deep_ep.Buffer(dist.group.WORLD, 0, 1 << 20, low_latency_mode=True)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(10)  # loaded now: CUDA may load a kernel only when no other runs
+    for turn in range(6):
+        tokens = world(ranks, [max(most - 9 * r, 0) for r in range(ranks)], H, experts, K, salt=turn)[rank]
+        x, ids, weights = on(tokens)
+        rows, count, handle, _, _ = buffer.low_latency_dispatch(x, ids, most, experts, use_fp8=False)
+        blocks = -(-ranks * most // block)
+        flags = torch.zeros(2, blocks if turn % 2 else 1, dtype=torch.int32, device="cuda")
+        given = dict(comp_signal=flags, block_m=block, threshold=7, packed_recv_count=count) if turn % 2 else \
+            dict(src_signals=flags, src_signal_expect_value=7)
+        y_in = torch.full_like(rows, float("nan"))
+        used = -(-count // block) if turn % 2 else (count > 0).int()
+        raised = 7 * (torch.arange(flags.shape[1], device="cuda")[None, :] < used[:, None]).int()
+        torch.cuda.synchronize()
+        dist.barrier()
+        y = buffer.low_latency_combine(y_in, ids, weights, handle, overlap=True, **given)[0]
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(2000000)
+            y_in.copy_(rows)
+            flags.copy_(raised)
+        torch.cuda.synchronize()
+        want = tokens.x.double() * ((tokens.ids >= 0) * tokens.weights).sum(1, keepdim=True).double()
+        close(y.cpu(), want, want.abs(), f"while it is written, turn {turn}", roundings=4)
+    dist.barrier()
+
+
 def graphs(rank, ranks):
     """Low-latency calls in a CUDA graph, replayed with other tokens."""
     experts, most = 2 * ranks, 64
@@ -185,6 +216,10 @@ class GpuTest(unittest.TestCase):
     @unittest.skipUnless(HAS, "no GPU here")
     def test_streams(self):
         run(RANKS, streams)
+
+    @unittest.skipUnless(HAS, "no GPU here")
+    def test_while_written(self):
+        run(RANKS, while_written)
 
     @unittest.skipUnless(HAS, "no GPU here")
     def test_graphs(self):

@@ -2,6 +2,7 @@
 """The matrix of upstream's low-latency test: every byte, count, range and scale."""
 import itertools
 import os
+import threading
 import unittest
 
 import deep_ep
@@ -230,6 +231,48 @@ def nvfp4(rank, ranks, nodes):
     dist.barrier()
 
 
+def while_written(rank, ranks, nodes):
+    """SGLang's single-batch overlap: combine is called before the experts have written, and waits for their flags;
+    blocks that no rows are for are never raised."""
+    experts, per_rank, block = 2 * ranks, 2, 8
+    buffer = on_device(deep_ep.Buffer(dist.group.WORLD, 0, 1 << 20, ranks_per_node=nodes))
+    for step in range(4):
+        mine = world(ranks, [max(M - 5 * r, 0) for r in range(ranks)], H, experts, K, salt=step)[rank]
+        x, count, handle, _, _ = buffer.low_latency_dispatch(mine.x, mine.ids, M, experts, use_fp8=False)
+        blocks = -(-ranks * M // block)
+        flags = torch.zeros(per_rank * (1 if step % 2 else blocks), dtype=torch.int32)
+        given = dict(src_signals=flags, src_signal_expect_value=1) if step % 2 else \
+            dict(packed_recv_count=count, comp_signal=flags, block_m=block, threshold=3, num_sms=3)
+        y_in, late = torch.full_like(x, float("nan")), x.clone()
+
+        def write():
+            for local in range(per_rank):
+                if step % 2:
+                    y_in[local, :int(count[local])] = late[local, :int(count[local])]
+                    flags[local] = int(count[local] > 0)
+                    continue
+                for begin in range(0, int(count[local]), block):
+                    y_in[local, begin:begin + block] = late[local, begin:begin + block]
+                    flags[local * blocks + begin // block] += 3
+        writer = threading.Thread(target=write)
+        if DEVICE == "cpu":
+            writer.start()
+        else:
+            write()
+        y = buffer.low_latency_combine(y_in, mine.ids, mine.weights, handle, overlap=True, **given)[0]
+        total = ((mine.ids >= 0) * mine.weights).sum(1, keepdim=True).double()
+        close(y, mine.x.double() * total, mine.x.double().abs() * total, "while it is written", roundings=4)
+        if DEVICE == "cpu":
+            writer.join()
+    for bad in (dict(), dict(src_signals=flags), dict(src_signals=flags[:1].double(), src_signal_expect_value=1)):
+        try:
+            buffer.low_latency_combine(y_in, mine.ids, mine.weights, handle, overlap=True, **bad)
+            must(False, str(bad))
+        except ValueError as error:
+            must("signal" in str(error), str(error))
+    dist.barrier()
+
+
 def masks(buffer, rank, ranks, experts, sizes):
     status = torch.full((ranks,), 7, dtype=torch.int32)
     buffer.low_latency_query_mask_buffer(status)
@@ -338,6 +381,12 @@ class LowLatencyTest(unittest.TestCase):
 
     def test_weights_two_nodes(self):
         run(4, weights, [2, 2])
+
+    def test_while_written(self):
+        run(RANKS, while_written, [RANKS])
+
+    def test_while_written_two_nodes(self):
+        run(3, while_written, [2, 1])
 
     def test_nvfp4(self):
         run(RANKS, nvfp4, [RANKS])

@@ -18,6 +18,7 @@ enum nep_status nep_cuda_load_push(void);
 enum nep_status nep_cuda_load_pull(void);
 enum nep_status nep_cuda_load_stage(void);
 enum nep_status nep_cuda_load_sum(void);
+enum nep_status nep_cuda_load_written(void);
 
 static inline enum nep_status nep_cuda_check(cudaError_t error, const char *what)
 {

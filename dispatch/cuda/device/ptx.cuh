@@ -16,6 +16,14 @@ static __device__ __forceinline__ uint64_t nep_ld_acquire_sys(const uint64_t *wo
     return value;
 }
 
+/* A word of whoever writes expert outputs, on this device. */
+static __device__ __forceinline__ uint32_t nep_ld_acquire_gpu_u32(const uint32_t *word)
+{
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+    return value;
+}
+
 static __device__ __forceinline__ void nep_st_release_sys(uint64_t *word, uint64_t value)
 {
     asm volatile("st.release.sys.global.u64 [%0], %1;" : : "l"(word), "l"(value) : "memory");

@@ -22,9 +22,11 @@ from .handles import LowLatencyHandle, Owned
 from .layout import owners, version_of
 from .normal import _ID_TYPES, _pointer
 from .nvfp4 import arrange, quantise, room
+from .rows import element_size
 from .seats import FP8, Seat, Shape, executor_of
 
 Hook = Optional[Callable[[], None]]
+Flags = Optional[Tuple[torch.Tensor, int, int, int]]  # and how many a slot, rows of each, when they are written
 Stats = Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]  # rows received, time waited
 
 
@@ -55,14 +57,26 @@ FORKS = {"use_nvfp4", "x_global_scale", "overlap", "packed_recv_count", "comp_si
 
 
 def _check_fork(name: str, fork: Dict[str, Any]) -> None:
-    """Keywords of upstream's forks: those that are not there are fine while they ask for nothing."""
     for key in fork:
         if key not in FORKS:
             raise TypeError(f"deep_ep: {name} has no argument '{key}'")
-    if fork.get("overlap"):
-        raise NotImplementedError(f"deep_ep: {name}(overlap=True), SGLang's single-batch overlap, lets combine wait "
-                                  "inside of its kernels for expert outputs that are still being written; nearep's "
-                                  "do not: run SGLang without --enable-single-batch-overlap")
+
+
+def _flags_of(fork: Dict[str, Any], slots: int) -> Flags:
+    """SGLang's single-batch overlap: the flags by which the multiply that writes x says how far it is: on Hopper
+    comp_signal, threshold for each block_m rows; on Blackwell src_signals, one for each expert."""
+    if not fork.get("overlap"):
+        return None
+    by_block = fork.get("comp_signal") is not None
+    flags, least, rows = (fork["comp_signal"], fork.get("threshold"), fork.get("block_m")) if by_block else \
+        (fork.get("src_signals"), fork.get("src_signal_expect_value"), 0)
+    if flags is None or least is None or rows is None:
+        raise ValueError("deep_ep: overlap=True needs comp_signal with block_m and threshold, or src_signals with "
+                         "src_signal_expect_value")
+    if element_size(flags.dtype) != 4 or not flags.is_contiguous() or flags.numel() == 0 or flags.numel() % slots:
+        raise ValueError(f"deep_ep: signals of shape {tuple(flags.shape)} and type {flags.dtype}; they must be "
+                         f"contiguous, of 4 bytes, and as many for each of {slots} experts")
+    return flags, flags.numel() // slots, int(rows), int(least)
 
 
 def shrinking(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -378,7 +392,9 @@ class LowLatency:
         x: [L, R*M, H] bf16, rows beyond an expert's count may hold anything (H may be another one than the
         dispatch's); topk_idx [T, K] of the dispatch, topk_weights f32 [T, K]. zero_copy: x was written into
         get_next_low_latency_combine_buffer(handle). use_logfmt: accepted; rows travel as bf16, which loses
-        less. out: [T, H] bf16. Returns (combined_x [T, H], EventOverlap, hook or None).
+        less. out: [T, H] bf16. overlap: x is still being written, by something that runs beside this call and
+        raises comp_signal or src_signals; it is waited for, on a GPU by the stream.
+        Returns (combined_x [T, H], EventOverlap, hook or None).
         """
         if async_finish and return_recv_hook:
             raise ValueError("deep_ep: async_finish and return_recv_hook exclude each other")
@@ -388,6 +404,7 @@ class LowLatency:
         tokens, hidden = handle.shape[0], handle.shape[1] if zero_copy else x.shape[-1]
         _check_combine(x, (handle.owned.seat.ep.slots_per_rank, self.group_size * tokens, hidden), topk_idx,
                        topk_weights, zero_copy, out)
+        flags = _flags_of(fork, handle.owned.seat.ep.slots_per_rank)
         if handle.weights is not None and handle.weights[1] != _place_of(topk_weights):
             raise ValueError("deep_ep: this handle's dispatch was given topk_weights; combine must be given the same "
                              "tensor, unchanged")
@@ -400,8 +417,8 @@ class LowLatency:
             y = out if out is not None else torch.empty(topk_idx.shape[0], hidden, dtype=x.dtype, device=x.device)
             source = self._seats.combine_buffer(seat) if zero_copy else x
             seat.out_turn ^= 1
-            return self._ll_combine(seat, handle, (source, topk_idx, topk_weights, y), combine_wait_recv_cost_stats,
-                                    async_finish, return_recv_hook)
+            return self._ll_combine(seat, handle, (source, topk_idx, topk_weights, y), flags,
+                                    combine_wait_recv_cost_stats, async_finish, return_recv_hook)
 
     def low_latency_combine_low_precision(self, precision: str, x: torch.Tensor,
                                           global_scales: Optional[torch.Tensor], topk_idx: torch.Tensor,
@@ -414,8 +431,18 @@ class LowLatency:
             raise ValueError(f"deep_ep: precision is {precision!r}; it must be 'fp8' or 'nvfp4'")
         return self.low_latency_combine(x, topk_idx, topk_weights, handle, **more)
 
+    @staticmethod
+    def _await(handle: LowLatencyHandle, flags: Flags, scope: Any) -> None:
+        """Until x is written; what does not come in time is no fault of a rank."""
+        if flags is not None:
+            try:
+                handle.owned.seat.ep.await_raw(handle.owned.handle, _pointer(flags[0]), *flags[1:], scope.pointer)
+            except nearep.DeadlineError as error:
+                setattr(error, "is_told", True)
+                raise
+
     def _ll_combine_send(self, seat: Seat, handle: LowLatencyHandle, x: torch.Tensor, topk_idx: torch.Tensor,
-                         weights: torch.Tensor, scope: Any) -> Tuple[Owned, List[torch.Tensor]]:
+                         weights: torch.Tensor, flags: Flags, scope: Any) -> Tuple[Owned, List[torch.Tensor]]:
         """Starts it; returns what it runs with, and what must stay as it is until it completes."""
         ep = seat.ep
         if seat is handle.owned.seat:
@@ -424,8 +451,9 @@ class LowLatency:
                 weights = self._late_weights(handle, topk_idx, weights)
                 given = weights.data_ptr() or 8
             owned = handle.owned
-            owned.is_idle = False
             with scope:
+                self._await(handle, flags, scope)
+                owned.is_idle = False
                 ep.combine_send_raw(owned.handle, _pointer(x), None, scope.pointer, given)
             return owned, [x, weights]
         sent, place, _ = handle.topk_idx
@@ -440,15 +468,16 @@ class LowLatency:
                         _ID_TYPES[ids.dtype], _pointer(weights), 0, scope.pointer)
             ep.recv_raw(owned.handle, _pointer(seat.nowhere), seat.rows, None, None, None, None, None,
                         scope.pointer)
+            self._await(handle, flags, scope)
             ep.combine_send_raw(owned.handle, _pointer(x), None, scope.pointer)
         return owned, [x, ids, weights]
 
-    def _ll_combine(self, seat: Seat, handle: LowLatencyHandle, tensors: Tuple[torch.Tensor, ...],
+    def _ll_combine(self, seat: Seat, handle: LowLatencyHandle, tensors: Tuple[torch.Tensor, ...], flags: Flags,
                     cost: Optional[torch.Tensor], is_async: bool, wants_hook: bool
                     ) -> Tuple[torch.Tensor, EventOverlap, Hook]:
         x, topk_idx, weights, y = tensors
         scope = self._streams.on(x, None, is_async, use_comm=not wants_hook)
-        owned, kept = self._ll_combine_send(seat, handle, x, topk_idx, weights, scope)
+        owned, kept = self._ll_combine_send(seat, handle, x, topk_idx, weights, flags, scope)
 
         @shrinking
         def receive(self: LowLatency) -> None:

@@ -13,6 +13,12 @@ static inline uint64_t nep_ld_acquire_sys(const uint64_t *word)
     return __atomic_load_n(word, __ATOMIC_ACQUIRE);
 }
 
+static inline uint32_t nep_ld_acquire_gpu_u32(const uint32_t *word)
+{
+    emu::look();
+    return __atomic_load_n(word, __ATOMIC_ACQUIRE);
+}
+
 static inline void nep_st_release_sys(uint64_t *word, uint64_t value)
 {
     __atomic_store_n(word, value, __ATOMIC_RELEASE);
