@@ -146,12 +146,7 @@ static void fill_region(struct nep_plan *plan, uint32_t rank)
     region->num_sends = region->num_lanes > others ? region->num_lanes : others;
     region->counts_bytes =
         nep_counts_bytes(shape, topology->node_ranks[topology->node_of_rank[rank]]);
-    for (uint32_t n = 0; n < topology->num_nodes; n++) {
-        uint64_t bytes = nep_counts_bytes(shape, topology->node_ranks[n]);
-        if (bytes > region->send_counts_bytes) {
-            region->send_counts_bytes = bytes;
-        }
-    }
+    region->send_counts_bytes = plan->most_counts_bytes;
     region->dispatch_tile_bytes = nep_tile_bytes(shape, NEP_KIND_DISPATCH);
     region->combine_tile_bytes = nep_tile_bytes(shape, NEP_KIND_COMBINE);
     region->send_tile_bytes = region->dispatch_tile_bytes > region->combine_tile_bytes
@@ -189,6 +184,10 @@ enum nep_status nep_plan_init(struct nep_plan *plan, const struct nep_shape *sha
                         topology->num_ranks);
     }
     fill_landing(plan);
+    for (uint32_t n = 0; n < topology->num_nodes; n++) {
+        uint64_t bytes = nep_counts_bytes(shape, topology->node_ranks[n]);
+        plan->most_counts_bytes = bytes > plan->most_counts_bytes ? bytes : plan->most_counts_bytes;
+    }
     for (uint32_t r = 0; r < topology->num_ranks; r++) {
         fill_region(plan, r);
         if (plan->regions[r].bytes > plan->pool_offset) {

@@ -26,6 +26,7 @@ struct nep_plan {
     uint32_t *node_first;       /* [N + 1] into node_rank */
     uint32_t *node_rank;        /* [R] ranks by node, then lane */
     struct nep_region *regions; /* [R] */
+    uint64_t most_counts_bytes; /* of COUNTS to any node */
     uint64_t window_bytes;      /* largest region + pool: every rank's window */
     uint64_t pool_offset;       /* equal on all ranks */
 };

@@ -15,7 +15,7 @@
 
 #include "nearep.h"
 
-#define NEP_MULTI_MAX_RANKS    256
+#define NEP_MULTI_MAX_RANKS    1024
 #define NEP_MULTI_GATHER_BYTES 4096
 
 struct nep_multi_shared; /* barrier, gather and first error; in memory that all ranks share */
