@@ -5,53 +5,24 @@
  * compare-and-swap makes the first proposal the decision. A collector that dies is replaced by the
  * next member: two of them at once are harmless, which is why nobody has to elect one.
  *
- * This file is long because the exchange among the members shares keys, stamps and what is known of
- * their ends with the agreement.
- *
  * Rejected: a decision by majority. A group that lost more than half of its ranks may go on, and
  * the store already serialises everything.
  */
-#include "transport/group.h"
-
-#include <errno.h>
-#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/clock.h"
 #include "base/log.h"
+#include "transport/group_card.h"
 
-enum { KEY_BYTES = 64, CHUNK_BYTES = 512 << 10, MOST_KEYS = 32768, GATHERS = 32 };
+enum { KEY_BYTES = NEP_GROUP_KEY_BYTES };
 
 static const uint64_t SLICE_NS = 20 * NEP_MS, PEEK_NS = NEP_MS, GRACE_NS = 50 * NEP_MS,
-                      WATCH_NS = 100 * NEP_MS;
-
-struct card {
-    uint64_t generation;
-    uint32_t rank;
-    uint32_t is_new;
-    uint32_t suspect;
-    uint32_t reserved;
-    uint64_t machine;
-    int64_t pid;
-    uint64_t ticket; /* another in each card */
-    struct nep_group_ops ops;
-};
-
-static void pause_ns(uint64_t ns)
-{
-    nanosleep(&(struct timespec){.tv_nsec = (long)ns}, NULL);
-}
-
-static size_t decision_bytes(uint32_t num_ranks)
-{
-    return sizeof(struct nep_group_decision) + num_ranks * sizeof(struct nep_group_seat);
-}
+                      LATE_NEW_NS = 500 * NEP_MS;
+static const char HERE[] = "here";
 
 /* A number that is the same where process ids mean the same processes. */
 static uint64_t machine_id(void)
@@ -73,33 +44,95 @@ static uint64_t machine_id(void)
     return text[0] != '\0' ? hash : 0;
 }
 
-/* A key's value of exactly `bytes` bytes; false when it is not there in time, or is another size.
- */
-static bool read_key(const struct nep_bootstrap *store, const char *key, void *value, size_t bytes,
-                     uint64_t timeout_ns)
+bool nep_group_read(const struct nep_bootstrap *store, const char *key, void *value, size_t bytes,
+                    uint64_t timeout_ns)
 {
     size_t len = 0;
     return store->get(store->ctx, key, value, bytes, &len, timeout_ns) == 0 && len == bytes;
 }
 
-static void card_key(char key[KEY_BYTES], uint32_t rank)
+static void card_key(char key[KEY_BYTES], const char *what, uint32_t rank)
 {
-    snprintf(key, KEY_BYTES, "nearep/here/%u", rank);
+    snprintf(key, KEY_BYTES, "nearep/%s/%u", what, rank);
 }
 
-static bool read_card(const struct nep_bootstrap *store, uint64_t generation, uint32_t rank,
-                      uint64_t timeout_ns, struct card *card)
+/* A newcomer that died leaves its card behind. Seen where it ran on this machine. */
+static bool is_left_behind(const struct nep_group_card *card)
 {
-    char key[KEY_BYTES];
-    card_key(key, rank);
-    if (!read_key(store, key, card, sizeof *card, timeout_ns)) {
+    if (card->is_new == 0 || card->machine == 0 || card->pid <= 0 || card->pid == getpid() ||
+        card->machine != machine_id()) {
         return false;
     }
-    if (card->generation == generation && card->rank == rank) {
+    int fd = nep_group_watch((pid_t)card->pid);
+    bool has_ended = nep_group_has_ended(fd);
+    if (fd >= 0) {
+        close(fd);
+    }
+    return has_ended;
+}
+
+bool nep_group_read_card(const struct nep_bootstrap *store, const char *what, uint64_t generation,
+                         uint32_t rank, uint64_t timeout_ns, struct nep_group_card *card)
+{
+    char key[KEY_BYTES];
+    card_key(key, what, rank);
+    if (!nep_group_read(store, key, card, sizeof *card, timeout_ns)) {
+        return false;
+    }
+    if (card->generation == generation && card->rank == rank && !is_left_behind(card)) {
         return true;
     }
-    pause_ns(timeout_ns < NEP_MS ? timeout_ns : NEP_MS); /* an old one: nothing was waited for */
+    /* An old one: nothing was waited for. */
+    nep_group_pause(timeout_ns < NEP_MS ? timeout_ns : NEP_MS);
     return false;
+}
+
+enum nep_status nep_group_put_card(const struct nep_group_vote *vote, const char *what,
+                                   uint64_t generation, uint64_t ticket, uint64_t prepared)
+{
+    struct nep_group_card card = {.generation = generation,
+                                  .rank = vote->rank,
+                                  .is_new = vote->was_live == NULL,
+                                  .suspect = vote->suspect,
+                                  .machine = machine_id(),
+                                  .pid = getpid(),
+                                  .ticket = ticket,
+                                  .prepared = prepared,
+                                  .ops = vote->ops};
+    char key[KEY_BYTES];
+    card_key(key, what, vote->rank);
+    if (vote->store->put(vote->store->ctx, key, &card, sizeof card, vote->timeout_ns) != 0) {
+        return nep_fail(NEP_ERR_IO, "the store that was given at bootstrap is gone: without it "
+                                    "nobody can agree on who lives");
+    }
+    return NEP_OK;
+}
+
+void nep_group_decision_init(struct nep_group_decision *decision, const struct nep_group_vote *vote)
+{
+    memset(decision, 0, nep_group_decision_bytes(vote->num_ranks));
+    decision->generation = vote->generation;
+    decision->num_ranks = vote->num_ranks;
+    memset(decision->ops.completed, 0xff, sizeof decision->ops.completed);
+    for (uint32_t r = 0; r < vote->num_ranks; r++) {
+        decision->seats[r].node = vote->node_of_rank[r];
+    }
+}
+
+void nep_group_seat_take(struct nep_group_decision *decision, const struct nep_group_card *card)
+{
+    struct nep_group_seat *seat = &decision->seats[card->rank];
+    seat->is_live = 1;
+    seat->machine = card->machine;
+    seat->pid = card->pid;
+    seat->ticket = card->ticket;
+    decision->num_live++;
+    for (int i = 0; card->is_new == 0 && i < NEP_GROUP_OPS; i++) {
+        const struct nep_group_ops *ops = &card->ops;
+        uint64_t *next = &decision->ops.next[i], *completed = &decision->ops.completed[i];
+        *next = ops->next[i] > *next ? ops->next[i] : *next;
+        *completed = ops->completed[i] < *completed ? ops->completed[i] : *completed;
+    }
 }
 
 static bool read_decision(const struct nep_group_vote *vote, uint64_t generation,
@@ -107,7 +140,8 @@ static bool read_decision(const struct nep_group_vote *vote, uint64_t generation
 {
     char key[KEY_BYTES];
     snprintf(key, sizeof key, "nearep/decision/%llu", (unsigned long long)generation);
-    return read_key(vote->store, key, decision, decision_bytes(vote->num_ranks), timeout_ns) &&
+    return nep_group_read(vote->store, key, decision, nep_group_decision_bytes(vote->num_ranks),
+                          timeout_ns) &&
            decision->generation == generation && decision->num_ranks == vote->num_ranks;
 }
 
@@ -115,9 +149,9 @@ static bool read_decision(const struct nep_group_vote *vote, uint64_t generation
 
 struct collection {
     const struct nep_group_vote *vote;
-    struct card *cards; /* [num_ranks] */
-    uint8_t *is_here;   /* [num_ranks] */
-    uint8_t *suspected; /* [num_ranks] */
+    struct nep_group_card *cards; /* [num_ranks] */
+    uint8_t *is_here;             /* [num_ranks] */
+    uint8_t *suspected;           /* [num_ranks] */
 };
 
 static bool is_known_gone(const struct nep_group_vote *vote, uint32_t rank)
@@ -128,11 +162,12 @@ static bool is_known_gone(const struct nep_group_vote *vote, uint32_t rank)
 
 static void take_card(struct collection *from, uint32_t rank, uint64_t timeout_ns)
 {
-    struct card *card = &from->cards[rank];
-    if (read_card(from->vote->store, from->vote->generation, rank, timeout_ns, card) &&
-        (card->is_new != 0) == (from->vote->was_live[rank] == 0)) {
+    struct nep_group_card *card = &from->cards[rank];
+    const struct nep_group_vote *vote = from->vote;
+    if (nep_group_read_card(vote->store, HERE, vote->generation, rank, timeout_ns, card) &&
+        (card->is_new != 0) == (vote->was_live[rank] == 0)) {
         from->is_here[rank] = 1;
-        if (card->suspect < from->vote->num_ranks) {
+        if (card->suspect < vote->num_ranks) {
             from->suspected[card->suspect] = 1;
         }
     }
@@ -158,29 +193,73 @@ static bool look_round(struct collection *from, bool *suspects_p)
         }
         num_new += !is_member && from->is_here[r];
     }
-    return is_complete && num_new >= vote->num_new;
+    /* Those that are prepared for are waited for separately. */
+    return is_complete && (num_new >= vote->num_new || vote->prepared != 0);
+}
+
+static bool is_idle(const struct nep_group_card *card, const struct nep_group_ops *ops)
+{
+    return memcmp(card->ops.next, ops->next, sizeof ops->next) == 0 &&
+           memcmp(card->ops.completed, ops->next, sizeof ops->next) == 0;
+}
+
+/* Whether a newcomer is here with what was prepared, knowing where operations stand. */
+static bool is_prepared(const struct collection *from, uint32_t rank)
+{
+    const struct nep_group_vote *vote = from->vote;
+    const struct nep_group_card *card = &from->cards[rank];
+    return from->is_here[rank] && card->prepared == vote->prepared &&
+           card->ticket == vote->preparation->seats[rank].ticket && is_idle(card, &vote->ops);
+}
+
+/* What all members have prepared, with no operation under way; 0: they have not. */
+static uint64_t prepared_by_members(const struct collection *from)
+{
+    const struct nep_group_vote *vote = from->vote;
+    for (uint32_t r = 0; vote->prepared != 0 && r < vote->num_ranks; r++) {
+        const struct nep_group_card *card = &from->cards[r];
+        if (vote->was_live[r] != 0 &&
+            (!from->is_here[r] || card->prepared != vote->prepared || !is_idle(card, &vote->ops))) {
+            return 0;
+        }
+    }
+    return vote->prepared;
+}
+
+/* Looks again at newcomers that have not yet said that they are prepared. False: some have not. */
+static bool look_at_prepared(struct collection *from)
+{
+    const struct nep_group_vote *vote = from->vote;
+    bool is_complete = true;
+    for (uint32_t r = 0; r < vote->num_ranks; r++) {
+        if (vote->was_live[r] == 0 && nep_group_lives(vote->preparation, r)) {
+            if (!is_prepared(from, r)) {
+                from->is_here[r] = 0;
+                take_card(from, r, PEEK_NS);
+            }
+            is_complete &= is_prepared(from, r);
+        }
+    }
+    return is_complete;
 }
 
 static void propose(const struct collection *from, struct nep_group_decision *decision)
 {
     const struct nep_group_vote *vote = from->vote;
-    memset(decision, 0, decision_bytes(vote->num_ranks));
-    decision->generation = vote->generation;
-    decision->num_ranks = vote->num_ranks;
-    memset(decision->ops.completed, 0xff, sizeof decision->ops.completed);
+    uint64_t prepared = prepared_by_members(from);
+    bool is_kept = false;
+    for (uint32_t r = 0; prepared != 0 && r < vote->num_ranks; r++) {
+        bool is_newcomer = vote->was_live[r] == 0 && nep_group_lives(vote->preparation, r);
+        is_kept |= is_newcomer && !is_prepared(from, r);
+    }
+    nep_group_decision_init(decision, vote);
+    decision->prepared = is_kept ? NEP_GROUP_KEPT : prepared;
+    decision->series = prepared != 0 && !is_kept ? vote->preparation->series : 0;
     for (uint32_t r = 0; r < vote->num_ranks; r++) {
-        struct nep_group_seat *seat = &decision->seats[r];
-        seat->node = vote->node_of_rank[r];
-        seat->is_live = from->is_here[r];
-        seat->machine = from->is_here[r] ? from->cards[r].machine : 0;
-        seat->pid = from->is_here[r] ? from->cards[r].pid : 0;
-        seat->ticket = from->is_here[r] ? from->cards[r].ticket : 0;
-        decision->num_live += from->is_here[r];
-        for (int i = 0; from->is_here[r] && vote->was_live[r] && i < NEP_GROUP_OPS; i++) {
-            const struct nep_group_ops *ops = &from->cards[r].ops;
-            uint64_t *next = &decision->ops.next[i], *completed = &decision->ops.completed[i];
-            *next = ops->next[i] > *next ? ops->next[i] : *next;
-            *completed = ops->completed[i] < *completed ? ops->completed[i] : *completed;
+        bool is_in = vote->was_live[r] != 0 || prepared == 0 ||
+                     (!is_kept && nep_group_lives(vote->preparation, r));
+        if (is_in && from->is_here[r]) {
+            nep_group_seat_take(decision, &from->cards[r]);
         }
     }
 }
@@ -189,7 +268,7 @@ static enum nep_status collect(const struct nep_group_vote *vote, uint64_t deadl
                                struct nep_group_decision *decision)
 {
     struct collection from = {.vote = vote,
-                              .cards = calloc(vote->num_ranks, sizeof(struct card)),
+                              .cards = calloc(vote->num_ranks, sizeof(struct nep_group_card)),
                               .is_here = calloc(vote->num_ranks, 1),
                               .suspected = calloc(vote->num_ranks, 1)};
     if (from.cards == NULL || from.is_here == NULL || from.suspected == NULL) {
@@ -208,10 +287,14 @@ static enum nep_status collect(const struct nep_group_vote *vote, uint64_t deadl
             is_made = nep_left_ns(grace_ns) == 0;
         }
     }
+    uint64_t late_ns = nep_deadline_ns(LATE_NEW_NS);
+    while (prepared_by_members(&from) != 0 && !look_at_prepared(&from) &&
+           nep_left_ns(late_ns) != 0) {
+    }
     propose(&from, decision);
     char key[KEY_BYTES];
     snprintf(key, sizeof key, "nearep/decision/%llu", (unsigned long long)vote->generation);
-    size_t bytes = decision_bytes(vote->num_ranks), len = 0;
+    size_t bytes = nep_group_decision_bytes(vote->num_ranks), len = 0;
     /* Whatever stands there afterwards is the decision, mine or another's. */
     int failed = vote->store->cas(vote->store->ctx, key, "", 0, decision, bytes, decision, bytes,
                                   &len, vote->timeout_ns);
@@ -238,30 +321,10 @@ static uint32_t collector(const struct nep_group_vote *vote)
     return r;
 }
 
-static enum nep_status put_card(const struct nep_group_vote *vote, uint64_t generation,
-                                uint64_t ticket)
-{
-    struct card card = {.generation = generation,
-                        .rank = vote->rank,
-                        .is_new = vote->was_live == NULL,
-                        .suspect = vote->suspect,
-                        .machine = machine_id(),
-                        .pid = getpid(),
-                        .ticket = ticket,
-                        .ops = vote->ops};
-    char key[KEY_BYTES];
-    card_key(key, vote->rank);
-    if (vote->store->put(vote->store->ctx, key, &card, sizeof card, vote->timeout_ns) != 0) {
-        return nep_fail(NEP_ERR_IO, "the store that was given at bootstrap is gone: without it "
-                                    "nobody can agree on who lives");
-    }
-    return NEP_OK;
-}
-
 static enum nep_status member_agree(const struct nep_group_vote *vote,
                                     struct nep_group_decision *decision)
 {
-    enum nep_status status = put_card(vote, vote->generation, 0);
+    enum nep_status status = nep_group_put_card(vote, HERE, vote->generation, 0, vote->prepared);
     /* Longer than a timeout: a member may wait that long in an exchange of the recovery that failed
      * before, and then it comes. */
     uint64_t late_ns = nep_deadline_ns(vote->timeout_ns / 4 * 5);
@@ -290,40 +353,142 @@ static uint64_t make_ticket(void)
     return hash | 1;
 }
 
+/* A newcomer on its way to a seat. */
+struct asking {
+    const struct nep_group_vote *vote;
+    uint64_t generation; /* the first that is not decided, as far as is known */
+    uint64_t asked;      /* in which a seat was asked for */
+    uint64_t ticket;
+    uint64_t number; /* of what is prepared, or was last */
+    bool is_preparing;
+    bool has_answered; /* said that it is prepared, to members that want to change over */
+    struct nep_group_decision *preparation;
+};
+
+static void drop_prepared(struct asking *asking)
+{
+    if (asking->is_preparing) {
+        asking->vote->preparer->drop(asking->vote->ctx);
+    }
+    asking->is_preparing = asking->has_answered = false;
+}
+
+static bool is_seated(const struct asking *asking, const struct nep_group_decision *decision)
+{
+    return nep_group_lives(decision, asking->vote->rank) &&
+           decision->seats[asking->vote->rank].ticket == asking->ticket;
+}
+
+/* The last preparation that was decided is begun, if this rank is in it; an earlier one is not of
+ * use any more. */
+static void find_preparation(struct asking *asking)
+{
+    const struct nep_group_vote *vote = asking->vote;
+    struct nep_group_decision *found = asking->preparation;
+    if (!nep_group_read_preparation(vote, asking->generation, asking->number + 1, PEEK_NS, found)) {
+        return;
+    }
+    drop_prepared(asking);
+    asking->number = found->prepared;
+    asking->is_preparing = is_seated(asking, found);
+    if (asking->is_preparing) {
+        vote->preparer->begin(vote->ctx, asking->number, found);
+    }
+}
+
+/* Members that change over say so in their cards, with the operations that they are at. */
+static enum nep_status answer_members(struct asking *asking)
+{
+    struct nep_group_vote vote = *asking->vote;
+    struct nep_group_card card;
+    for (uint32_t r = 0; r < vote.num_ranks && !asking->has_answered; r++) {
+        if (r != vote.rank && nep_group_lives(asking->preparation, r) &&
+            nep_group_read_card(vote.store, HERE, asking->generation, r, PEEK_NS, &card) &&
+            card.is_new == 0 && card.prepared == asking->number) {
+            vote.preparer->set_ops(vote.ctx, &card.ops);
+            vote.ops = card.ops;
+            asking->has_answered = true;
+        }
+    }
+    return asking->has_answered
+               ? nep_group_put_card(&vote, HERE, asking->generation, asking->ticket, asking->number)
+               : NEP_OK;
+}
+
+static enum nep_status look_at_preparation(struct asking *asking)
+{
+    const struct nep_group_vote *vote = asking->vote;
+    if (vote->preparer == NULL) {
+        return NEP_OK;
+    }
+    find_preparation(asking);
+    if (!asking->is_preparing) {
+        return NEP_OK;
+    }
+    int state = vote->preparer->state(vote->ctx);
+    if (state < 0) {
+        drop_prepared(asking);
+    }
+    return state > 0 && !asking->has_answered ? answer_members(asking) : NEP_OK;
+}
+
 /*
  * Asks for a seat in the generation after the last one that was decided, again and again. The seat
- * may have been given to one that asked for it before and died: that is not this rank's.
+ * may have been given to one that asked for it before and died: that is not this rank's. Meanwhile
+ * it prepares what members decide to prepare.
  */
-static enum nep_status newcomer_agree(const struct nep_group_vote *vote,
-                                      struct nep_group_decision *decision)
+static enum nep_status ask(struct asking *asking, struct nep_group_decision *decision)
 {
+    const struct nep_group_vote *vote = asking->vote;
     uint64_t deadline_ns = nep_deadline_ns(vote->timeout_ns);
     enum nep_status status = NEP_OK;
-    uint64_t asked = 0, generation = 1, ticket = make_ticket();
     while (status == NEP_OK && nep_left_ns(deadline_ns) != 0) {
-        if (read_decision(vote, generation, asked == generation ? SLICE_NS : 2 * PEEK_NS,
-                          decision)) {
-            if (asked == generation && nep_group_lives(decision, vote->rank) &&
-                decision->seats[vote->rank].ticket == ticket) {
+        bool must_hurry = asking->is_preparing && !asking->has_answered;
+        uint64_t wait_ns = asking->asked != asking->generation ? 2 * PEEK_NS
+                           : must_hurry                        ? PEEK_NS
+                                                               : SLICE_NS;
+        if (read_decision(vote, asking->generation, wait_ns, decision)) {
+            if (asking->asked == asking->generation && is_seated(asking, decision)) {
                 return NEP_OK;
             }
-            generation++;
-        } else if (asked != generation) {
-            status = put_card(vote, generation, ticket);
-            asked = generation;
+            drop_prepared(asking);
+            asking->generation++;
+            asking->number = 0;
+        } else if (asking->asked != asking->generation) {
+            status = nep_group_put_card(vote, HERE, asking->generation, asking->ticket, 0);
+            asking->asked = asking->generation;
+        } else {
+            status = look_at_preparation(asking);
         }
     }
     return status != NEP_OK ? status
                             : nep_fail(NEP_ERR_TIMEOUT,
                                        "rank %u asked for a seat in generation %llu, but the "
                                        "members did not call nep_comm_recover in time",
-                                       vote->rank, (unsigned long long)generation);
+                                       vote->rank, (unsigned long long)asking->generation);
+}
+
+static enum nep_status newcomer_agree(const struct nep_group_vote *vote,
+                                      struct nep_group_decision *decision)
+{
+    struct asking asking = {.vote = vote,
+                            .generation = 1,
+                            .ticket = make_ticket(),
+                            .preparation = calloc(1, nep_group_decision_bytes(vote->num_ranks))};
+    enum nep_status status = asking.preparation != NULL
+                                 ? ask(&asking, decision)
+                                 : nep_fail(NEP_ERR_NO_MEMORY, "no memory for a decision");
+    if (status != NEP_OK || decision->prepared != asking.number) {
+        drop_prepared(&asking);
+    }
+    free(asking.preparation);
+    return status;
 }
 
 enum nep_status nep_group_agree(const struct nep_group_vote *vote,
                                 struct nep_group_decision **decision_p)
 {
-    struct nep_group_decision *decision = calloc(1, decision_bytes(vote->num_ranks));
+    struct nep_group_decision *decision = calloc(1, nep_group_decision_bytes(vote->num_ranks));
     if (decision == NULL) {
         return nep_fail(NEP_ERR_NO_MEMORY, "no memory for a decision about %u ranks",
                         vote->num_ranks);
@@ -349,281 +514,10 @@ enum nep_status nep_group_newcomers(const struct nep_bootstrap *store, uint32_t 
 {
     uint32_t num = 0;
     for (uint32_t r = 0; r < num_ranks; r++) {
-        struct card card;
-        num +=
-            is_live[r] == 0 && read_card(store, generation, r, PEEK_NS, &card) && card.is_new != 0;
+        struct nep_group_card card;
+        num += is_live[r] == 0 && nep_group_read_card(store, HERE, generation, r, PEEK_NS, &card) &&
+               card.is_new != 0;
     }
     *num_p = num;
     return NEP_OK;
-}
-
-/* ---- the members' allgather ----------------------------------------------------------------- */
-
-/* Before every part and every piece of a result: which gather it belongs to. */
-struct stamp {
-    uint64_t generation;
-    uint64_t number;
-};
-
-enum { NOT_WATCHED = -1, HAS_ENDED = -2 }; /* instead of a pidfd */
-
-static int watch(pid_t pid)
-{
-    int fd = (int)syscall(SYS_pidfd_open, pid, 0);
-    return fd >= 0 ? fd : errno == ESRCH ? HAS_ENDED : NOT_WATCHED;
-}
-
-enum nep_status nep_group_init(struct nep_group *group, const struct nep_bootstrap *store,
-                               const struct nep_group_decision *decision, uint32_t rank)
-{
-    memset(group, 0, sizeof *group);
-    group->store = *store;
-    group->generation = decision->generation;
-    group->num_ranks = decision->num_ranks;
-    group->members = calloc(decision->num_live + 1, sizeof *group->members);
-    group->pidfds = calloc(decision->num_live + 1, sizeof *group->pidfds);
-    if (group->members == NULL || group->pidfds == NULL) {
-        nep_group_fini(group);
-        return nep_fail(NEP_ERR_NO_MEMORY, "no memory for %u members", decision->num_live);
-    }
-    for (uint32_t r = 0; r < decision->num_ranks && group->num < decision->num_live; r++) {
-        if (nep_group_lives(decision, r)) {
-            const struct nep_group_seat *seat = &decision->seats[r], *own = &decision->seats[rank];
-            bool is_seen = seat->machine != 0 && seat->machine == own->machine &&
-                           seat->pid != own->pid && seat->pid > 0;
-            group->idx = r == rank ? group->num : group->idx;
-            group->pidfds[group->num] = is_seen ? watch((pid_t)seat->pid) : NOT_WATCHED;
-            group->members[group->num++] = r;
-        }
-    }
-    return NEP_OK;
-}
-
-void nep_group_unwatch(struct nep_group *group)
-{
-    for (uint32_t m = 0; group->pidfds != NULL && m < group->num; m++) {
-        if (group->pidfds[m] >= 0) {
-            close(group->pidfds[m]);
-        }
-    }
-    free(group->pidfds);
-    group->pidfds = NULL;
-}
-
-static bool has_ended(const struct nep_group *group, uint32_t idx)
-{
-    struct pollfd pollfd = {.fd = group->pidfds[idx], .events = POLLIN};
-    return pollfd.fd == HAS_ENDED || (pollfd.fd >= 0 && poll(&pollfd, 1, 0) > 0);
-}
-
-bool nep_group_saw_end(const struct nep_group *group, uint32_t rank)
-{
-    for (uint32_t m = 0; group->pidfds != NULL && m < group->num; m++) {
-        if (group->members[m] == rank) {
-            return has_ended(group, m);
-        }
-    }
-    return false;
-}
-
-/* A member whose process is seen to have ended, or UINT32_MAX. */
-static uint32_t ended_member(const struct nep_group *group)
-{
-    for (uint32_t m = 0; group->pidfds != NULL && m < group->num; m++) {
-        if (has_ended(group, m)) {
-            return group->members[m];
-        }
-    }
-    return UINT32_MAX;
-}
-
-void nep_group_fini(struct nep_group *group)
-{
-    nep_group_unwatch(group);
-    free(group->members);
-    memset(group, 0, sizeof *group);
-}
-
-/*
- * Keys are used in turn, so that a store does not fill up. The stamp tells an old value: nobody is
- * more than one gather ahead of the first member, nor behind it.
- */
-static void gather_key(const struct nep_group *group, const char *what, uint32_t idx,
-                       char key[KEY_BYTES])
-{
-    uint64_t turns = MOST_KEYS / (group->num_ranks + 1);
-    turns = turns < 8 ? 8 : turns > 512 ? 512 : turns;
-    uint64_t turn = (group->generation * GATHERS + group->num_gathers) % turns;
-    snprintf(key, KEY_BYTES, "nearep/%s/%llu/%u", what, (unsigned long long)turn, idx);
-}
-
-/* Whether what came is of this gather. *status_p: NEP_OK, or why not to go on. */
-static bool is_due(const struct nep_group *group, const struct stamp *stamp, size_t len,
-                   size_t bytes, enum nep_status *status_p)
-{
-    if (len < sizeof *stamp) {
-        return false;
-    }
-    if (stamp->generation == group->generation && stamp->number == group->num_gathers) {
-        *status_p =
-            len == bytes
-                ? NEP_OK
-                : nep_fail(NEP_ERR_MISMATCH,
-                           "the members exchange different things: %zu bytes here, %zu there",
-                           bytes, len);
-        return true;
-    }
-    if (stamp->generation > group->generation) {
-        *status_p = nep_fail(NEP_ERR_PEER_LOST, "the others went on without this rank");
-        return true;
-    }
-    return false;
-}
-
-/* Waits for the value of this gather; `bytes` with the stamp. */
-static enum nep_status await(const struct nep_group *group, const char *key, void *value,
-                             size_t bytes, uint64_t deadline_ns)
-{
-    uint64_t pause = NEP_MS / 10;
-    while (nep_left_ns(deadline_ns) != 0) {
-        size_t len = 0;
-        uint64_t left_ns = nep_left_ns(deadline_ns);
-        enum nep_status status = NEP_OK;
-        if (group->store.get(group->store.ctx, key, value, bytes, &len,
-                             left_ns < WATCH_NS ? left_ns : WATCH_NS) == 0) {
-            if (is_due(group, value, len, bytes, &status)) {
-                return status;
-            }
-            pause_ns(pause);
-            pause = pause < 5 * NEP_MS ? pause * 2 : pause;
-        }
-        uint32_t ended = ended_member(group);
-        if (ended != UINT32_MAX) {
-            return nep_fail(NEP_ERR_PEER_LOST, "the process of rank %u ended meanwhile", ended);
-        }
-    }
-    return nep_fail(NEP_ERR_TIMEOUT, "%s", key);
-}
-
-static enum nep_status send(const struct nep_group *group, const char *key, const void *value,
-                            size_t bytes, uint64_t deadline_ns)
-{
-    return group->store.put(group->store.ctx, key, value, bytes, nep_left_ns(deadline_ns)) == 0
-               ? NEP_OK
-               : nep_fail(NEP_ERR_IO, "the store that was given at bootstrap refused %zu bytes",
-                          bytes);
-}
-
-/* The first member's work: every part, then the whole in pieces. */
-static enum nep_status lead(const struct nep_group *group, struct stamp *room, size_t bytes,
-                            uint8_t *out, uint64_t deadline_ns)
-{
-    char key[KEY_BYTES];
-    for (uint32_t m = 1; m < group->num; m++) {
-        gather_key(group, "part", group->members[m], key);
-        enum nep_status status = await(group, key, room, sizeof *room + bytes, deadline_ns);
-        if (status != NEP_OK) {
-            return status == NEP_ERR_TIMEOUT
-                       ? nep_fail(status,
-                                  "rank %u did not come to exchange %llu of generation "
-                                  "%llu in time",
-                                  group->members[m], (unsigned long long)group->num_gathers,
-                                  (unsigned long long)group->generation)
-                       : status;
-        }
-        memcpy(out + m * bytes, room + 1, bytes);
-    }
-    size_t total = bytes * group->num;
-    enum nep_status status = NEP_OK;
-    for (size_t at = 0, piece = 0; status == NEP_OK && at < total; at += CHUNK_BYTES, piece++) {
-        size_t len = total - at < CHUNK_BYTES ? total - at : CHUNK_BYTES;
-        *room = (struct stamp){group->generation, group->num_gathers};
-        memcpy(room + 1, out + at, len);
-        gather_key(group, "all", (uint32_t)piece, key);
-        status = send(group, key, room, sizeof *room + len, deadline_ns);
-    }
-    return status;
-}
-
-static enum nep_status take_part(const struct nep_group *group, struct stamp *room, size_t bytes,
-                                 uint8_t *out, uint64_t deadline_ns)
-{
-    char key[KEY_BYTES];
-    gather_key(group, "part", group->members[group->idx], key);
-    enum nep_status status = send(group, key, room, sizeof *room + bytes, deadline_ns);
-    size_t total = bytes * group->num;
-    for (size_t at = 0, piece = 0; status == NEP_OK && at < total; at += CHUNK_BYTES, piece++) {
-        size_t len = total - at < CHUNK_BYTES ? total - at : CHUNK_BYTES;
-        gather_key(group, "all", (uint32_t)piece, key);
-        status = await(group, key, room, sizeof *room + len, deadline_ns);
-        memcpy(out + at, room + 1, status == NEP_OK ? len : 0);
-    }
-    return status != NEP_ERR_TIMEOUT
-               ? status
-               : nep_fail(status,
-                          "exchange %llu of generation %llu did not end in time: rank %u, which "
-                          "leads it, or a rank that it waits for is gone",
-                          (unsigned long long)group->num_gathers,
-                          (unsigned long long)group->generation, group->members[0]);
-}
-
-static int group_allgather(void *ctx, const void *in, void *out, size_t bytes, uint64_t timeout_ns)
-{
-    struct nep_group *group = ctx;
-    if (group->num == 1) {
-        memcpy(out, in, bytes);
-        return 0;
-    }
-    uint64_t deadline_ns = nep_deadline_ns(timeout_ns);
-    size_t cap = bytes > CHUNK_BYTES ? bytes : CHUNK_BYTES;
-    cap = cap < bytes * group->num ? cap : bytes * group->num;
-    struct stamp *room = malloc(sizeof *room + cap);
-    if (room == NULL) {
-        return nep_fail(NEP_ERR_NO_MEMORY, "no memory to exchange %zu bytes", bytes);
-    }
-    *room = (struct stamp){group->generation, group->num_gathers};
-    memcpy(room + 1, in, bytes);
-    memcpy((uint8_t *)out + group->idx * bytes, in, bytes);
-    enum nep_status status = group->idx == 0 ? lead(group, room, bytes, out, deadline_ns)
-                                             : take_part(group, room, bytes, out, deadline_ns);
-    free(room);
-    group->num_gathers++;
-    return status;
-}
-
-static int group_put(void *ctx, const char *key, const void *value, size_t len, uint64_t timeout_ns)
-{
-    const struct nep_group *group = ctx;
-    return group->store.put(group->store.ctx, key, value, len, timeout_ns);
-}
-
-static int group_get(void *ctx, const char *key, void *value, size_t cap, size_t *len_p,
-                     uint64_t timeout_ns)
-{
-    const struct nep_group *group = ctx;
-    return group->store.get(group->store.ctx, key, value, cap, len_p, timeout_ns);
-}
-
-static int group_cas(void *ctx, const char *key, const void *expected, size_t expected_len,
-                     const void *desired, size_t desired_len, void *result, size_t cap,
-                     size_t *len_p, uint64_t timeout_ns)
-{
-    const struct nep_group *group = ctx;
-    return group->store.cas(group->store.ctx, key, expected, expected_len, desired, desired_len,
-                            result, cap, len_p, timeout_ns);
-}
-
-void nep_group_bootstrap(struct nep_group *group, struct nep_bootstrap *out)
-{
-    *out = (struct nep_bootstrap){.size = sizeof *out,
-                                  .ctx = group,
-                                  .allgather = group_allgather,
-                                  .put = group_put,
-                                  .get = group_get,
-                                  .cas = group_cas};
-}
-
-bool nep_group_is(const struct nep_bootstrap *bootstrap)
-{
-    return bootstrap->allgather == group_allgather;
 }
