@@ -113,6 +113,7 @@ struct nep_region_head {
     _Alignas(64) _Atomic uint64_t duplicates;
     _Atomic uint64_t stale;
     _Atomic uint64_t looked_ns; /* when this rank last looked, in a wait, at what is missing */
+    _Atomic uint64_t awaits;    /* 0, or 1 + the rank that it then missed something of */
 };
 
 static inline _Atomic uint64_t *nep_word(void *base, uint64_t offset, uint64_t idx)

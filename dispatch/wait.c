@@ -165,24 +165,48 @@ static bool lose(const struct nep_ep *ep, struct loss *loss, uint32_t culprit)
     return true;
 }
 
+static bool is_near(const struct nep_ep *ep, uint32_t rank)
+{
+    return rank < ep->plan.topology->num_ranks && ep->plan.topology->node_of_rank[rank] == ep->node;
+}
+
+/* Whether a rank of this node has looked, in a wait, within the most of the deadline. */
+static bool is_looking(const struct nep_ep *ep, uint32_t near)
+{
+    struct nep_region_head *head = (struct nep_region_head *)ep->window[near];
+    uint64_t looked_ns = atomic_load_explicit(&head->looked_ns, memory_order_relaxed);
+    return nep_now_ns() <= looked_ns + ep->timeout_ns / 4 * 3;
+}
+
+/* A rank of this node that only waits itself is not the cause: whom it waits for may be. */
+static uint32_t follow_waits(const struct nep_ep *ep, uint32_t first)
+{
+    uint32_t rank = first;
+    for (uint32_t hops = 0; hops < ep->node_size && is_near(ep, rank); hops++) {
+        struct nep_region_head *head = (struct nep_region_head *)ep->window[rank];
+        uint64_t awaits = atomic_load_explicit(&head->awaits, memory_order_relaxed);
+        if (awaits == 0 || awaits > ep->plan.topology->num_ranks || !is_looking(ep, rank)) {
+            break;
+        }
+        rank = (uint32_t)(awaits - 1);
+    }
+    return rank != ep->rank ? rank : first;
+}
+
 /*
- * Whom to blame for what is missing: the rank that the step named, or the rank of this node by
- * which its messages come, when that one has not looked at anything for most of the deadline: it is
- * stopped, or does something else, and what came for this rank may lie with it.
+ * Whom to blame for what is missing: the rank that the step named, or whom that one waits for; or
+ * the rank of this node by which its messages come, when that one has not looked at anything for
+ * most of the deadline: it is stopped, or does something else, and what came for this rank may lie
+ * with it.
  */
 static uint32_t suspect(const struct nep_ep *ep)
 {
-    uint32_t rank = ep->missing.rank;
-    if (rank >= ep->plan.topology->num_ranks || ep->plan.topology->node_of_rank[rank] == ep->node) {
+    uint32_t rank = follow_waits(ep, ep->missing.rank);
+    if (rank >= ep->plan.topology->num_ranks || is_near(ep, rank)) {
         return rank;
     }
     uint32_t landing = nep_plan_landing(&ep->plan, rank, ep->node);
-    if (landing == ep->rank) {
-        return rank;
-    }
-    struct nep_region_head *head = (struct nep_region_head *)ep->window[landing];
-    uint64_t looked_ns = atomic_load_explicit(&head->looked_ns, memory_order_relaxed);
-    return nep_now_ns() > looked_ns + ep->timeout_ns / 4 * 3 ? landing : rank;
+    return landing == ep->rank || is_looking(ep, landing) ? rank : landing;
 }
 
 /*
@@ -277,6 +301,22 @@ static enum nep_status time_out(struct nep_ep *ep, struct nep_handle *handle, ui
     return give_up(ep, handle, NEP_ERR_TIMEOUT, culprit, idle_ns, cause);
 }
 
+/* Says to the node that this rank looks, and whom it misses something of. */
+static void say_looked(struct nep_ep *ep)
+{
+    uint64_t awaits = ep->missing.phase != NULL ? (uint64_t)ep->missing.rank + 1 : 0;
+    atomic_store_explicit(&ep->head->awaits, awaits, memory_order_relaxed);
+    atomic_store_explicit(&ep->head->looked_ns, nep_now_ns(), memory_order_relaxed);
+}
+
+/* It does something else now. */
+static void stop_looking(struct nep_ep *ep)
+{
+    if (atomic_load_explicit(&ep->head->awaits, memory_order_relaxed) != 0) {
+        atomic_store_explicit(&ep->head->awaits, 0, memory_order_relaxed);
+    }
+}
+
 enum nep_status nep_wait(struct nep_ep *ep, struct nep_handle *handle, nep_step_fn step)
 {
     struct nep_backoff backoff;
@@ -291,6 +331,7 @@ enum nep_status nep_wait(struct nep_ep *ep, struct nep_handle *handle, nep_step_
         enum nep_status status = step(ep, handle, &progress, &done);
         if ((progress || done) && backoff.num_idle != 0) {
             end_idle(ep, handle, &backoff, &missed);
+            stop_looking(ep);
         }
         if (status != NEP_OK || done) {
             return status;
@@ -315,7 +356,7 @@ enum nep_status nep_wait(struct nep_ep *ep, struct nep_handle *handle, nep_step_
         }
         bool in_time = nep_backoff_pause(&backoff);
         if (backoff.slow) {
-            atomic_store_explicit(&ep->head->looked_ns, nep_now_ns(), memory_order_relaxed);
+            say_looked(ep);
         }
         if ((backoff.slow || !in_time) && find_loss(ep, idle_ns, !in_time, &loss)) {
             is_lost = true;
