@@ -201,19 +201,25 @@ static enum nep_status make_window(struct nep_ep *ep)
 
 /* ---- the whole ------------------------------------------------------------------------------ */
 
+static enum nep_status make_maps(struct nep_ep *ep)
+{
+    const struct nep_comm *comm = ep->comm;
+    struct nep_members members = {&comm->world, &comm->made->topology, comm->members};
+    return ep->maps.num_versions == 0
+               ? nep_maps_init(&ep->maps, ep->first_map, &ep->shape, &members)
+               : nep_maps_renew(&ep->maps, &ep->shape, &members);
+}
+
 /* What this rank does alone. */
 static enum nep_status prepare(struct nep_ep *ep)
 {
     struct nep_comm *comm = ep->comm;
-    const struct nep_topology *topology = &comm->topology;
-    struct nep_members members = {&comm->world, topology, comm->members};
+    const struct nep_topology *topology = &comm->made->topology;
     ep->rank = topology->rank;
     ep->node = topology->node;
     ep->local = topology->local;
     ep->node_size = topology->node_ranks[topology->node];
-    enum nep_status status = ep->maps.num_versions == 0
-                                 ? nep_maps_init(&ep->maps, ep->first_map, &ep->shape, &members)
-                                 : nep_maps_renew(&ep->maps, &ep->shape, &members);
+    enum nep_status status = ep->has_no_maps ? NEP_OK : make_maps(ep);
     if (status == NEP_OK) {
         status = nep_plan_init(&ep->plan, &ep->shape, topology);
     }
@@ -249,22 +255,75 @@ enum nep_status nep_ep_build(struct nep_ep *ep)
     return nep_bootstrap_common(&comm->bootstrap, rank, num_ranks, status, comm->timeout_ns);
 }
 
+enum { NUM_TABLES = 18 };
+
+static void list_tables(struct nep_ep *ep, void *tables[NUM_TABLES])
+{
+    void *all[] = {&ep->window,       &ep->slot_at,        &ep->slot_local,    &ep->counts_at,
+                   &ep->control_rank, &ep->dispatch_flows, &ep->combine_flows, &ep->rings,
+                   &ep->dispatch_in,  &ep->combine_in,     &ep->counts_put,    &ep->staged,
+                   &ep->taken,        &ep->push_at,        &ep->cast_rows,     &ep->lent,
+                   &ep->batch,        &ep->awaited};
+    _Static_assert(sizeof all / sizeof all[0] == NUM_TABLES, "as many as there are");
+    memcpy(tables, all, sizeof all);
+}
+
 void nep_ep_free_tables(struct nep_ep *ep)
 {
+    void *tables[NUM_TABLES];
     nep_layout_fini(&ep->layout);
     memset(&ep->layout, 0, sizeof ep->layout);
-    void *tables[] = {&ep->window,       &ep->slot_at,        &ep->slot_local,    &ep->counts_at,
-                      &ep->control_rank, &ep->dispatch_flows, &ep->combine_flows, &ep->rings,
-                      &ep->dispatch_in,  &ep->combine_in,     &ep->counts_put,    &ep->staged,
-                      &ep->taken,        &ep->push_at,        &ep->cast_rows,     &ep->lent,
-                      &ep->batch,        &ep->awaited};
-    for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
+    list_tables(ep, tables);
+    for (size_t i = 0; i < NUM_TABLES; i++) {
         void *table;
         memcpy(&table, tables[i], sizeof table);
         free(table);
         memset(tables[i], 0, sizeof table);
     }
     nep_plan_fini(&ep->plan);
+    memset(&ep->plan, 0, sizeof ep->plan);
+}
+
+static void adopt_tables(struct nep_ep *ep, struct nep_ep *made)
+{
+    void *to[NUM_TABLES], *from[NUM_TABLES];
+    list_tables(ep, to);
+    list_tables(made, from);
+    for (size_t i = 0; i < NUM_TABLES; i++) {
+        memcpy(to[i], from[i], sizeof(void *));
+        memset(from[i], 0, sizeof(void *));
+    }
+    ep->layout = made->layout;
+    memset(&made->layout, 0, sizeof made->layout);
+    ep->plan = made->plan;
+    memset(&made->plan, 0, sizeof made->plan);
+    ep->plan.shape = ep->batch->shape = &ep->shape;
+}
+
+enum nep_status nep_ep_adopt(struct nep_ep *ep, struct nep_ep *made)
+{
+    struct nep_comm *comm = ep->comm;
+    adopt_tables(ep, made);
+    ep->rank = made->rank;
+    ep->node = made->node;
+    ep->local = made->local;
+    ep->node_size = made->node_size;
+    ep->region = made->region;
+    ep->pool = made->pool;
+    memset(&made->pool, 0, sizeof made->pool);
+    ep->next_op = made->next_op;
+    ep->completed_op = made->completed_op;
+    ep->first_op = made->first_op;
+    ep->has_intra_window = made->has_intra_window;
+    ep->has_inter_window = made->has_inter_window;
+    made->has_intra_window = made->has_inter_window = made->is_traced = false;
+    pthread_mutex_lock(&comm->lock);
+    ep->head = made->head;
+    ep->is_traced = true;
+    pthread_mutex_unlock(&comm->lock);
+    made->head = NULL;
+    enum nep_status status = make_maps(ep);
+    return status == NEP_OK ? nep_ep_renew_handles(ep) : status;
 }
 
 /* A trace no longer looks into the region; what arrived there stays in it. */

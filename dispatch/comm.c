@@ -13,6 +13,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "dispatch/events.h"
+#include "dispatch/grow.h"
 #include "dispatch/host/workers.h"
 #include "dispatch/protocol.h"
 #include "transport/bootstrap.h"
@@ -215,9 +216,9 @@ static enum nep_status open_transport(struct nep_comm *comm, const char *name, b
 {
     const struct nep_transport_ops *ops;
     struct nep_transport_params params = {
-        .topology = &comm->topology,
-        .bootstrap = &comm->bootstrap,
-        .config = &comm->config,
+        .topology = &comm->made->topology,
+        .bootstrap = &comm->made->bootstrap,
+        .config = comm->shown_config,
         .timeout_ns = comm->timeout_ns,
         .sink = nep_arrive,
         .node_only = node_only,
@@ -331,23 +332,6 @@ void nep_comm_close_transports(struct nep_comm *comm)
     comm->intra = NULL;
 }
 
-enum nep_status nep_comm_init_members(struct nep_comm *comm)
-{
-    uint32_t num_ranks = comm->topology.num_ranks;
-    comm->members = calloc(num_ranks, sizeof *comm->members);
-    comm->is_live = calloc(num_ranks, sizeof *comm->is_live);
-    if (comm->members == NULL || comm->is_live == NULL) {
-        return nep_fail(NEP_ERR_NO_MEMORY, "no memory for %u ranks", num_ranks);
-    }
-    for (uint32_t r = 0; r < num_ranks; r++) {
-        comm->members[r] = r;
-        comm->is_live[r] = !comm->is_joining;
-    }
-    comm->world = comm->topology;
-    comm->world_store = comm->store;
-    return NEP_OK;
-}
-
 static void copy_name(char *to, size_t cap, const char *from)
 {
     if (from != NULL && from[0] != '\0') {
@@ -386,7 +370,7 @@ static enum nep_status fill_newcomer(struct nep_comm *comm)
     comm->world_store = comm->store;
     comm->is_joining = true;
     if (status == NEP_OK) {
-        status = nep_comm_init_members(comm);
+        status = nep_generation_first(comm);
     }
     return status == NEP_OK ? nep_workers_create(comm->config.threads, 0, &comm->workers) : status;
 }
@@ -406,6 +390,7 @@ static enum nep_status start_events(struct nep_comm *comm)
 static enum nep_status fill(struct nep_comm *comm, const struct nep_comm_params *params)
 {
     enum nep_status status = nep_config_load(&comm->config);
+    comm->shown_config = &comm->config;
     if (status == NEP_OK) {
         status = start_events(comm);
     }
@@ -434,7 +419,7 @@ static enum nep_status fill(struct nep_comm *comm, const struct nep_comm_params 
                                      comm->timeout_ns, &comm->store, &comm->topology);
         comm->world_store = comm->store;
         if (status == NEP_OK) {
-            status = nep_comm_init_members(comm);
+            status = nep_generation_first(comm);
         }
         status = nep_bootstrap_common(&comm->bootstrap, rank, num_ranks, status, comm->timeout_ns);
     }
@@ -490,6 +475,7 @@ void nep_comm_destroy(struct nep_comm *comm)
     if (!is_child && comm->fault.status == NEP_OK && comm->intra != NULL) {
         nep_events_dump_configured(comm);
     }
+    nep_grow_end(comm);
     /* In a forked child threads and connections belong to the parent: memory alone is freed. */
     if (!is_child) {
         nep_comm_close_transports(comm);
@@ -498,13 +484,9 @@ void nep_comm_destroy(struct nep_comm *comm)
         }
     }
     nep_workers_destroy(comm->workers);
-    if (comm->store != comm->world_store) {
-        nep_topology_destroy(comm->store);
-    }
+    nep_generation_destroy(comm->made);
     nep_topology_destroy(comm->world_store);
-    nep_group_fini(&comm->group);
     free(comm->events);
-    free(comm->members);
     free(comm->is_live);
     pthread_mutex_destroy(&comm->lock);
     free(comm);

@@ -8,9 +8,9 @@
 
 #include "base/config.h"
 #include "base/ticks.h"
+#include "dispatch/generation.h"
 #include "nearep.h"
 #include "transport/clocks.h"
-#include "transport/group.h"
 #include "transport/transport.h"
 
 struct nep_topology_store;
@@ -18,6 +18,7 @@ struct nep_rendezvous_client;
 struct nep_workers;
 struct nep_ep;
 struct nep_event_ring;
+struct nep_grown;
 
 /*
  * Seats have numbers that stay: `world`, what callers see. Members are those who live, numbered
@@ -28,20 +29,25 @@ struct nep_comm {
     struct nep_config config;
     struct nep_bootstrap seats_bootstrap; /* as given: its store outlives a rank */
     struct nep_bootstrap bootstrap;       /* among members */
-    struct nep_group group;               /* ctx of that, from generation 1 on */
+    struct nep_generation *made; /* who they are, where transports and plans look; the same as: */
     struct nep_rendezvous_client *client; /* NULL for a caller's bootstrap */
     struct nep_topology world;
     struct nep_topology topology;
     struct nep_topology_store *world_store;
-    struct nep_topology_store *store; /* of topology; may be world_store */
-    uint32_t *members;                /* [members] the seat of each */
-    uint8_t *is_live;                 /* [seats] */
-    uint64_t generation;              /* how often the group has changed */
-    bool is_joining;                  /* a newcomer that has not been let in */
-    struct nep_ep *eps;               /* all that are alive, under lock */
-    struct nep_transport *intra;      /* maps the ranks of this node */
-    struct nep_transport *inter;      /* the fabric; NULL with one node, may be intra itself */
-    struct nep_workers *workers;      /* shared by its ep objects; NULL: callers alone */
+    struct nep_topology_store *store;      /* of topology; may be world_store */
+    uint32_t *members;                     /* [members] the seat of each */
+    uint64_t generation;                   /* which decision made it */
+    uint8_t *is_live;                      /* [seats] */
+    uint64_t num_decided;                  /* decisions about who lives */
+    uint64_t num_prepared;                 /* preparations for the next one, ever begun */
+    struct nep_grown *grown;               /* being prepared, or prepared; NULL: nothing */
+    struct nep_grown *leaving;             /* what threads still close */
+    const struct nep_config *shown_config; /* that transports look at: it outlives them */
+    bool is_joining;                       /* a newcomer that has not been let in */
+    struct nep_ep *eps;                    /* all that are alive, under lock */
+    struct nep_transport *intra;           /* maps the ranks of this node */
+    struct nep_transport *inter;           /* the fabric; NULL with one node, may be intra itself */
+    struct nep_workers *workers;           /* shared by its ep objects; NULL: callers alone */
     uint64_t timeout_ns;
     uint32_t spin_limit;
     pid_t pid;            /* a forked child has another one */
@@ -73,8 +79,10 @@ enum nep_status nep_comm_open_transports(struct nep_comm *comm);
 void nep_comm_close_transports(struct nep_comm *comm);
 /* How long waits spin, from who shares the cores. */
 void nep_comm_set_spin(struct nep_comm *comm);
-/* The members are all seats, or, of a newcomer, nobody yet knows whom. */
-enum nep_status nep_comm_init_members(struct nep_comm *comm);
+/* The ep of that number; NULL: there is none. */
+struct nep_ep *nep_comm_ep_of(const struct nep_comm *comm, uint32_t number);
+/* Refuses where the group of this communicator cannot change. */
+enum nep_status nep_comm_may_recover(const struct nep_comm *comm);
 
 /* The seat of a member; UINT32_MAX stays what it is. */
 static inline uint32_t nep_comm_name(const struct nep_comm *comm, uint32_t member)

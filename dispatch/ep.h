@@ -114,6 +114,7 @@ struct nep_ep {
     bool has_number;   /* claimed */
     bool has_intra_window; /* made */
     bool has_inter_window; /* registered with the fabric */
+    bool has_no_maps;      /* it is prepared for another, which has them */
     bool is_broken;
     bool is_traced; /* under the communicator's lock: a trace may look into the region */
     uint64_t *load; /* [num_layers][E] (token, k) pairs that this rank dispatched, ever */
@@ -133,6 +134,9 @@ enum nep_status nep_ep_check(struct nep_ep *ep);
  * after nep_ep_unbuild, when they have changed.
  */
 enum nep_status nep_ep_build(struct nep_ep *ep);
+/* What was built for another ep object of the same shape and number becomes this one's, which was
+ * unbuilt. */
+enum nep_status nep_ep_adopt(struct nep_ep *ep, struct nep_ep *made);
 /* Lets go of the window; what callers hold of its pool stays. Handles are to be remade. */
 void nep_ep_unbuild(struct nep_ep *ep);
 void nep_ep_free_window(struct nep_ep *ep);

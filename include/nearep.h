@@ -197,8 +197,9 @@ struct nep_recover_params {
 };
 struct nep_recovery {
     size_t size;
-    uint64_t generation; /* how often the group has changed */
+    uint64_t generation; /* how often it was decided who lives */
     uint32_t num_live;
+    uint32_t was_prepared;  /* 1: what nep_comm_grow_begin began was taken, nothing was made anew */
     const uint8_t *is_live; /* [num_ranks], belongs to the communicator */
 };
 /* params and recovery_p may be NULL. */
@@ -210,6 +211,40 @@ NEP_API enum nep_status nep_comm_recover(struct nep_comm *comm,
  * each empty seat; any one rank may ask and tell the others.
  */
 NEP_API enum nep_status nep_comm_newcomers(struct nep_comm *comm, uint32_t *num_p);
+
+/*
+ * Lets newcomers in without standing still: all members call nep_comm_grow_begin, each when it
+ * comes to it, and go on with their operations while a thread of the communicator makes transports,
+ * windows and plans of the larger group beside those in use. When nep_comm_grow_ready has said so
+ * on all members they call nep_comm_recover, between two operations of theirs on which they agree:
+ * it changes over, for the price of an agreement through the store. The newcomer calls
+ * nep_comm_recover alone, as ever.
+ *
+ * - Needs memory for two sets of windows meanwhile, and a store whose functions any thread may
+ * call.
+ * - Not prepared, when it comes to it: a fault was found, an ep was created or destroyed after
+ *   nep_comm_grow_begin, an operation was under way, or a member was not ready within a second.
+ *   Then nep_comm_recover makes everything anew while all wait, newcomers included.
+ * - A newcomer that ends meanwhile harms nobody: nep_comm_grow_ready fails, or nep_comm_recover
+ *   returns half a second later with the group as it was. Begin again with the next one.
+ */
+struct nep_grow_params {
+    size_t size;
+    uint32_t num_joining; /* newcomers to wait for, at least 1 (1) */
+};
+/*
+ * Does not block. What was being prepared before is dropped. All members call it equally often
+ * between two nep_comm_recover. params may be NULL: one newcomer. NEP_ERR_INVALID: fewer seats are
+ * empty; otherwise refuses as nep_comm_recover does, and after a fault.
+ */
+NEP_API enum nep_status nep_comm_grow_begin(struct nep_comm *comm,
+                                            const struct nep_grow_params *params);
+/*
+ * *is_ready_p: 1 when this member has all that the larger group needs, else 0. Fails when it is not
+ * going to have: a newcomer ended, or did not come within the communicator's timeout. The group is
+ * not harmed. NEP_ERR_NOT_FOUND: nothing is being prepared.
+ */
+NEP_API enum nep_status nep_comm_grow_ready(struct nep_comm *comm, uint32_t *is_ready_p);
 
 /*
  * Writes what happened last on this rank's wire (calls, waits, posts, arrivals, faults: the last

@@ -271,6 +271,19 @@ class Comm(Owner):
         process, %h the host."""
         check(lib.nep_comm_dump_events(self.pointer, text(path)))
 
+    def grow_begin(self, num_joining: int = 1) -> None:
+        """Prepares for newcomers while operations go on; all members call it. When grow_ready() says
+        so on all of them, recover() changes over at once."""
+        params = sized(_abi.nep_grow_params, num_joining=num_joining)
+        self.guarded(lambda: check(lib.nep_comm_grow_begin(self.pointer, ctypes.addressof(params))))
+
+    def grow_ready(self) -> bool:
+        """Whether this member has all that the larger group needs. Raises when it is not going to
+        have: begin again, or call recover(), which then makes everything anew."""
+        is_ready = ctypes.c_uint32()
+        self.guarded(lambda: check(lib.nep_comm_grow_ready(self.pointer, ctypes.addressof(is_ready))))
+        return is_ready.value != 0
+
     def ep(self, **shape: Any) -> "Ep":
         """An Ep on this communicator; collective. See Ep."""
         from .ep import Ep

@@ -28,7 +28,9 @@ CONTRACT_CREATE = {
     "dispatch/comm.c": CONTRACT | {
         "transport/bootstrap.h", "transport/clocks.h", "transport/rendezvous.h",
         "transport/topology.h"},
-    "dispatch/comm.h": CONTRACT | {"transport/clocks.h", "transport/group.h"},
+    "dispatch/comm.h": CONTRACT | {"transport/clocks.h"},
+    "dispatch/generation.h": {"transport/group.h", "transport/topology.h"},
+    "dispatch/generation.c": {"transport/bootstrap.h"},
     "dispatch/ep.c": CONTRACT | {"transport/bootstrap.h"},
     "dispatch/cuda/exec.c": CONTRACT | {"transport/bootstrap.h"},
     "dispatch/cuda/exec_far.c": CONTRACT | {"transport/bootstrap.h"},
@@ -36,7 +38,6 @@ CONTRACT_CREATE = {
     "dispatch/build.c": CONTRACT | {"transport/bootstrap.h"},
     "dispatch/buffers.h": CONTRACT | {"transport/share.h"},
     "dispatch/buffers.c": CONTRACT | {"transport/bootstrap.h"},
-    "dispatch/recover.c": CONTRACT | {"transport/bootstrap.h", "transport/topology.h"},
 }
 # Headers of others that only one place may know.
 OUTSIDE = [

@@ -4,15 +4,13 @@
  * element, goes on when others are lost, lets newcomers in, and says on standard output, a JSON
  * object a line, what happened and when (CLOCK_MONOTONIC, as Python's time.monotonic_ns).
  *
- * Values are small integers, so that sums are exact in any order, and what a token must give
- * follows from who lives. What all ranks have to do at one step (let newcomers in, end) is a word
+ * What all ranks have to do at one step (let newcomers in, end) is a word
  * in the store that the lowest rank sets before a step that all look at only LOOK steps later:
  * nobody begins that one before the lowest rank has begun the step after it set the word.
  *
- * It is long because it is a whole engine: routing, experts, oracle, recovery, joining.
+ * Newcomers are let in while all compute (nep_comm_grow_begin); with --waits while all wait.
  */
 #include <inttypes.h>
-#include <math.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -22,19 +20,10 @@
 #include <unistd.h>
 
 #include "base/clock.h"
-#include "nearep.h"
+#include "tests/multi/exact.h"
 #include "transport/rendezvous.h"
 
-enum {
-    MAX_RANKS = 64,
-    SLOTS = 2,
-    TOP_K = 3,
-    HIDDEN = 64,
-    LOOK = 8,
-    FAILED = 1,
-    WRONG = 3,
-    OUT = 4
-};
+enum { MAX_RANKS = NEP_EXACT_RANKS, LOOK = 8, FAILED = 1, WRONG = 3, OUT = 4 };
 
 struct options {
     uint32_t rank;
@@ -50,12 +39,14 @@ struct options {
     bool is_rank_layout;
     bool is_mapped;
     bool joins;
+    bool waits; /* newcomers are let in while all wait */
 };
 
 /* What all ranks do at one step; in the store, one for each generation. */
 struct plan {
     uint64_t start_step;
-    uint64_t join_step; /* UINT64_MAX: nobody is to be let in, as the next */
+    uint64_t grow_step; /* the larger group is begun; UINT64_MAX: not, as the next */
+    uint64_t join_step; /* newcomers are let in */
     uint64_t end_step;
     uint32_t num_joining;
     uint32_t reserved;
@@ -66,21 +57,16 @@ struct seat {
     struct nep_rendezvous_client *client;
     struct nep_bootstrap store;
     struct nep_comm *comm;
-    struct nep_ep *ep;
-    struct nep_handle *handle;
-    uint8_t is_live[MAX_RANKS];
+    struct nep_exact exact;
     uint64_t generation;
     uint64_t step;
     uint64_t base_step;
     uint64_t base_op;
-    bool is_fresh; /* no step of this generation is done yet */
-    uint64_t capacity;
-    float *x, *rows, *y;
-    float *present;
-    int32_t *slots;
-    float *slot_weights;
-    int32_t *ids;
-    float *weights;
+    uint64_t good_ns; /* when the last step was over */
+    uint64_t call_ns; /* of the last nep_comm_recover */
+    uint64_t calm_ns; /* gap_ns until newcomers were begun with */
+    uint64_t gap_ns;  /* longest time between two, since the last change of the group */
+    bool is_fresh;    /* no step of this generation is done yet */
 };
 
 static volatile sig_atomic_t must_end;
@@ -111,184 +97,6 @@ static int fail(const struct seat *seat, const char *what)
     return FAILED;
 }
 
-/* ---- what a step computes ------------------------------------------------------------------- */
-
-static uint32_t mix(uint32_t a, uint32_t b, uint32_t c)
-{
-    uint32_t z = a * 2654435761u ^ b * 2246822519u ^ c * 3266489917u;
-    z = (z ^ z >> 15) * 2246822519u;
-    return z ^ z >> 13;
-}
-
-static float value(uint32_t rank, uint32_t step, uint32_t token, uint32_t h)
-{
-    return (float)((int)(mix(rank * 64 + h, step, token) % 17) - 8);
-}
-
-static float factor(uint32_t expert)
-{
-    return (float)(1 + expert % 4);
-}
-
-/* Tokens of this rank in this step: also none, and all that fit. */
-static uint32_t fill(struct seat *seat)
-{
-    uint32_t me = seat->options.rank, step = (uint32_t)seat->step;
-    uint32_t num_experts = seat->options.num_ranks * SLOTS;
-    uint32_t num = mix(me + 11, step, 5) % (seat->options.tokens + 1);
-    for (uint32_t i = 0; i < num * TOP_K; i++) {
-        uint32_t first = mix(me, step, i / TOP_K);
-        seat->ids[i] = (int32_t)((first + i % TOP_K * 3) % num_experts);
-        seat->ids[i] = mix(me + 7, step, i) % 11 == 0 ? -1 : seat->ids[i];
-        seat->weights[i] = 0.25f * (float)(1 + mix(me + 3, step, i) % 8);
-    }
-    for (uint32_t t = 0; t < num; t++) {
-        seat->present[t] = -1;
-        for (uint32_t h = 0; h < HIDDEN; h++) {
-            seat->x[t * HIDDEN + h] = value(me, step, t, h);
-            seat->y[t * HIDDEN + h] = 1e30f;
-        }
-    }
-    return num;
-}
-
-/* The stand-in experts, in place: each row times its expert's factor (rank layout: weighted). */
-static void run_experts(struct seat *seat, const struct nep_counts *counts)
-{
-    uint32_t first = seat->options.rank * SLOTS;
-    for (uint32_t l = 0; !seat->options.is_rank_layout && l < SLOTS; l++) {
-        for (uint64_t i = 0; i < counts->rows_per_slot[l] * (uint64_t)HIDDEN; i++) {
-            seat->rows[counts->first_row[l] * HIDDEN + i] *= factor(first + l);
-        }
-    }
-    for (uint64_t r = 0; seat->options.is_rank_layout && r < counts->num_rows; r++) {
-        float scale = 0;
-        for (uint32_t k = 0; k < TOP_K; k++) {
-            int32_t slot = seat->slots[r * TOP_K + k];
-            scale +=
-                slot < 0 ? 0 : seat->slot_weights[r * TOP_K + k] * factor(first + (uint32_t)slot);
-        }
-        for (uint32_t h = 0; h < HIDDEN; h++) {
-            seat->rows[r * HIDDEN + h] *= scale;
-        }
-    }
-}
-
-/* What token t must give: the factor of its input, and `present`. */
-static void expected(const struct seat *seat, uint32_t t, float *scale_p, float *present_p)
-{
-    const int32_t *ids = seat->ids + t * TOP_K;
-    uint64_t ranks = 0;
-    *scale_p = *present_p = 0;
-    for (uint32_t k = 0; k < TOP_K; k++) {
-        uint32_t owner = ids[k] < 0 ? 0 : (uint32_t)ids[k] / SLOTS;
-        if (ids[k] >= 0 && seat->is_live[owner]) {
-            *scale_p += seat->weights[t * TOP_K + k] * factor((uint32_t)ids[k]);
-            *present_p += seat->weights[t * TOP_K + k];
-            ranks |= 1ull << owner;
-        }
-    }
-    if (seat->options.is_rank_layout) {
-        *present_p = (float)__builtin_popcountll(ranks);
-    }
-}
-
-static bool is_right(const struct seat *seat, uint32_t num_tokens)
-{
-    for (uint32_t t = 0; t < num_tokens; t++) {
-        float scale, present;
-        expected(seat, t, &scale, &present);
-        bool is_fine = seat->present[t] == present;
-        for (uint32_t h = 0; h < HIDDEN; h++) {
-            float want = scale * value(seat->options.rank, (uint32_t)seat->step, t, h);
-            is_fine = is_fine && seat->y[t * HIDDEN + h] == want;
-        }
-        if (!is_fine) {
-            say("wrong", ", \"step\": %" PRIu64 ", \"token\": %u, \"present\": %g, \"not\": %g",
-                seat->step, t, (double)seat->present[t], (double)present);
-            return false;
-        }
-    }
-    return true;
-}
-
-static enum nep_status run_step(struct seat *seat, uint32_t num_tokens)
-{
-    struct nep_tokens in = {.size = sizeof in,
-                            .num_tokens = num_tokens,
-                            .x = seat->x,
-                            .topk_ids = seat->ids,
-                            .topk_weights = seat->weights};
-    struct nep_rows out = {.size = sizeof out,
-                           .x = seat->rows,
-                           .capacity = seat->capacity,
-                           .topk_slots = seat->slots,
-                           .topk_weights = seat->slot_weights};
-    struct nep_counts counts = {.size = sizeof counts};
-    struct nep_expert_rows back = {.size = sizeof back, .y = seat->rows};
-    struct nep_tokens_out sum = {
-        .size = sizeof sum, .num_tokens = num_tokens, .y = seat->y, .present = seat->present};
-    enum nep_status status = nep_dispatch(seat->ep, seat->handle, &in, &out, NULL);
-    if (status == NEP_OK) {
-        status = nep_dispatch_counts(seat->ep, seat->handle, &counts);
-    }
-    if (status == NEP_OK) {
-        run_experts(seat, &counts);
-        status = nep_combine(seat->ep, seat->handle, &back, &sum, NULL);
-    }
-    return status;
-}
-
-/* ---- memory --------------------------------------------------------------------------------- */
-
-static float *buffer(struct seat *seat, uint64_t num)
-{
-    void *memory = NULL;
-    size_t bytes = (num + 1) * sizeof(float);
-    if (!seat->options.is_mapped) {
-        return calloc(1, bytes);
-    }
-    return nep_buffer_alloc(seat->ep, bytes, &memory) == NEP_OK ? memory : NULL;
-}
-
-static void buffers_free(struct seat *seat)
-{
-    float **all[] = {&seat->x, &seat->y, &seat->rows};
-    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
-        if (!seat->options.is_mapped) {
-            free(*all[i]);
-        } else if (*all[i] != NULL) {
-            nep_buffer_free(seat->ep, *all[i]);
-        }
-        *all[i] = NULL;
-    }
-}
-
-/* Anew after each change of the group: only fresh memory of the pool is mapped by the others. */
-static bool buffers_make(struct seat *seat)
-{
-    buffers_free(seat);
-    seat->x = buffer(seat, (uint64_t)seat->options.tokens * HIDDEN);
-    seat->y = buffer(seat, (uint64_t)seat->options.tokens * HIDDEN);
-    seat->rows = buffer(seat, seat->capacity * HIDDEN);
-    return seat->x != NULL && seat->y != NULL && seat->rows != NULL;
-}
-
-static bool tables_make(struct seat *seat)
-{
-    size_t num = (size_t)seat->options.tokens * TOP_K + 1;
-    if (nep_ep_max_rows(seat->ep, &seat->capacity) != NEP_OK) {
-        return false;
-    }
-    seat->present = calloc(num, sizeof *seat->present);
-    seat->ids = calloc(num, sizeof *seat->ids);
-    seat->weights = calloc(num, sizeof *seat->weights);
-    seat->slots = calloc(seat->capacity * TOP_K + 1, sizeof *seat->slots);
-    seat->slot_weights = calloc(seat->capacity * TOP_K + 1, sizeof *seat->slot_weights);
-    return seat->present != NULL && seat->ids != NULL && seat->weights != NULL &&
-           seat->slots != NULL && seat->slot_weights != NULL;
-}
-
 /* ---- the group ------------------------------------------------------------------------------ */
 
 static enum nep_status open_seat(struct seat *seat)
@@ -315,33 +123,26 @@ static enum nep_status open_seat(struct seat *seat)
                                      .inter = options->inter,
                                      .timeout_ns = options->timeout_ns,
                                      .joins = options->joins};
-    struct nep_ep_params shape = {.size = sizeof shape,
-                                  .num_experts = options->num_ranks * SLOTS,
-                                  .top_k = TOP_K,
-                                  .hidden = HIDDEN,
-                                  .max_tokens = options->tokens,
-                                  .dtype = NEP_DTYPE_FP32,
-                                  .layout = options->is_rank_layout ? NEP_LAYOUT_RANK
-                                                                    : NEP_LAYOUT_EXPERT_PACKED,
-                                  .pool_bytes = 4 << 20};
+    seat->exact = (struct nep_exact){.rank = options->rank,
+                                     .num_ranks = options->num_ranks,
+                                     .max_tokens = options->tokens,
+                                     .layout = options->is_rank_layout ? NEP_LAYOUT_RANK
+                                                                       : NEP_LAYOUT_EXPERT_PACKED,
+                                     .is_mapped = options->is_mapped};
+    struct nep_ep_params shape = nep_exact_params(&seat->exact);
     status = nep_comm_create(&params, &seat->comm);
     if (status == NEP_OK) {
-        status = nep_ep_create(seat->comm, &shape, &seat->ep);
+        status = nep_ep_create(seat->comm, &shape, &seat->exact.ep);
     }
-    memset(seat->is_live, 1, options->num_ranks);
+    memset(seat->exact.is_live, 1, options->num_ranks);
     return status;
 }
 
 static void close_seat(struct seat *seat)
 {
-    buffers_free(seat);
-    free(seat->present);
-    free(seat->ids);
-    free(seat->weights);
-    free(seat->slots);
-    free(seat->slot_weights);
-    nep_handle_destroy(seat->handle);
-    nep_ep_destroy(seat->ep);
+    nep_exact_free(&seat->exact);
+    nep_handle_destroy(seat->exact.handle);
+    nep_ep_destroy(seat->exact.ep);
     nep_comm_destroy(seat->comm);
     nep_rendezvous_client_close(seat->client);
 }
@@ -366,26 +167,45 @@ static bool plan_get(const struct seat *seat, struct plan *plan)
 static bool plan_make(const struct seat *seat)
 {
     char key[64];
-    struct plan plan = {.start_step = seat->step, .join_step = UINT64_MAX, .end_step = UINT64_MAX};
+    struct plan plan = {.start_step = seat->step,
+                        .grow_step = UINT64_MAX,
+                        .join_step = UINT64_MAX,
+                        .end_step = UINT64_MAX};
     size_t len = 0;
     plan_key(seat, key);
     return seat->store.cas(seat->store.ctx, key, "", 0, &plan, sizeof plan, &plan, sizeof plan,
                            &len, seat->options.timeout_ns) == 0;
 }
 
+/* Newcomers are prepared for first, then let in; those that died meanwhile are forgotten. */
+static void plan_newcomers(struct seat *seat, struct plan *plan)
+{
+    uint32_t num_new = 0, is_ready = 0;
+    bool is_growing = plan->grow_step != UINT64_MAX && seat->step > plan->grow_step;
+    enum nep_status status =
+        is_growing ? nep_comm_grow_ready(seat->comm, &is_ready) : NEP_ERR_NOT_FOUND;
+    if (status == NEP_OK) {
+        plan->join_step = is_ready ? seat->step + LOOK : UINT64_MAX;
+        return;
+    }
+    if ((plan->grow_step != UINT64_MAX && !is_growing) ||
+        nep_comm_newcomers(seat->comm, &num_new) != NEP_OK || num_new == 0) {
+        return;
+    }
+    plan->num_joining = num_new;
+    *(seat->options.waits ? &plan->join_step : &plan->grow_step) = seat->step + LOOK;
+}
+
 /* The lowest rank that lives decides what is done LOOK steps later. */
 static bool plan_decide(struct seat *seat, struct plan *plan)
 {
-    uint32_t num_new = 0;
     char key[64];
     struct plan before = *plan;
     if (must_end != 0 && plan->end_step == UINT64_MAX) {
         plan->end_step = seat->step + LOOK;
     }
-    if (plan->join_step == UINT64_MAX && nep_comm_newcomers(seat->comm, &num_new) == NEP_OK &&
-        num_new > 0) {
-        plan->join_step = seat->step + LOOK;
-        plan->num_joining = num_new;
+    if (plan->join_step == UINT64_MAX) {
+        plan_newcomers(seat, plan);
     }
     plan_key(seat, key);
     return memcmp(&before, plan, sizeof before) == 0 ||
@@ -395,7 +215,7 @@ static bool plan_decide(struct seat *seat, struct plan *plan)
 static bool is_lowest(const struct seat *seat)
 {
     uint32_t first = 0;
-    while (seat->is_live[first] == 0) {
+    while (seat->exact.is_live[first] == 0) {
         first++;
     }
     return first == seat->options.rank;
@@ -406,9 +226,9 @@ static bool take(struct seat *seat, const struct nep_recovery *recovery, bool wa
 {
     uint64_t first = 0, next = 0;
     struct plan plan;
-    memcpy(seat->is_live, recovery->is_live, seat->options.num_ranks);
+    memcpy(seat->exact.is_live, recovery->is_live, seat->options.num_ranks);
     seat->generation = recovery->generation;
-    if (nep_ep_resume(seat->ep, &first, &next) != NEP_OK) {
+    if (nep_ep_resume(seat->exact.ep, &first, &next) != NEP_OK) {
         return false;
     }
     seat->step = seat->base_step + (first - seat->base_op) / 2;
@@ -419,12 +239,13 @@ static bool take(struct seat *seat, const struct nep_recovery *recovery, bool wa
     seat->base_step = seat->step;
     seat->base_op = next;
     seat->is_fresh = true;
-    if (was_new && (nep_handle_create(seat->ep, &seat->handle) != NEP_OK || !tables_make(seat))) {
+    if (was_new && (nep_handle_create(seat->exact.ep, &seat->exact.handle) != NEP_OK ||
+                    !nep_exact_make_tables(&seat->exact))) {
         return false;
     }
     say("recovered", ", \"generation\": %" PRIu64 ", \"live\": %u, \"step\": %" PRIu64,
         seat->generation, recovery->num_live, seat->step);
-    return buffers_make(seat);
+    return nep_exact_make_buffers(&seat->exact);
 }
 
 /* 0, or how the program is to end. */
@@ -434,7 +255,9 @@ static int recover(struct seat *seat, uint32_t num_joining, bool is_new)
     struct nep_recovery recovery = {.size = sizeof recovery};
     uint64_t deadline_ns = nep_deadline_ns(10 * seat->options.timeout_ns + 20 * NEP_S);
     for (;;) {
+        uint64_t begin_ns = nep_now_ns();
         enum nep_status status = nep_comm_recover(seat->comm, &params, &recovery);
+        seat->call_ns = nep_now_ns() - begin_ns;
         if (status == NEP_OK) {
             return take(seat, &recovery, is_new) ? 0 : fail(seat, "after recovery");
         }
@@ -459,10 +282,26 @@ static int look(struct seat *seat)
     if (!plan_get(seat, &plan) || (is_lowest(seat) && !plan_decide(seat, &plan))) {
         return fail(seat, "the store");
     }
+    if (seat->step == (seat->options.waits ? plan.join_step : plan.grow_step)) {
+        seat->calm_ns = seat->gap_ns;
+        seat->gap_ns = 0;
+    }
     if (seat->step == plan.join_step) {
         return recover(seat, plan.num_joining, false);
     }
+    struct nep_grow_params params = {.size = sizeof params, .num_joining = plan.num_joining};
+    if (seat->step == plan.grow_step && nep_comm_grow_begin(seat->comm, &params) != NEP_OK) {
+        return fail(seat, "nep_comm_grow_begin");
+    }
     return seat->step == plan.end_step ? -1 : 0;
+}
+
+/* The longest time between two good steps. */
+static void keep_gap(struct seat *seat)
+{
+    uint64_t now_ns = nep_now_ns(), gap_ns = now_ns - seat->good_ns;
+    seat->gap_ns = seat->good_ns != 0 && gap_ns > seat->gap_ns ? gap_ns : seat->gap_ns;
+    seat->good_ns = now_ns;
 }
 
 static bool is_fault(enum nep_status status)
@@ -491,16 +330,23 @@ static int run(struct seat *seat)
         if (generation != seat->generation) {
             continue; /* newcomers were let in; the step may be another */
         }
-        uint32_t num_tokens = fill(seat);
-        enum nep_status status = run_step(seat, num_tokens);
+        char text[128];
+        enum nep_status status =
+            (enum nep_status)nep_exact_step(&seat->exact, (uint32_t)seat->step, UINT32_MAX);
         if (status == NEP_OK) {
-            if (!is_right(seat, num_tokens)) {
+            if (!nep_exact_is_right(&seat->exact, (uint32_t)seat->step, text, sizeof text)) {
+                say("wrong", ", \"what\": \"%s\"", text);
                 return WRONG;
             }
+            keep_gap(seat);
             if (seat->is_fresh) {
-                say("good", ", \"generation\": %" PRIu64 ", \"step\": %" PRIu64, seat->generation,
-                    seat->step);
+                say("good",
+                    ", \"generation\": %" PRIu64 ", \"step\": %" PRIu64
+                    ", \"gap\": %g, \"calm\": %g, \"call\": %g",
+                    seat->generation, seat->step, (double)seat->gap_ns / 1e9,
+                    (double)seat->calm_ns / 1e9, (double)seat->call_ns / 1e9);
                 seat->is_fresh = false;
+                seat->gap_ns = 0;
             }
             seat->step++;
             continue;
@@ -549,6 +395,8 @@ static bool parse(int argc, char **argv, struct options *options)
         bool has_value = i + 1 < argc;
         if (strcmp(argv[i], "--joins") == 0) {
             options->joins = true;
+        } else if (strcmp(argv[i], "--waits") == 0) {
+            options->waits = true;
         } else if (strcmp(argv[i], "--rank-layout") == 0) {
             options->is_rank_layout = true;
         } else if (strcmp(argv[i], "--mapped") == 0) {
@@ -576,8 +424,8 @@ int main(int argc, char **argv)
     struct seat seat;
     memset(&seat, 0, sizeof seat);
     if (!parse(argc, argv, &seat.options)) {
-        fprintf(stderr, "usage: chaos_seat RANK HOST:PORT SIZES INTER [--joins] [--rank-layout] "
-                        "[--mapped] [--tokens N] [--timeout-ms N] [--wait-ms N]\n"
+        fprintf(stderr, "usage: chaos_seat RANK HOST:PORT SIZES INTER [--joins] [--waits] "
+                        "[--rank-layout] [--mapped] [--tokens N] [--timeout-ms N] [--wait-ms N]\n"
                         "SIZES: ranks of each node, 2,2; or =4: four ranks where they are\n");
         return 2;
     }
@@ -585,13 +433,14 @@ int main(int argc, char **argv)
     if (open_seat(&seat) != NEP_OK) {
         return fail(&seat, "creation");
     }
-    nep_ep_set_timeout(seat.ep, seat.options.wait_ns);
+    nep_ep_set_timeout(seat.exact.ep, seat.options.wait_ns);
     int rc = 0;
     if (seat.options.joins) {
         say("asks", ", \"rank\": %u", seat.options.rank);
         rc = recover(&seat, 0, true);
-    } else if (nep_handle_create(seat.ep, &seat.handle) != NEP_OK || !tables_make(&seat) ||
-               !buffers_make(&seat) || !plan_make(&seat)) {
+    } else if (nep_handle_create(seat.exact.ep, &seat.exact.handle) != NEP_OK ||
+               !nep_exact_make_tables(&seat.exact) || !nep_exact_make_buffers(&seat.exact) ||
+               !plan_make(&seat)) {
         rc = fail(&seat, "handle, buffers and plan");
     }
     seat.is_fresh = true;

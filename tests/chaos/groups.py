@@ -78,6 +78,8 @@ class Group:
         self.num = self.world.num_ranks
         self.shape = random.choice([[], ["--rank-layout"], ["--mapped"]])
         self.shape = [*self.shape, "--tokens", str(random.choice([1, 16, 64]))]
+        self.shape += getattr(args, "join", random.choice([[], [], ["--waits"]]))
+        self.gaps = [0, 0, 0]
         where = os.path.dirname(args.perf)
         host, port = self.world.place()
         self.address = (host, port)
@@ -171,6 +173,9 @@ class Group:
         for rank, seat in self.seats.items():
             faults = [e for e in seat.since() if e["e"] == "fault"]
             self.require(not faults, "rank", rank, "reports", faults, "while newcomers come")
+        joined = [seat for rank, seat in self.seats.items() if rank not in ranks]
+        goods = [e for seat in joined for e in seat.since() if e["e"] == "good"]
+        self.gaps = [max([e[what] for e in goods], default=0) for what in ("call", "gap", "calm")]
         counts["newcomers let in"] += len(ranks)
         self.forget()
         return took

@@ -4,7 +4,10 @@
 
 A group of chaos_seat is harmed again and again; times are from the signal to what the ranks say,
 all on one clock. killed: the process ends, which others see. stopped: it does not, so the deadline
-must pass. named: all survivors have reported it. good: all have done a step without it."""
+must pass. named: all survivors have reported it. good: all have done a step without it. Then a
+newcomer takes the seat, prepared beside the steps, or (--waits) while all wait. call: the longest
+nep_comm_recover of a member; gap: the longest time between two steps of a member meanwhile; calm: the
+same before the newcomer came."""
 import argparse
 import os
 import random
@@ -31,7 +34,7 @@ def lose_one(group, number):
     seat.process.wait()
     group.forget()
     joined = group.fill([victim])
-    return (named - start_ns) / 1e9, good, joined
+    return (named - start_ns) / 1e9, good, joined, *group.gaps
 
 
 def main():
@@ -44,14 +47,18 @@ def main():
     parser.add_argument("--wait", type=float, default=0)
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--waits", action="store_true", help="newcomers join while all wait")
+    parser.add_argument("--only", choices=["killed", "stopped"])
     args = parser.parse_args()
     args.perf, args.patience, args.spread = os.path.join(args.bin, "nep-perf"), 10, 0
+    args.join = ["--waits"] if args.waits else []
     random.seed(args.seed)
     print(f"{args.sizes} ranks, timeout {args.wait or args.timeout} s, {args.times} times each: "
           "median (slowest), s")
     for inter in args.inter.split(","):
         for how, number in ("killed", signal.SIGKILL), ("stopped", signal.SIGSTOP):
-            measure(args, inter, how, number)
+            if args.only in (None, how):
+                measure(args, inter, how, number)
 
 
 def measure(args, inter, how, number):
@@ -72,6 +79,7 @@ def measure(args, inter, how, number):
                     group.destroy()
     texts = [f"{statistics.median(times):.3f} ({max(times):.3f})" for times in zip(*all_times)]
     print(f"{inter:<14} {how:<8} named {texts[0]}  good {texts[1]}  newcomer's {texts[2]}"
+          f"  call {texts[3]}  gap {texts[4]}  calm {texts[5]}"
           f"  {failed} again" if texts else f"{inter}: nothing was measured", flush=True)
 
 
