@@ -42,7 +42,7 @@ __device__ void push_home(const dispatch_args &a, const tables &t, const role &r
             store_beside(a, t, p, place, far.rank, token);
         }
         if (__any_sync(0xffffffffu, place.has_row)) {
-            move_input(a, token, place, part, a.own_parts);
+            move_input(a, t, token, place, {p.g, p.pos, nullptr}, part, a.own_parts);
         }
     }
 }
@@ -90,7 +90,7 @@ __device__ void pull_row(const dispatch_args &a, const tables &t, uint32_t sourc
     nep_copy_row(from, place.row, rows, nullptr, part_begin(a, part, a.tile_parts),
                  part_begin(a, part + 1, a.tile_parts));
     if (part == 0 && wire.scale_bytes != 0) {
-        nep_copy_scales(from + wire.payload_bytes, place.scales, rows, nullptr, wire.scale_bytes);
+        copy_scales(a, t, from + wire.payload_bytes, {p.g, p.pos, nullptr}, rows);
     }
 }
 

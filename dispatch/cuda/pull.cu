@@ -106,8 +106,10 @@ __device__ __forceinline__ void pull_item(const pull_args &a, const source &s, u
     if (part == 0) {
         nep_store_beside(rows_args, token, t, rows, lane < a.top_k ? s.weights[at] : 0.0f);
         if (a.wire.scale_bytes != 0) {
-            nep_copy_scales(s.scales + (uint64_t)token * a.wire.scale_bytes,
-                            nep_target_scales(rows_args, t), rows, nullptr, a.wire.scale_bytes);
+            nep_copy_scales(
+                s.scales + (uint64_t)token * a.wire.scale_bytes,
+                [&](uint32_t l) { return nep_target_scales(rows_args, t, l); }, rows, nullptr,
+                a.wire.scale_bytes);
         }
     }
     nep_copy_row(s.rows + (uint64_t)token * a.wire.payload_bytes, t.row, rows, nullptr, begin, end);

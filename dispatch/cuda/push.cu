@@ -156,8 +156,10 @@ push_beside(const push_args &a, const warp_item &w, const nep_target &t, uint32_
     if (w.part == 0) {
         store_terms(a, w, t, all, weight);
         if (!kCast && a.scales != nullptr) {
-            nep_copy_scales(a.scales + (uint64_t)w.token * a.wire.scale_bytes,
-                            nep_target_scales(rows_args, t), rows, more_scales, a.wire.scale_bytes);
+            nep_copy_scales(
+                a.scales + (uint64_t)w.token * a.wire.scale_bytes,
+                [&](uint32_t l) { return nep_target_scales(rows_args, t, l); }, rows, more_scales,
+                a.wire.scale_bytes);
         }
     }
     if (is_second) {
@@ -197,8 +199,9 @@ __device__ __forceinline__ void push_item(const push_args &a, const warp_item &w
     uint32_t end = min(a.units, begin + per_part);
     const char *from = a.x + (uint64_t)w.token * (kCast ? a.wire.in_bytes : a.wire.payload_bytes);
     if constexpr (kCast) {
-        nep_cast_row(a.wire, from, t.row, nep_target_scales(rows_args, t), rows, more, more_scales,
-                     begin, end);
+        nep_cast_row(
+            a.wire, from, t.row, [&](uint32_t l) { return nep_target_scales(rows_args, t, l); },
+            rows, more, more_scales, begin, end);
     } else {
         nep_copy_row(from, t.row, rows, more, begin, end);
     }

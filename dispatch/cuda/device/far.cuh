@@ -280,7 +280,6 @@ static __device__ inline bool nep_near_met(const struct nep_far &a, uint64_t val
 struct nep_far_place {
     bool has_row;
     char *row;
-    struct nep_scales_at scales;
 };
 
 #endif

@@ -113,16 +113,49 @@ __device__ __forceinline__ pair make_pair(const dispatch_args &a, const uint32_t
 __device__ __forceinline__ nep_far_place place_of(const dispatch_args &a, const tables &t,
                                                   const pair &p, bool is_mine)
 {
-    nep_far_place place = {p.has_row && is_mine, nullptr, {nullptr, 4}};
+    nep_far_place place = {p.has_row && is_mine, nullptr};
     if (place.has_row) {
         const nep_far_bind &bind = t.binds[p.g];
         place.row = t.near[p.g] + bind.x + (uint64_t)p.pos * a.far.shape.wire.payload_bytes;
-        if (a.far.shape.wire.scale_bytes != 0) {
-            place.scales = nep_wire_scales_at(&a.far.shape.wire, t.near[p.g] + bind.scales, p.pos,
-                                              bind.capacity);
-        }
     }
     return place;
+}
+
+/* Whose scales a warp stores: each lane the row of its place. */
+struct scale_target {
+    uint32_t g;
+    uint32_t pos;
+    char *slot; /* not NULL: in a send slot, for all lanes */
+};
+
+__device__ __forceinline__ struct nep_scales_at scales_of(const dispatch_args &a, const tables &t,
+                                                          const scale_target &to, uint32_t from)
+{
+    uint32_t g = __shfl_sync(0xffffffffu, to.g, from);
+    uint32_t pos = __shfl_sync(0xffffffffu, to.pos, from);
+    if (to.slot != nullptr) {
+        return {to.slot, 4};
+    }
+    const nep_far_bind &bind = t.binds[g];
+    return nep_wire_scales_at(&a.far.shape.wire, t.near[g] + bind.scales, pos, bind.capacity);
+}
+
+/* To all places of a warp: scales that came with a row, and a row that is cast. */
+static __device__ inline void copy_scales(const dispatch_args &a, const tables &t, const char *from,
+                                          scale_target to, uint32_t rows)
+{
+    nep_copy_scales(
+        from, [&](uint32_t l) { return scales_of(a, t, to, l); }, rows, nullptr,
+        a.far.shape.wire.scale_bytes);
+}
+
+static __device__ inline void cast_row(const dispatch_args &a, const tables &t, const char *from,
+                                       char *row, scale_target to, uint32_t rows, uint32_t begin,
+                                       uint32_t end)
+{
+    nep_cast_row(
+        a.far.shape.wire, from, row, [&](uint32_t l) { return scales_of(a, t, to, l); }, rows,
+        nullptr, nullptr, begin, end);
 }
 
 /* What lies beside a row at its receiver. */
@@ -198,23 +231,21 @@ __device__ __forceinline__ const char *input_row(const dispatch_args &a, uint32_
 }
 
 /* A part of an own row to its places. */
-__device__ __forceinline__ void move_input(const dispatch_args &a, uint32_t token,
-                                           const nep_far_place &place, uint32_t part,
-                                           uint32_t parts)
+__device__ __forceinline__ void move_input(const dispatch_args &a, const tables &t, uint32_t token,
+                                           const nep_far_place &place, const scale_target &to,
+                                           uint32_t part, uint32_t parts)
 {
-    const struct nep_wire &wire = a.far.shape.wire;
+    uint32_t scale_bytes = a.far.shape.wire.scale_bytes;
     uint32_t begin = part_begin(a, part, parts);
     uint32_t end = part_begin(a, part + 1, parts);
     uint32_t rows = __ballot_sync(0xffffffffu, place.has_row);
     if (a.is_cast) {
-        nep_cast_row(wire, input_row(a, token), place.row, place.scales, rows, nullptr, nullptr,
-                     begin, end);
+        cast_row(a, t, input_row(a, token), place.row, to, rows, begin, end);
         return;
     }
     nep_copy_row(input_row(a, token), place.row, rows, nullptr, begin, end);
-    if (part == 0 && wire.scale_bytes != 0) {
-        nep_copy_scales(a.scales + (uint64_t)token * wire.scale_bytes, place.scales, rows, nullptr,
-                        wire.scale_bytes);
+    if (part == 0 && scale_bytes != 0) {
+        copy_scales(a, t, a.scales + (uint64_t)token * scale_bytes, to, rows);
     }
 }
 
@@ -261,8 +292,9 @@ __device__ inline void fill_tile(const dispatch_args &a, const tables &tab, cons
         uint32_t part = i % a.tile_parts;
         uint32_t token = tokens[row];
         char *to = payload + (uint64_t)row * a.far.shape.wire.row_bytes;
-        nep_far_place place = {lane == 0, to, {to + a.far.shape.wire.payload_bytes, 4}};
-        move_input(a, token, place, part, a.tile_parts);
+        nep_far_place place = {lane == 0, to};
+        move_input(a, tab, token, place, {0, 0, to + a.far.shape.wire.payload_bytes}, part,
+                   a.tile_parts);
         if (part == 0) {
             store_meta(a, tab, node, token,
                        slot + sizeof(struct nep_tile_msg) + (uint64_t)row * a.far.meta_bytes);

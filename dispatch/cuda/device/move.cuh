@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The moving of one row by one warp: read once, stored to all its places, cast to fp8 if asked. A
- * lane holds one place; the mask says which lanes do. `more` is one more copy, or NULL. Plain
- * 16-byte accesses, four in flight per thread.
+ * lane holds one place; the mask says which lanes do. `more` is one more copy, or NULL.
+ * scales(lane), by all lanes, says where those of that lane's place go: worked out when they are
+ * stored, since kernels that move rows have no register to spare. Plain 16-byte accesses, four in
+ * flight per thread.
  */
 #ifndef NEP_DISPATCH_CUDA_DEVICE_MOVE_CUH
 #define NEP_DISPATCH_CUDA_DEVICE_MOVE_CUH
@@ -16,12 +18,6 @@ enum { NEP_ROWS_FLIGHT = 4 };
 static __device__ __forceinline__ char *nep_lane_row(char *row, uint32_t lane)
 {
     return (char *)__shfl_sync(0xffffffffu, (unsigned long long)row, lane);
-}
-
-static __device__ __forceinline__ struct nep_scales_at
-nep_lane_scales(const struct nep_scales_at &at, uint32_t lane)
-{
-    return {nep_lane_row(at.first, lane), __shfl_sync(0xffffffffu, at.step, lane)};
 }
 
 /* Pieces [begin, end) of a row as it is. */
@@ -93,10 +89,10 @@ static __device__ __forceinline__ void nep_put_scale(const struct nep_wire &wire
 
 /* Pieces [begin, end), begin a multiple of 8, with the cast: a lane has 16 elements, eight lanes
  * the 128 that share a scale. */
-static __device__ __forceinline__ void nep_cast_row(const struct nep_wire &wire, const char *from,
-                                                    char *row, const struct nep_scales_at &scales,
-                                                    uint32_t rows, char *more, char *more_scales,
-                                                    uint32_t begin, uint32_t end)
+template <class Scales>
+static __device__ __forceinline__ void
+nep_cast_row(const struct nep_wire &wire, const char *from, char *row, const Scales &scales,
+             uint32_t rows, char *more, char *more_scales, uint32_t begin, uint32_t end)
 {
     uint32_t lane = threadIdx.x % 32;
     for (uint32_t first = begin; first < end; first += 32) {
@@ -129,10 +125,10 @@ static __device__ __forceinline__ void nep_cast_row(const struct nep_wire &wire,
         }
         for (uint32_t m = rows; m != 0; m &= m - 1) {
             uint4 *to = (uint4 *)nep_lane_row(row, __ffs(m) - 1);
-            struct nep_scales_at at = nep_lane_scales(scales, __ffs(m) - 1);
             if (is_in) {
                 to[unit] = make_uint4(q[0], q[1], q[2], q[3]);
             }
+            struct nep_scales_at at = scales(__ffs(m) - 1);
             if (is_scale) {
                 nep_put_scale(wire, at, unit / 8, scale);
             }
@@ -161,12 +157,12 @@ nep_copy_scales_to(const char *from, const struct nep_scales_at &to, uint32_t by
 }
 
 /* The same to the places of all lanes of `rows`. */
-static __device__ __forceinline__ void nep_copy_scales(const char *from,
-                                                       const struct nep_scales_at &scales,
+template <class Scales>
+static __device__ __forceinline__ void nep_copy_scales(const char *from, const Scales &scales,
                                                        uint32_t rows, char *more, uint32_t bytes)
 {
     for (uint32_t m = rows; m != 0; m &= m - 1) {
-        nep_copy_scales_to(from, nep_lane_scales(scales, __ffs(m) - 1), bytes);
+        nep_copy_scales_to(from, scales(__ffs(m) - 1), bytes);
     }
     if (more != nullptr) {
         nep_copy_scales_to(from, {more, 4}, bytes);

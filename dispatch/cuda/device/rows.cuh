@@ -92,13 +92,13 @@ static __device__ __forceinline__ nep_target nep_find_target(const nep_rows_args
     return t;
 }
 
-/* Where the scales of this lane's row go. */
-static __device__ __forceinline__ struct nep_scales_at nep_target_scales(const nep_rows_args &a,
-                                                                         const nep_target &t)
+/* Where the scales of the row that lane `from` holds go. */
+static __device__ __forceinline__ struct nep_scales_at
+nep_target_scales(const nep_rows_args &a, const nep_target &t, uint32_t from)
 {
-    const struct nep_places &places = a.places[t.rank];
-    return nep_wire_scales_at(&a.wire, t.row != nullptr ? places.scales : nullptr, t.pos,
-                              places.capacity);
+    const struct nep_places &places = a.places[__shfl_sync(0xffffffffu, t.rank, from)];
+    uint32_t pos = __shfl_sync(0xffffffffu, t.pos, from);
+    return nep_wire_scales_at(&a.wire, places.scales, pos, places.capacity);
 }
 
 /* What lies beside the rows at their receivers. weight: of this lane's pair. */
