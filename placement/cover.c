@@ -309,7 +309,8 @@ double nep_cover_best(const struct nep_cover *cover, uint32_t node, uint32_t but
         return 0.0;
     }
     for (uint32_t e = 0; e < cover->params.sets->num_items; e++) {
-        if (e == but || cover->has[at(cover, e, node)]) {
+        /* Most would draw nothing, where experts and nodes are many. */
+        if (e == but || cover->moved[at(cover, e, node)] == 0.0f || cover->has[at(cover, e, node)]) {
             continue;
         }
         double value = worth(cover, e, node);
