@@ -310,7 +310,8 @@ double nep_cover_best(const struct nep_cover *cover, uint32_t node, uint32_t but
     }
     for (uint32_t e = 0; e < cover->params.sets->num_items; e++) {
         /* Most would draw nothing, where experts and nodes are many. */
-        if (e == but || cover->moved[at(cover, e, node)] == 0.0f || cover->has[at(cover, e, node)]) {
+        if (e == but || cover->moved[at(cover, e, node)] == 0.0f ||
+            cover->has[at(cover, e, node)]) {
             continue;
         }
         double value = worth(cover, e, node);

@@ -335,7 +335,7 @@ static enum nep_status place_layer(void *ctx, uint32_t idx)
     set_homes(s, &layer->sets);
     enum nep_status status = NEP_OK;
     if (round->idx == 0) {
-        status = nep_start_place(s, layer);
+        status = nep_start_place(s, layer, s->seed ^ idx, round->is_paper);
     }
     if (status == NEP_OK && !round->is_paper) {
         status = swap_experts(s, layer, &rng);

@@ -48,8 +48,9 @@ struct nep_solver {
 enum nep_status nep_solve_paper(const struct nep_trace *trace,
                                 const struct nep_solve_params *params, struct nep_map **map_p);
 /* First placement of a layer's experts on nodes, for the homes: by who is served where, under the
- * limits on slots and load. */
-enum nep_status nep_start_place(const struct nep_solver *solver, struct nep_solver_layer *layer);
+ * limits on slots and load; or, where tokens are scarce, by who fires together. */
+enum nep_status nep_start_place(const struct nep_solver *solver, struct nep_solver_layer *layer,
+                                uint64_t seed, int is_paper);
 /* Spreads the copies of each node over its ranks and writes layer->entries. */
 enum nep_status nep_intra_place(const struct nep_solver *solver, struct nep_solver_layer *layer,
                                 uint32_t layer_idx);

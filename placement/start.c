@@ -4,12 +4,23 @@
  * 2604.23150, section 4.2), and experts taken in order of regret, the one that loses most by not
  * getting its best node first, under limits on slots and on load. The search only has to mend what
  * this cannot see: which experts fire together.
+ *
+ * Where tokens are scarce, it starts from that instead: spectral groups of the layer, named after
+ * the homes whose requests use them most, with no limit on load, which the search then mends. Which
+ * experts fire together holds for requests never seen; who uses them is known less well. (dsv2lite,
+ * five seeds: 0.2 to 0.4 points on an unseen domain, 0.3 to 0.7 on all requests.)
  */
 #include "placement/solver.h"
 
 #include <stdlib.h>
 
 #include "base/status.h"
+#include "placement/spectral.h"
+
+/* Spectral groups need several experts each to mean something; and E x E x N is what they cost, as
+ * the vectors of all nodes are multiplied by the table of pairs. */
+#define LEAST_GROUP   4u
+#define MOST_SPECTRAL (1ull << 20)
 
 struct regret {
     double regret;
@@ -76,7 +87,8 @@ static uint32_t pick_node(const struct nep_solver *solver, const struct nep_solv
     return best != UINT32_MAX ? best : lightest;
 }
 
-enum nep_status nep_start_place(const struct nep_solver *solver, struct nep_solver_layer *layer)
+static enum nep_status place_by_usage(const struct nep_solver *solver,
+                                      struct nep_solver_layer *layer)
 {
     uint32_t nodes = solver->shape.num_nodes;
     uint32_t experts = solver->shape.num_experts;
@@ -110,4 +122,86 @@ out:
     free(used);
     free(load);
     return status;
+}
+
+/* How much the requests of each home use the experts of each group. [N][N] */
+static void count_groups(const struct nep_solver *solver, const struct nep_sets *sets,
+                         const uint16_t *group, uint64_t *usage)
+{
+    uint32_t nodes = solver->shape.num_nodes;
+    for (uint32_t t = 0; t < sets->num_tokens; t++) {
+        uint32_t home = solver->homes[sets->request[t]];
+        for (uint32_t i = 0; i < sets->len[t]; i++) {
+            usage[(size_t)group[sets->items[(size_t)t * sets->width + i]] * nodes + home]++;
+        }
+    }
+}
+
+/* Gives each group the free node of its size whose requests use it most. to_p: [N] */
+static void name_groups(const struct nep_solver *solver, const uint64_t *usage, uint16_t *to)
+{
+    uint32_t nodes = solver->shape.num_nodes;
+    const uint32_t *slots = solver->base_slots;
+    for (uint32_t g = 0; g < nodes; g++) {
+        to[g] = UINT16_MAX;
+    }
+    for (uint32_t round = 0; round < nodes; round++) {
+        uint32_t best_group = UINT32_MAX;
+        uint32_t best_node = 0;
+        for (uint32_t i = 0; i < nodes * nodes; i++) {
+            uint32_t g = i / nodes;
+            uint32_t n = i % nodes;
+            int is_taken = to[g] != UINT16_MAX || slots[g] != slots[n];
+            for (uint32_t other = 0; other < nodes && !is_taken; other++) {
+                is_taken = to[other] == n;
+            }
+            if (!is_taken && (best_group == UINT32_MAX ||
+                              usage[i] > usage[(size_t)best_group * nodes + best_node])) {
+                best_group = g;
+                best_node = n;
+            }
+        }
+        to[best_group] = (uint16_t)best_node;
+    }
+}
+
+static enum nep_status place_by_groups(const struct nep_solver *solver,
+                                       struct nep_solver_layer *layer, uint64_t seed)
+{
+    uint32_t nodes = solver->shape.num_nodes;
+    uint32_t experts = solver->shape.num_experts;
+    uint16_t *group = calloc(experts, sizeof *group);
+    uint64_t *usage = calloc((size_t)nodes * nodes, sizeof *usage);
+    uint16_t *to = calloc(nodes, sizeof *to);
+    enum nep_status status = NEP_OK;
+    if (group == NULL || usage == NULL || to == NULL) {
+        status = nep_fail(NEP_ERR_NO_MEMORY, "solver: no memory for %u experts", experts);
+        goto out;
+    }
+    status = nep_spectral_layer(&layer->sets, nodes, solver->base_slots, seed, group);
+    if (status != NEP_OK) {
+        goto out;
+    }
+    count_groups(solver, &layer->sets, group, usage);
+    name_groups(solver, usage, to);
+    layer->copies.num = 0;
+    for (uint32_t e = 0; e < experts; e++) {
+        layer->copies.expert[layer->copies.num] = (uint16_t)e;
+        layer->copies.node[layer->copies.num++] = to[group[e]];
+    }
+out:
+    free(group);
+    free(usage);
+    free(to);
+    return status;
+}
+
+enum nep_status nep_start_place(const struct nep_solver *solver, struct nep_solver_layer *layer,
+                                uint64_t seed, int is_paper)
+{
+    uint64_t experts = solver->shape.num_experts;
+    uint64_t nodes = solver->shape.num_nodes;
+    int is_spectral = solver->is_whole && !is_paper && experts >= nodes * LEAST_GROUP &&
+                      experts * experts * nodes <= MOST_SPECTRAL;
+    return is_spectral ? place_by_groups(solver, layer, seed) : place_by_usage(solver, layer);
 }
