@@ -13,7 +13,7 @@ import torch
 from .handles import NormalHandle, Owned
 from .layout import version_of
 from .normal import _ID_TYPES, Payload, Rows, _pointer
-from .rows import tma_aligned
+from .rows import columns_for, element_size
 from .seats import executor_of
 
 Result = Tuple[Any, ...]
@@ -122,7 +122,9 @@ class Halves:
         seats, tokens = self._buffer._seats, payload.x.shape[0]
         ids, most = ids.contiguous(), seats.most(tokens)
         seat = seats.normal(payload.kind, wish.num_experts, ids.shape[1], most, executor_of(payload.x),
-                            "packed" if wish.expand else "rank", wish.alignment if wish.expand else 0)
+                            "packed" if wish.expand else "rank", wish.alignment if wish.expand else 0,
+                            wish.aligned_scales and payload.scales is not None and
+                            element_size(payload.scales.dtype) == 4)
         inner = NormalHandle(Owned(seat), payload.kind, 1)
         inner.routing, inner.num_tokens, inner.most = (ids, version_of(ids), weights), tokens, most
         inner.alignment = wish.alignment
@@ -171,10 +173,18 @@ class Halves:
 
     @staticmethod
     def _given(x: Rows, wish: Wish, scope: Any) -> Rows:
-        if not wish.aligned_scales or not isinstance(x, tuple):
+        """Scales as asked for; they came so unless a handle was made for the other order, or types are odd."""
+        if not isinstance(x, tuple) or x[1].numel() == 0:
+            return x
+        scales = x[1]
+        is_aligned = scales.stride(0) == 1 and scales.shape[1] > 1
+        if wish.aligned_scales == is_aligned:
             return x
         with scope.current():
-            scales = tma_aligned(x[1])
+            if wish.aligned_scales:
+                scales = columns_for(scales.shape[0], scales.shape[1], scales.dtype, scales.device).copy_(scales)
+            else:
+                scales = scales.contiguous()
         scope.keep(scales)
         return x[0], scales
 

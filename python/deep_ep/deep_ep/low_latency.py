@@ -303,7 +303,7 @@ class LowLatency:
     def _ll_scales(ep: Any, raw: Optional[torch.Tensor], rows: int, arranges: bool
                    ) -> Tuple[Optional[torch.Tensor], Optional[Callable[[], None]]]:
         """What is returned as scales, and what fills it when rows are there. Tokens contiguous, as grouped matrix
-        multiplies with TMA read them; those of nvfp4 as they lie, or as arranged."""
+        multiplies with TMA read them and as they come; those of nvfp4 as they lie, or as arranged."""
         if raw is None:
             return None, None
         slots, room_of_slot = ep.slots_per_rank, rows // ep.slots_per_rank
@@ -313,15 +313,9 @@ class LowLatency:
                 return as_rows, None
             stored, view = room(slots, room_of_slot, as_rows.shape[2], raw.device)
             return view, functools.partial(arrange, as_rows, stored)
-        blocks = ep.hidden // 128
-        is_packed = ep.scale_row_bytes == blocks
-        scales = torch.empty(slots, blocks // 4 if is_packed else blocks, room_of_slot, device=raw.device,
-                             dtype=torch.int32 if is_packed else torch.float32).transpose(1, 2)
-        source = raw.view(scales.dtype).view(scales.shape)
-
-        def fill() -> None:
-            scales.copy_(source)
-        return scales, fill
+        is_packed = ep.scale_row_bytes == ep.hidden // 128
+        columns = raw.view(torch.int32 if is_packed else torch.float32).view(slots, ep.scale_row_bytes // 4, -1)
+        return columns[:, :, :room_of_slot].transpose(1, 2), None
 
     def _ll_receive(self, seat: Seat, handle: LowLatencyHandle, landing: Tuple[torch.Tensor, Optional[torch.Tensor]],
                     fill: Optional[Callable[[], None]], stats: Stats, scope: Any) -> None:

@@ -11,7 +11,7 @@ from .config import Config
 from .events import EventHandle, EventOverlap
 from .handles import NormalHandle, Owned
 from .layout import ids_from_ranks, version_of
-from .rows import element_size
+from .rows import columns_for, element_size
 from .seats import DTYPES, Kind, Seat, executor_of
 
 _ID_TYPES = {torch.int32: 0, torch.int64: 1}
@@ -59,6 +59,8 @@ class Payload:
             x = torch.empty(rows, self.x.shape[1], dtype=self.x.dtype, device=self.x.device)
         if self.scales is None:
             return x, None
+        if seat is not None and seat.columns:
+            return x, columns_for(rows, self.scales.shape[1], self.scales.dtype, self.x.device)
         return x, torch.empty(rows, self.scales.shape[1], dtype=self.scales.dtype, device=self.x.device)
 
     def give(self, x: torch.Tensor, scales: Optional[torch.Tensor]) -> Rows:

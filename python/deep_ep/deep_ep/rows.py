@@ -26,14 +26,11 @@ def element_size(dtype: torch.dtype) -> int:
     return torch.empty(0, dtype=dtype).element_size()
 
 
-def tma_aligned(scales: torch.Tensor) -> torch.Tensor:
-    """[N, S] with the same numbers, tokens contiguous and columns at multiples of 16 bytes: as grouped matrix
-    multiplies read them by TMA."""
-    rows, columns = scales.shape
-    step = max(16 // element_size(scales.dtype), 1)
-    stored = torch.empty(columns, -(-rows // step) * step, dtype=scales.dtype, device=scales.device)
-    stored[:, :rows].copy_(scales.t())
-    return stored[:, :rows].t()
+def columns_for(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Room for [N, S] with tokens contiguous and columns at multiples of 16 bytes: as grouped matrix multiplies read
+    scales by TMA, and as nearep puts pieces of 4 bytes with scale_order."""
+    step = max(16 // element_size(dtype), 1)
+    return torch.empty(columns, -(-rows // step) * step, dtype=dtype, device=device)[:, :rows].t()
 
 
 class _Managed(ctypes.Structure):

@@ -44,6 +44,7 @@ class Seat:
         self.free: List[Any] = []
         self.num_handles = 0
         self.pool: Optional[RowPool] = None  # of receive buffers, on a GPU
+        self.columns = False  # scales of outputs lie in columns of tokens
         self.captured: List[Any] = []
         self.waited = [0] * ep.comm.num_ranks
         # low latency: halves that are open, oldest first; two landing buffers and two of expert outputs,
@@ -121,10 +122,10 @@ class Seats:
         return self._agreement.most(num_tokens)
 
     def normal(self, kind: Kind, num_experts: int, top_k: int, most: int, executor: str, layout: str = "rank",
-               alignment: int = 0) -> Seat:
-        """most: from the method above, or from an earlier call. Collective where the seat is new or grows,
-        which all ranks see alike."""
-        key = (layout, kind, num_experts, top_k, alignment, executor)
+               alignment: int = 0, columns: bool = False) -> Seat:
+        """most: from the method above, or from an earlier call. columns: scales of outputs. Collective where the
+        seat is new or grows, which all ranks see alike."""
+        key = (layout, kind, num_experts, top_k, alignment, columns, executor)
         seat = self._seats.get(key)
         if seat is None or seat.ep.max_tokens < most:
             if seat is not None:
@@ -134,13 +135,13 @@ class Seats:
         return seat
 
     def _new(self, key: Any, most: int) -> Seat:
-        layout, (dtype, hidden, opaque), num_experts, top_k, alignment, executor = key
+        layout, (dtype, hidden, opaque), num_experts, top_k, alignment, columns, executor = key
         rounded = LEAST_TOKENS
         while rounded < most:
             rounded *= 2
         extra: Dict[str, Any] = {}
         if opaque:
-            extra = dict(wire="opaque", row_bytes=opaque[0], scale_bytes=opaque[1])
+            extra = dict(wire="opaque", row_bytes=opaque[0], scale_bytes=opaque[1], scale_order=int(columns))
         has_pool = executor == "cuda" and self.receive_bytes
         if has_pool:
             extra["pool_bytes"] = self.receive_bytes
@@ -148,6 +149,7 @@ class Seats:
                           max_tokens=self._promised or rounded, layout=layout, map=self.placement,
                           expert_alignment=alignment, executor=executor, **self.sms(executor), **extra)
         seat = Seat(ep, num_experts)
+        seat.columns = columns
         if has_pool:
             seat.pool = RowPool(ep, self.receive_bytes)
         return seat
@@ -185,6 +187,7 @@ class Seats:
             tokens, hidden, experts = shape
             rows = self.slots(experts) * self.comm.num_ranks * tokens
             kind, scale = wire
+            columns = kind == "fp8"  # four tokens more a column than rows at most
             row = {"bf16": 2 * hidden, "fp8": hidden + 4 * -(-hidden // 128),
                    "nvfp4": hidden // 2 + hidden // 16}[kind]
             back = 2 * rows * 2 * hidden if self.weighs_late else 0
@@ -195,19 +198,22 @@ class Seats:
             ep = self.comm.ep(num_experts=experts, top_k=top_k, hidden=hidden, max_tokens=tokens,
                               layout="front", wire=kind, scale=scale, outstanding=self.outstanding(executor),
                               map=self.placement,
-                              pool_bytes=2 * (rows * row + 16384) + back + 16384, executor=executor,
-                              **self.sms(executor), **extra)
+                              pool_bytes=2 * (rows * row + self.slots(experts) * hidden // 8 + 16384) + back + 16384,
+                              executor=executor, scale_order=int(columns), **self.sms(executor), **extra)
             seat = self._seats[key] = Seat(ep, experts)
             seat.most_open = self.outstanding(executor)
             seat.rows = rows
-            seat.landing = [self._landing(ep, rows) for _ in range(2)]
+            seat.columns = columns
+            seat.landing = [self._landing(ep, rows, columns) for _ in range(2)]
         return seat
 
     @staticmethod
-    def _landing(ep: Any, rows: int) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    def _landing(ep: Any, rows: int, columns: bool) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         x = ep.alloc(rows * ep.row_bytes).as_torch()
         if ep.scale_row_bytes == 0:
             return x, None
+        if columns:  # of a multiple of 4 tokens
+            rows = -(-(rows // ep.slots_per_rank) // 4) * 4 * ep.slots_per_rank
         return x, ep.alloc(rows * ep.scale_row_bytes).as_torch()
 
     def low_latency_weights(self, shape: Shape, top_k: int, executor: str) -> Seat:
