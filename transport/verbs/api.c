@@ -156,6 +156,7 @@ enum nep_status nep_verbs_api_load(struct nep_verbs_api *api)
         .dealloc_mw = dealloc_mw,
         .post_recv = post_recv,
         .memory_kind = nep_verbs_cuda_memory_kind,
+        .gpu_numa = nep_verbs_cuda_numa,
         .dmabuf_of = nep_verbs_cuda_dmabuf_of,
     };
     /* NODELETE: providers it loads leave handlers behind that must stay callable. */

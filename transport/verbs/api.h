@@ -42,6 +42,8 @@ struct nep_verbs_api {
     /* A dma-buf of device memory, to be closed after registration, and where addr is in it; 0, or
      * an errno. */
     int (*dmabuf_of)(const void *addr, size_t length, int *fd_p, uint64_t *offset_p);
+    /* The NUMA node of the GPU that this thread uses; -1: none, or unknown. */
+    int32_t (*gpu_numa)(void);
 
     struct ibv_comp_channel *(*create_comp_channel)(struct ibv_context *context);
     int (*destroy_comp_channel)(struct ibv_comp_channel *channel);
@@ -78,9 +80,12 @@ struct nep_verbs_api {
 enum nep_status nep_verbs_api_load(struct nep_verbs_api *api);
 void nep_verbs_api_unload(struct nep_verbs_api *api);
 
-/* memory_kind and dmabuf_of of the table, over the CUDA driver: gpu.c. */
+/* memory_kind, dmabuf_of and gpu_numa of the table, over the CUDA driver: gpu.c. */
 int nep_verbs_cuda_memory_kind(const void *addr, bool *is_device_p);
 int nep_verbs_cuda_dmabuf_of(const void *addr, size_t length, int *fd_p, uint64_t *offset_p);
+int32_t nep_verbs_cuda_numa(void);
+/* Of a device by its address on the bus, "0000:3B:00.0"; -1: none, or unknown. */
+int32_t nep_verbs_pci_numa(const char *bus_id);
 
 /* The device list, or a sentence that tells a kernel without verbs, a machine without devices and
  * a missing provider apart. Free it with api->free_device_list. */

@@ -321,7 +321,9 @@ enum nep_status nep_verbs_paths_choose(struct nep_verbs *verbs)
     enum nep_status status =
         is_file ? read_override(wanted, verbs->params.topology->local, listed, sizeof listed)
                 : nep_verbs_ports_list(&verbs->api, wanted, &ports, &num_ports);
-    struct seat mine = {.numa = own_numa(), .ports = digest(ports, num_ports)};
+    int32_t gpu_numa = verbs->api.gpu_numa(); /* its memory is what travels, where there is one */
+    struct seat mine = {.numa = gpu_numa >= 0 ? gpu_numa : own_numa(),
+                        .ports = digest(ports, num_ports)};
     read_boot_id(mine.boot_id);
     /* A rank that failed says so before anybody waits for its seat. */
     status = nep_bootstrap_common(verbs->params.bootstrap, verbs->rank, verbs->num_ranks, status,

@@ -1,12 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What the CUDA driver knows of an address, without linking it and without loading it: a process
- * whose windows lie on a GPU has it loaded, and for all others host memory is the answer. The three
- * declarations below are of its stable binary interface (cuda.h, CUDA 11.7 and newer).
+ * What the CUDA driver knows of an address, and where this thread's GPU is, without linking it and
+ * without loading it: a process whose windows lie on a GPU has it loaded, and for all others host
+ * memory is the answer. The declarations below are of its stable binary interface (cuda.h, CUDA
+ * 11.7 and newer).
  */
+#include <ctype.h>
 #include <dlfcn.h>
 #include <errno.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <unistd.h>
 
 #include "transport/verbs/api.h"
@@ -16,6 +19,8 @@ enum { CU_MEMORYTYPE_DEVICE = 2, CU_POINTER_ATTRIBUTE_MEMORY_TYPE = 2, CU_RANGE_
 typedef int (*pointer_get_attribute_fn)(void *data, int attribute, unsigned long long ptr);
 typedef int (*get_range_handle_fn)(void *handle, unsigned long long ptr, size_t size, int type,
                                    unsigned long long flags);
+typedef int (*ctx_get_device_fn)(int *device);
+typedef int (*device_get_pci_bus_id_fn)(char *text, int size, int device);
 
 static void *driver_symbol(const char *name)
 {
@@ -59,4 +64,38 @@ int nep_verbs_cuda_dmabuf_of(const void *addr, size_t length, int *fd_p, uint64_
     *fd_p = fd;
     *offset_p = (uintptr_t)addr - first;
     return 0;
+}
+
+int32_t nep_verbs_pci_numa(const char *bus_id)
+{
+    char path[96];
+    int numa = -1;
+    int len = snprintf(path, sizeof path, "/sys/bus/pci/devices/%.32s/numa_node", bus_id);
+    for (int i = 0; i < len; i++) { /* the driver writes capitals, the system does not */
+        path[i] = (char)tolower((unsigned char)path[i]);
+    }
+    FILE *file = fopen(path, "re");
+    if (file != NULL) {
+        if (fscanf(file, "%d", &numa) != 1) {
+            numa = -1;
+        }
+        fclose(file);
+    }
+    return numa;
+}
+
+int32_t nep_verbs_cuda_numa(void)
+{
+    ctx_get_device_fn get_device;
+    device_get_pci_bus_id_fn get_bus_id;
+    char bus_id[32] = "";
+    int device = 0;
+    *(void **)&get_device = driver_symbol("cuCtxGetDevice");
+    *(void **)&get_bus_id = driver_symbol("cuDeviceGetPCIBusId");
+    /* Without a context of this thread's there is no device that is meant. */
+    if (get_device == NULL || get_bus_id == NULL || get_device(&device) != 0 ||
+        get_bus_id(bus_id, sizeof bus_id, device) != 0) {
+        return -1;
+    }
+    return nep_verbs_pci_numa(bus_id);
 }

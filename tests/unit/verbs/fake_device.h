@@ -338,6 +338,11 @@ static int fake_dealloc_mw(struct ibv_mw *mw)
 }
 
 /* Memory that plays a GPU's: [device_base, device_base + device_bytes). */
+static int32_t fake_gpu_numa(void)
+{
+    return -1; /* as in a process without one */
+}
+
 static int fake_memory_kind(const void *addr, bool *is_device_p)
 {
     const uint8_t *at = addr;
@@ -897,6 +902,7 @@ static const struct nep_verbs_api fake_api = {
     .reg_mr = fake_reg_mr,
     .reg_dmabuf_mr = fake_reg_dmabuf_mr,
     .memory_kind = fake_memory_kind,
+    .gpu_numa = fake_gpu_numa,
     .dmabuf_of = fake_dmabuf_of,
     .dereg_mr = fake_dereg_mr,
     .alloc_mw = fake_alloc_mw,

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Which GID and which ports: plain arithmetic, against cases with one right answer. */
+#include <ctype.h>
+#include <dirent.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "tests/unit/cmocka_all.h"
@@ -132,6 +135,41 @@ static void test_assign_is_near_where_it_can_be(void **state)
     assert_int_equal(choice[0], 1);
 }
 
+/* What the system says of each device on the bus, asked for as the GPU's driver writes it. */
+static void test_pci_numa_is_the_systems(void **state)
+{
+    (void)state;
+    const char *root = "/sys/bus/pci/devices";
+    DIR *dir = opendir(root);
+    uint32_t num = 0;
+    for (struct dirent *item = dir == NULL ? NULL : readdir(dir); item != NULL;
+         item = readdir(dir)) {
+        char path[320], name[32];
+        int numa;
+        snprintf(path, sizeof path, "%s/%s/numa_node", root, item->d_name);
+        FILE *file = item->d_name[0] == '.' ? NULL : fopen(path, "re");
+        if (file == NULL || fscanf(file, "%d", &numa) != 1) {
+            numa = -1;
+        }
+        if (file != NULL) {
+            fclose(file);
+            num++;
+        }
+        snprintf(name, sizeof name, "%.31s", item->d_name);
+        for (char *c = name; *c != '\0'; c++) {
+            *c = (char)toupper((unsigned char)*c);
+        }
+        assert_int_equal(nep_verbs_pci_numa(name), numa);
+    }
+    if (dir != NULL) {
+        closedir(dir);
+    }
+    print_message("%u devices on the bus of this machine\n", num);
+    assert_int_equal(nep_verbs_pci_numa("0000:FF:1F.7"), -1);
+    assert_int_equal(nep_verbs_pci_numa(""), -1);
+    assert_int_equal(nep_verbs_cuda_numa(), -1); /* nothing here has loaded the driver */
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -139,6 +177,7 @@ int main(void)
         cmocka_unit_test(test_gid_agree_takes_the_best_of_both),
         cmocka_unit_test(test_assign_spreads_before_it_shares),
         cmocka_unit_test(test_assign_is_near_where_it_can_be),
+        cmocka_unit_test(test_pci_numa_is_the_systems),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
