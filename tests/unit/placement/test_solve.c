@@ -128,6 +128,53 @@ static struct nep_trace *make_collapsed(uint32_t num_requests, uint32_t num_toke
     return made;
 }
 
+/* The most that is promised: 4,096 experts, top-32, 256 nodes, with copies. */
+static void test_solve_largest_shape_works(void **state)
+{
+    (void)state;
+    enum { LARGE = 4096, TOP_K = 32, NODES = 256, REQUESTS = 8, EACH = 8 };
+    const struct nep_trace_shape shape = {.size = sizeof shape,
+                                          .num_layers = 1,
+                                          .num_experts = LARGE,
+                                          .top_k = TOP_K,
+                                          .num_domains = 1};
+    const char *const domains[] = {"one"};
+    char path[] = "/tmp/nep-largest-XXXXXX";
+    struct nep_trace_writer *writer = NULL;
+    struct nep_trace *made = NULL;
+    static int32_t ids[EACH * TOP_K];
+    uint32_t ones[NODES];
+    int fd = mkstemp(path);
+    assert_true(fd >= 0);
+    close(fd);
+    assert_int_equal(nep_trace_writer_create(&shape, "largest", domains, &writer), NEP_OK);
+    for (uint32_t r = 0; r < REQUESTS; r++) {
+        for (uint32_t i = 0; i < EACH * TOP_K; i++) {
+            ids[i] = (int32_t)((i * 131 + i / TOP_K * 17 + r * 509) % LARGE);
+        }
+        const struct nep_trace_request request = {.decode_tokens = EACH};
+        assert_int_equal(nep_trace_writer_add(writer, &request, ids), NEP_OK);
+    }
+    assert_int_equal(nep_trace_writer_save(writer, path), NEP_OK);
+    nep_trace_writer_destroy(writer);
+    assert_int_equal(nep_trace_open(path, &made), NEP_OK);
+    remove(path);
+    for (int i = 0; i < NODES; i++) {
+        ones[i] = 1;
+    }
+    const struct nep_map_shape nodes = {sizeof nodes, 0, 0, NODES, 0, LARGE / NODES + 1, ones};
+    const struct nep_solve_params params = {.size = sizeof params, .shape = &nodes};
+    struct nep_map *map = NULL;
+    if (nep_map_solve(made, &params, &map) != NEP_OK) {
+        fail_msg("%s", nep_last_message());
+    }
+    struct nep_copies copies;
+    assert_int_equal(nep_map_copies(map, 0, &copies), NEP_OK);
+    assert_true(copies.begin[LARGE] >= LARGE && copies.begin[LARGE] <= LARGE + NODES);
+    nep_map_destroy(map);
+    nep_trace_close(made);
+}
+
 /* A router that has collapsed: solved as well as can be, a limit that cannot hold is refused with
  * the expert and its share, and copies spread the load. */
 static void test_solve_collapsed_router_is_spread_or_refused(void **state)
@@ -335,6 +382,7 @@ int main(void)
         cmocka_unit_test(test_solve_any_thread_count_gives_the_same_map),
         cmocka_unit_test(test_solve_sample_beats_contiguous_in_balance),
         cmocka_unit_test(test_solve_odd_shapes_work),
+        cmocka_unit_test(test_solve_largest_shape_works),
         cmocka_unit_test(test_solve_collapsed_router_is_spread_or_refused),
         cmocka_unit_test(test_solve_one_request_of_one_token_works),
         cmocka_unit_test(test_solve_warm_follows_a_new_domain),
