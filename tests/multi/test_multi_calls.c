@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Calls that are refused, and a forked child, leave everything usable. */
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,6 +12,8 @@
 
 /* ---- calls that are refused leave everything usable ------------------------------------------ */
 
+enum { SEAT_SLOTS = SEAT_EXPERTS / SEAT_RANKS, SEAT_FLAGS = 8, ROWS_PER_FLAG = SEAT_ROWS / 8 };
+
 /* What a step passes in: a copy of what is right, then one thing spoiled. */
 struct arguments {
     struct nep_handle *handle;
@@ -21,7 +24,7 @@ struct arguments {
     void *stream;
 };
 
-enum call { SEND, COUNTS, RECV, COMBINE_SEND, COMBINE_RECV };
+enum call { SEND, COUNTS, RECV, AWAIT, COMBINE_SEND, COMBINE_RECV };
 enum spoiled {
     NOTHING,
     HANDLE,       /* another one of the same ep */
@@ -34,6 +37,9 @@ enum spoiled {
     SIZE,         /* of a caller that knows no field */
     CAPACITY,     /* one row too few */
     WEIGHTS,      /* that come back, in an expert layout */
+    NO_FLAGS,     /* of outputs that are being written */
+    FEW_FLAGS,    /* for the rows that came */
+    LATE,         /* flags that nobody raises */
     SUM_TOKENS    /* one fewer than were dispatched */
 };
 
@@ -43,6 +49,7 @@ static const struct step {
     enum nep_status want;
 } steps[] = {
     {COMBINE_SEND, NOTHING, NEP_ERR_INVALID}, /* nothing was dispatched */
+    {AWAIT, LATE, NEP_ERR_INVALID},
     {RECV, NOTHING, NEP_ERR_INVALID},
     {COUNTS, NOTHING, NEP_ERR_INVALID},
     {SEND, ID_TOO_LARGE, NEP_ERR_INVALID},
@@ -58,6 +65,12 @@ static const struct step {
     {COUNTS, NOTHING, NEP_OK},
     {RECV, CAPACITY, NEP_ERR_OVERFLOW},
     {RECV, NOTHING, NEP_OK},
+    {AWAIT, STREAM, NEP_ERR_UNSUPPORTED},
+    {AWAIT, SIZE, NEP_ERR_INVALID},
+    {AWAIT, NO_FLAGS, NEP_ERR_INVALID},
+    {AWAIT, FEW_FLAGS, NEP_ERR_INVALID},
+    {AWAIT, LATE, NEP_ERR_TIMEOUT},
+    {AWAIT, NOTHING, NEP_OK},
     {COMBINE_SEND, WEIGHTS, NEP_ERR_INVALID},
     {COMBINE_SEND, NOTHING, NEP_OK},
     {COMBINE_RECV, SUM_TOKENS, NEP_ERR_INVALID},
@@ -70,6 +83,7 @@ struct calls {
     struct nep_counts counts;
     uint16_t x[SEAT_TOKENS * SEAT_HIDDEN], rows[SEAT_ROWS * SEAT_HIDDEN];
     int32_t ids[SEAT_TOKENS * SEAT_TOP_K]; /* the seat's with one that is wrong */
+    uint32_t flags[SEAT_SLOTS * SEAT_FLAGS];
 };
 
 static struct arguments arguments_with(struct calls *calls, enum spoiled spoiled)
@@ -97,6 +111,48 @@ static struct arguments arguments_with(struct calls *calls, enum spoiled spoiled
     return a;
 }
 
+/* Writes expert outputs, and says so flag by flag. */
+static void *write_outputs(void *arg)
+{
+    struct calls *calls = arg;
+    for (uint32_t i = 0; i < SEAT_SLOTS * SEAT_FLAGS; i++) {
+        calls->rows[i] ^= 1;
+        /* Release: pairs with the acquire in nep_combine_await. */
+        __atomic_store_n(&calls->flags[i], 3, __ATOMIC_RELEASE);
+    }
+    return NULL;
+}
+
+/* Late: nobody writes. Else a thread does meanwhile. */
+static enum nep_status await_outputs(struct calls *calls, enum spoiled spoiled)
+{
+    struct seat *seat = calls->seat;
+    struct nep_written written = {
+        .size = spoiled == SIZE ? 4 : sizeof written,
+        .flags = spoiled == NO_FLAGS ? NULL : calls->flags,
+        .flags_per_slot = SEAT_FLAGS,
+        .rows_per_flag = spoiled == FEW_FLAGS ? 1 : ROWS_PER_FLAG,
+        .least = 3,
+    };
+    void *stream = spoiled == STREAM ? calls->x : NULL;
+    if (spoiled != NOTHING) {
+        nep_ep_set_timeout(seat->ep, spoiled == LATE ? 20000000 : 0);
+        enum nep_status status = nep_combine_await(seat->ep, seat->handle, &written, stream);
+        nep_ep_set_timeout(seat->ep, 0);
+        return status;
+    }
+    pthread_t writer;
+    if (pthread_create(&writer, NULL, write_outputs, calls) != 0) {
+        return NEP_ERR_INTERNAL;
+    }
+    enum nep_status status = nep_combine_await(seat->ep, seat->handle, &written, stream);
+    for (uint32_t i = 0; i < calls->counts.rows_per_slot[0] / ROWS_PER_FLAG; i++) {
+        calls->rows[i] ^= 1; /* read and written after the flag was seen */
+    }
+    pthread_join(writer, NULL);
+    return status;
+}
+
 static enum nep_status do_call(struct calls *calls, const struct step *step)
 {
     struct arguments a = arguments_with(calls, step->spoiled);
@@ -108,6 +164,8 @@ static enum nep_status do_call(struct calls *calls, const struct step *step)
         return nep_dispatch_counts(ep, a.handle, &calls->counts);
     case RECV:
         return nep_dispatch_recv(ep, a.handle, &a.rows, NULL);
+    case AWAIT:
+        return await_outputs(calls, step->spoiled);
     case COMBINE_SEND:
         return nep_combine_send(ep, a.handle, &a.y, NULL);
     default:
