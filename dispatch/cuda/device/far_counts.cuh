@@ -133,10 +133,11 @@ __device__ inline void publish(const counts_args &a, uint64_t op)
             nep_far_bind_own(far, region.y_bind, rows, op);
         }
     }
+    __syncthreads(); /* this block waits for these words itself, next */
 }
 
 /* For statistics: tokens that stay on their node. After everything that others wait for. */
-inline __device__ __noinline__ void count_local(const counts_args &a)
+[[maybe_unused]] static __device__ __noinline__ void count_local(const counts_args &a)
 {
     __shared__ uint32_t num;
     if (threadIdx.x == 0) {
@@ -341,7 +342,8 @@ __device__ inline void count_sources(const place_args &a, uint64_t op)
 }
 
 /* By a block; totals: shared, [G * L], in the rank layout [G] behind it. False: gave up. */
-inline __device__ __noinline__ bool place(const place_args &a, uint64_t op, uint32_t *totals)
+[[maybe_unused]] static __device__ __noinline__ bool place(const place_args &a, uint64_t op,
+                                                           uint32_t *totals)
 {
     __shared__ const uint32_t *tables[NEP_FAR_MAX_RANKS];
     const struct nep_far &far = a.far;
@@ -443,8 +445,8 @@ inline uint32_t place_bytes(const struct nep_far *far, const struct nep_cuda_geo
 }
 
 /* By a block: COUNTS of a dispatch to all nodes. */
-inline __device__ __noinline__ void tell_nodes(const counts_args &a, uint32_t first, uint32_t step,
-                                               uint64_t op)
+[[maybe_unused]] static __device__ __noinline__ void
+tell_nodes(const counts_args &a, uint32_t first, uint32_t step, uint64_t op)
 {
     const struct nep_far &far = a.far;
     for (uint32_t node = first; node < far.num_nodes; node += step) {
