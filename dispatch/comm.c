@@ -413,6 +413,7 @@ static enum nep_status fill(struct nep_comm *comm, const struct nep_comm_params 
     if (params->joins != 0) {
         return fill_newcomer(comm);
     }
+    comm->has_worked = true;
     status = agree(comm, params);
     if (status == NEP_OK) {
         status = nep_topology_create(params, &comm->config, &comm->bootstrap, rank, num_ranks,

@@ -44,10 +44,11 @@ struct nep_comm {
     struct nep_grown *leaving;             /* what threads still close */
     const struct nep_config *shown_config; /* that transports look at: it outlives them */
     bool is_joining;                       /* a newcomer that has not been let in */
-    struct nep_ep *eps;                    /* all that are alive, under lock */
-    struct nep_transport *intra;           /* maps the ranks of this node */
-    struct nep_transport *inter;           /* the fabric; NULL with one node, may be intra itself */
-    struct nep_workers *workers;           /* shared by its ep objects; NULL: callers alone */
+    bool has_worked; /* in some generation; one that never has does not say what is to be redone */
+    struct nep_ep *eps;          /* all that are alive, under lock */
+    struct nep_transport *intra; /* maps the ranks of this node */
+    struct nep_transport *inter; /* the fabric; NULL with one node, may be intra itself */
+    struct nep_workers *workers; /* shared by its ep objects; NULL: callers alone */
     uint64_t timeout_ns;
     uint32_t spin_limit;
     pid_t pid;            /* a forked child has another one */

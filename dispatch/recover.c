@@ -90,7 +90,7 @@ static enum nep_status agree(struct nep_comm *comm, const struct nep_recover_par
     for (uint32_t i = 0; i < NEP_GROUP_OPS; i++) {
         const struct nep_ep *ep = nep_comm_ep_of(comm, i);
         vote.ops.next[i] = ep != NULL ? ep->next_op : 0;
-        vote.ops.completed[i] = ep != NULL ? ep->completed_op : 0;
+        vote.ops.completed[i] = !comm->has_worked ? UINT64_MAX : ep != NULL ? ep->completed_op : 0;
     }
     vote.prepared = comm->is_joining || params->is_lost != NULL ? 0 : nep_grow_offer(comm);
     if (vote.prepared != 0) {
@@ -212,6 +212,7 @@ static enum nep_status change(struct nep_comm *comm, const struct nep_group_deci
         return status;
     }
     set_fault(comm, NEP_OK);
+    comm->has_worked = true;
     nep_info("rank %u: generation %llu has %u of %u ranks, %s in %.1f ms", comm->world.rank,
              (unsigned long long)comm->num_decided, decision->num_live, decision->num_ranks,
              is_prepared ? "taken"

@@ -262,6 +262,11 @@ static void propose(const struct collection *from, struct nep_group_decision *de
             nep_group_seat_take(decision, &from->cards[r]);
         }
     }
+    for (int i = 0; i < NEP_GROUP_OPS; i++) {
+        /* Nobody who is left has worked: there is nothing to be done again. */
+        uint64_t *completed = &decision->ops.completed[i], next = decision->ops.next[i];
+        *completed = *completed > next ? next : *completed;
+    }
 }
 
 static enum nep_status collect(const struct nep_group_vote *vote, uint64_t deadline_ns,

@@ -23,7 +23,7 @@ enum { NEP_GROUP_OPS = 64 };
 /* Where one series of operations stands: an ep's. */
 struct nep_group_ops {
     uint64_t next[NEP_GROUP_OPS];      /* number of the next operation begun */
-    uint64_t completed[NEP_GROUP_OPS]; /* operations completed */
+    uint64_t completed[NEP_GROUP_OPS]; /* operations completed; UINT64_MAX: it has no say */
 };
 
 /* Of a decision: the prepared newcomers did not come, all stays as it is. */

@@ -397,6 +397,25 @@ static void test_group_newcomer_is_waited_for(void **state)
     assert_int_equal(voters[0].decision->ops.next[3], 13);
 }
 
+/* A newcomer that was let in, and lost somebody before it had an ep, is a member all the same. */
+static void test_group_member_that_never_worked_has_no_say(void **state)
+{
+    struct fixture *fixture = *state;
+    struct voter *voters = fixture->votes[0];
+    prepare(voters, &fixture->bootstrap, everybody);
+    voters[0].vote.ops.next[3] = 0;
+    voters[0].vote.ops.completed[3] = UINT64_MAX;
+    for (uint32_t r = 0; r < RANKS; r++) {
+        voters[r].vote.ops.next[5] = 7; /* of these nobody has a say */
+        voters[r].vote.ops.completed[5] = UINT64_MAX;
+    }
+    run(voters);
+    check(voters, 1, everybody);
+    assert_int_equal(voters[0].decision->ops.completed[3], 9);
+    assert_int_equal(voters[0].decision->ops.next[3], 13);
+    assert_int_equal(voters[0].decision->ops.completed[5], 7);
+}
+
 /* It came too late for generation 1 and asks for the next by itself; others can count it. */
 static void test_group_newcomer_asks_again(void **state)
 {
@@ -686,6 +705,7 @@ int main(void)
         FRESH(test_group_suspect_that_comes_lives),
         cmocka_unit_test(test_group_two_collectors_one_decision),
         FRESH(test_group_newcomer_is_waited_for),
+        FRESH(test_group_member_that_never_worked_has_no_say),
         FRESH(test_group_newcomer_asks_again),
         FRESH(test_group_newcomer_leaves_the_seat_of_a_dead_one),
         FRESH(test_group_newcomer_without_members_times_out),
