@@ -137,6 +137,16 @@ static void count_groups(const struct nep_solver *solver, const struct nep_sets 
     }
 }
 
+static int is_free(const uint16_t *to, uint32_t nodes, uint32_t node)
+{
+    for (uint32_t g = 0; g < nodes; g++) {
+        if (to[g] == node) {
+            return 0;
+        }
+    }
+    return 1;
+}
+
 /* Gives each group the free node of its size whose requests use it most. to_p: [N] */
 static void name_groups(const struct nep_solver *solver, const uint64_t *usage, uint16_t *to)
 {
@@ -148,17 +158,15 @@ static void name_groups(const struct nep_solver *solver, const uint64_t *usage, 
     for (uint32_t round = 0; round < nodes; round++) {
         uint32_t best_group = UINT32_MAX;
         uint32_t best_node = 0;
-        for (uint32_t i = 0; i < nodes * nodes; i++) {
-            uint32_t g = i / nodes;
-            uint32_t n = i % nodes;
-            int is_taken = to[g] != UINT16_MAX || slots[g] != slots[n];
-            for (uint32_t other = 0; other < nodes && !is_taken; other++) {
-                is_taken = to[other] == n;
-            }
-            if (!is_taken && (best_group == UINT32_MAX ||
-                              usage[i] > usage[(size_t)best_group * nodes + best_node])) {
-                best_group = g;
-                best_node = n;
+        for (uint32_t g = 0; g < nodes; g++) {
+            for (uint32_t n = 0; n < nodes && to[g] == UINT16_MAX; n++) {
+                if (is_free(to, nodes, n) && slots[g] == slots[n] &&
+                    (best_group == UINT32_MAX ||
+                     usage[(size_t)g * nodes + n] >
+                         usage[(size_t)best_group * nodes + best_node])) {
+                    best_group = g;
+                    best_node = n;
+                }
             }
         }
         to[best_group] = (uint16_t)best_node;
