@@ -278,7 +278,7 @@ static bool is_fitting(const struct nep_comm *comm)
     for (const struct nep_ep *ep = comm->eps; fits && ep != NULL; ep = ep->next) {
         const struct nep_ep *made = nep_comm_ep_of(hidden, ep->number);
         fits = made != NULL && !ep->is_broken && ep->next_op == ep->completed_op &&
-               memcmp(&made->shape, &ep->shape, sizeof ep->shape) == 0;
+               nep_shape_is_same(&made->shape, &ep->shape);
     }
     return fits;
 }

@@ -206,3 +206,17 @@ enum nep_status nep_shape_init(struct nep_shape *shape, const struct nep_ep_para
     }
     return status;
 }
+
+/* Member by member, as there are holes between them; sizes follow from these. */
+bool nep_shape_is_same(const struct nep_shape *a, const struct nep_shape *b)
+{
+    return a->num_experts == b->num_experts && a->slots_per_rank == b->slots_per_rank &&
+           a->top_k == b->top_k && a->hidden == b->hidden && a->max_tokens == b->max_tokens &&
+           a->alignment == b->alignment && a->outstanding == b->outstanding &&
+           a->num_layers == b->num_layers && a->dtype == b->dtype && a->wire == b->wire &&
+           a->layout == b->layout && a->pool_bytes == b->pool_bytes &&
+           a->weights_bytes == b->weights_bytes && a->format.scale == b->format.scale &&
+           a->format.payload_bytes == b->format.payload_bytes &&
+           a->format.scale_bytes == b->format.scale_bytes &&
+           a->format.scale_columns == b->format.scale_columns;
+}

@@ -50,6 +50,9 @@ enum nep_status nep_shape_init(struct nep_shape *shape, const struct nep_ep_para
                                const struct nep_topology *topology,
                                const struct nep_config *config);
 
+/* Whether two shapes of one group are the same in all that the caller chooses. */
+bool nep_shape_is_same(const struct nep_shape *a, const struct nep_shape *b);
+
 /* Whether slots have places of their own, with room for M rows of every source. */
 static inline bool nep_layout_is_fixed(enum nep_layout layout)
 {
