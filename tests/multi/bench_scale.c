@@ -139,7 +139,7 @@ static bool run_op(struct nep_multi_rank *rank, struct seat *seat, int op)
 
 static bool bench(struct nep_multi_rank *rank)
 {
-    struct seat seat = {NULL};
+    struct seat seat = {.comm = NULL};
     bool is_good = open_seat(rank, &seat);
     for (int op = 0; op < OPS && is_good; op++) {
         is_good = run_op(rank, &seat, op);

@@ -155,7 +155,8 @@ static void test_nep_info_unusable_arguments_exit_with_2_and_one_line(void **sta
         {"", "--ranks-per-node 1,,2", "'1,,2' is no value"},
         {"", "--serve 127.0.0.1:1", "--serve needs --ranks"},
         {"", "--serve here --ranks 2", "write host:port"},
-        {"", "--json /no/such/folder/x", "cannot write /no/such/folder/x"},
+        {"", "--json /no/such/folder/x",
+         "--json /no/such/folder/x: cannot write: No such file or directory"},
         {"NEP_TIMEOUT=5", "--config", "NEP_TIMEOUT: '5' has no unit"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
