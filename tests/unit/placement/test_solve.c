@@ -163,7 +163,8 @@ static void test_solve_largest_shape_works(void **state)
         ones[i] = 1;
     }
     const struct nep_map_shape nodes = {sizeof nodes, 0, 0, NODES, 0, LARGE / NODES + 1, ones};
-    const struct nep_solve_params params = {.size = sizeof params, .shape = &nodes};
+    const struct nep_solve_params params = {
+        .size = sizeof params, .shape = &nodes, .max_proposals = 100000};
     struct nep_map *map = NULL;
     if (nep_map_solve(made, &params, &map) != NEP_OK) {
         fail_msg("%s", nep_last_message());
