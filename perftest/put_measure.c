@@ -258,11 +258,16 @@ static bool send_all(struct nep_perf_put_side *side, uint64_t size, uint32_t ite
 static int measure_bw(struct nep_perf_put_side *side, struct nep_perf_put_result *result)
 {
     uint32_t before = arrived(side, SLOT_DONE);
+    uint32_t timed = arrived(side, SLOT_TIMED);
     if (!meet(side)) {
         return NEP_PERF_FAILED;
     }
     if (side->rank == 0) {
-        return wait_idly(side, SLOT_DONE, before + 1) ? -1 : NEP_PERF_FAILED;
+        /* What is announced may come after the last word: no order is promised. Plain writes are
+         * complete before it is sent. */
+        bool is_over = wait_idly(side, SLOT_DONE, before + 1) &&
+                       (is_plain(side) || wait_idly(side, SLOT_TIMED, timed + result->iters));
+        return is_over ? -1 : NEP_PERF_FAILED;
     }
     uint64_t *posted_ns = calloc(result->iters, sizeof *posted_ns);
     uint64_t *done_ns = calloc(result->iters, sizeof *done_ns);
