@@ -162,6 +162,7 @@ static enum nep_status give_credits(struct nep_ep *ep, const struct nep_handle *
         struct nep_put put = {
             .dst = s,
             .window = ep->number,
+            .is_apart = true,
             .imm = nep_imm(ep->head->generation, NEP_KIND_DISPATCH_CREDIT, ep->number,
                            handle->op.number, freed),
         };

@@ -80,6 +80,7 @@ struct nep_put {
     const void *src; /* inside this rank's own window of the same number */
     uint32_t len;    /* 0: only the announcement */
     uint32_t imm;
+    bool is_apart;  /* no bytes, and nothing to do with other puts: better early than in line */
     bool is_silent; /* no announcement; only with NEP_CAP_SILENT: to compare with plain writes */
 };
 

@@ -67,9 +67,9 @@ enum {
 };
 
 /*
- * Endpoints of a peer. Over TCP short puts have a connection of their own: in the other one they
- * would stand behind all that was put before and has not left, which is megabytes, and a CREDIT
- * that comes 100 ms late is a stream that stands still.
+ * Endpoints of a peer. Over TCP puts that stand apart and heartbeats have a connection of their
+ * own: in the other one they would stand behind all that was put before and has not left, which is
+ * megabytes, and a CREDIT that comes 100 ms late is a stream that stands still.
  */
 enum { NEP_UCX_BULK, NEP_UCX_SHORT, NEP_UCX_EPS };
 
@@ -97,6 +97,7 @@ struct nep_ucx_send {
     const void *src;
     ucp_mem_h memory;
     bool done;
+    bool is_apart;
     uint32_t num_open; /* holder only: pieces that UCX has, and one while they are handed over */
     struct nep_ucx_header header; /* of the put as a whole */
 };
@@ -128,6 +129,8 @@ struct nep_ucx_peer {
     uint32_t pass_from, pass_to;
     ucp_ep_h eps[NEP_UCX_EPS]; /* holder of the worker only; SHORT is NULL where it is not needed */
     bool close_ep;             /* holder only: failed, to be closed outside the handler */
+    uint32_t num_leaves;       /* holder only: connections on which it said goodbye */
+    uint32_t num_ended;        /* holder only: those that failed since the first of them */
     _Atomic int state;         /* enum nep_ucx_state */
     _Atomic int failure;       /* ucs_status_t, written before the state becomes FAILED */
     _Atomic bool misbehaved;   /* sent a put that was refused */
@@ -218,8 +221,14 @@ enum nep_status nep_ucx_send_push(struct nep_ucx *ux, const struct nep_put *put,
 /* The rest is the holder's. */
 uint32_t nep_ucx_send_queued(struct nep_ucx *ux);
 void nep_ucx_beat(struct nep_ucx *ux);
-/* The peer is gone; its endpoint is closed by the next nep_ucx_close_failed. */
+/* The peer is gone; its endpoints are closed by the next nep_ucx_close_failed. */
 void nep_ucx_peer_fail(struct nep_ucx_peer *peer, ucs_status_t status);
+/*
+ * One of its connections has failed, and with it the peer, unless it is about to leave: its
+ * connections end one by one then, and what it put last may be in another one than the first
+ * goodbye. So it is there until all have said goodbye, or one has ended without.
+ */
+void nep_ucx_connection_fail(struct nep_ucx_peer *peer, ucs_status_t status);
 void nep_ucx_close_failed(struct nep_ucx *ux);
 static inline bool nep_ucx_peer_is_open(const struct nep_ucx_peer *peer)
 {
@@ -243,9 +252,11 @@ void nep_ucx_keys_forget(struct nep_ucx_keys *keys);
 /* ---- ucx_recv.c --------------------------------------------------------------------------- */
 
 enum nep_status nep_ucx_handlers_set(struct nep_ucx *ux);
-/* The handler of puts; also called by its unit test. */
+/* The handlers of puts and of goodbyes; also called by their unit tests. */
 ucs_status_t nep_ucx_on_put(void *arg, const void *header, size_t header_len, void *data,
                             size_t len, const ucp_am_recv_param_t *param);
+ucs_status_t nep_ucx_on_leave(void *arg, const void *header, size_t header_len, void *data,
+                              size_t len, const ucp_am_recv_param_t *param);
 
 /* ---- ucx_thread.c ------------------------------------------------------------------------- */
 

@@ -178,7 +178,7 @@ void nep_ucx_worker_close(struct nep_ucx *ux)
 static void on_failure(void *arg, ucp_ep_h ep, ucs_status_t status)
 {
     (void)ep;
-    nep_ucx_peer_fail(arg, status);
+    nep_ucx_connection_fail(arg, status);
 }
 
 static enum nep_status endpoint_open(struct nep_ucx *ux, struct nep_ucx_peer *peer, int which,
@@ -197,7 +197,8 @@ static enum nep_status endpoint_open(struct nep_ucx *ux, struct nep_ucx_peer *pe
         return nep_fail(NEP_ERR_IO, "transport ucx: rank %u found no way to rank %u: %s", ux->rank,
                         peer->rank, ux->lib.ucs_status_string(status));
     }
-    peer->word = (struct nep_ucx_header){.pass = peer->pass_to, .src = ux->rank};
+    peer->word = (struct nep_ucx_header){
+        .pass = peer->pass_to, .src = ux->rank, .num_pieces = (uint32_t)which + 1};
     atomic_store(&peer->heard_ns, nep_now_ns());
     atomic_store(&peer->state, NEP_UCX_ALIVE);
     return NEP_OK;
@@ -424,16 +425,18 @@ enum nep_status nep_ucx_connect(struct nep_ucx *ux)
 
 /* ---- leaving ------------------------------------------------------------------------------ */
 
+/* On each connection: it says that nothing more comes on this one. */
 static void say_goodbye(struct nep_ucx *ux)
 {
     ucp_request_param_t none = {0};
-    for (uint32_t i = 0; i < ux->num_ranks; i++) {
-        struct nep_ucx_peer *peer = &ux->peers[i];
-        if (!nep_ucx_peer_is_open(peer)) {
+    for (uint32_t i = 0; i < NEP_UCX_EPS * ux->num_ranks; i++) {
+        struct nep_ucx_peer *peer = &ux->peers[i / NEP_UCX_EPS];
+        ucp_ep_h ep = peer->close_ep ? NULL : peer->eps[i % NEP_UCX_EPS];
+        if (ep == NULL) {
             continue;
         }
-        void *request = ux->lib.ucp_am_send_nbx(peer->eps[NEP_UCX_BULK], NEP_UCX_AM_LEAVE,
-                                                &peer->word, sizeof peer->word, NULL, 0, &none);
+        void *request = ux->lib.ucp_am_send_nbx(ep, NEP_UCX_AM_LEAVE, &peer->word,
+                                                sizeof peer->word, NULL, 0, &none);
         if (UCS_PTR_IS_PTR(request)) {
             ux->lib.ucp_request_free(request);
         }

@@ -248,7 +248,8 @@ ucs_status_t nep_ucx_on_put(void *arg, const void *header, size_t header_len, vo
     return UCS_OK;
 }
 
-/* Heartbeats and goodbyes carry the same header with only pass and src set. */
+/* Heartbeats and goodbyes carry the same header, with pass, src and, in num_pieces, the number of
+ * connections alone. */
 static struct nep_ucx_peer *on_word(struct nep_ucx *ux, const void *header, size_t header_len)
 {
     struct nep_ucx_header head;
@@ -275,15 +276,20 @@ static ucs_status_t on_beat(void *arg, const void *header, size_t header_len, vo
     return UCS_OK;
 }
 
-static ucs_status_t on_leave(void *arg, const void *header, size_t header_len, void *data,
-                             size_t len, const ucp_am_recv_param_t *param)
+ucs_status_t nep_ucx_on_leave(void *arg, const void *header, size_t header_len, void *data,
+                              size_t len, const ucp_am_recv_param_t *param)
 {
     (void)data;
     (void)len;
     (void)param;
     struct nep_ucx_peer *peer = on_word(arg, header, header_len);
+    struct nep_ucx_header head;
     int alive = NEP_UCX_ALIVE;
-    if (peer != NULL) {
+    if (peer == NULL) {
+        return UCS_OK;
+    }
+    memcpy(&head, header, sizeof head);
+    if (++peer->num_leaves >= head.num_pieces) {
         atomic_compare_exchange_strong(&peer->state, &alive, NEP_UCX_LEFT);
     }
     return UCS_OK;
@@ -294,7 +300,7 @@ enum nep_status nep_ucx_handlers_set(struct nep_ucx *ux)
     static const ucp_am_recv_callback_t handlers[] = {
         [NEP_UCX_AM_PUT] = nep_ucx_on_put,
         [NEP_UCX_AM_BEAT] = on_beat,
-        [NEP_UCX_AM_LEAVE] = on_leave,
+        [NEP_UCX_AM_LEAVE] = nep_ucx_on_leave,
     };
     for (unsigned id = NEP_UCX_AM_PUT; id <= NEP_UCX_AM_LEAVE; id++) {
         ucp_am_handler_param_t param = {

@@ -26,7 +26,6 @@
 #include "transport/ucx.h"
 
 static const uint64_t BEAT_NS = 1 * NEP_S;
-enum { SHORT_BYTES = 8 << 10 };
 
 static struct nep_ucx_send *send_get(struct nep_ucx *ux)
 {
@@ -80,6 +79,14 @@ static struct nep_ucx_piece *piece_get(struct nep_ucx *ux)
     return piece;
 }
 
+/* Of one that is about to leave, UCX's error handler says which connections have ended. */
+static void send_fail(struct nep_ucx_peer *peer, ucs_status_t status)
+{
+    if (peer->num_leaves == 0) {
+        nep_ucx_peer_fail(peer, status);
+    }
+}
+
 static void piece_end(struct nep_ucx_piece *piece, ucs_status_t status)
 {
     struct nep_ucx_send *send = piece->send;
@@ -87,7 +94,7 @@ static void piece_end(struct nep_ucx_piece *piece, ucs_status_t status)
     piece->next_unused = ux->unused_pieces;
     ux->unused_pieces = piece;
     if (status != UCS_OK) {
-        nep_ucx_peer_fail(&ux->peers[send->dst], status);
+        send_fail(&ux->peers[send->dst], status);
     }
     if (--send->num_open == 0) {
         send_complete(send);
@@ -103,10 +110,14 @@ static void on_sent(void *request, ucs_status_t status, void *user)
     piece_end(piece, status);
 }
 
-/* Of pieces none is short: together they are a long put. */
+/*
+ * CREDITs do not wait behind tiles. All others stay in one connection: completed means here that
+ * the bytes were handed over, and only order within a connection keeps a put that is complete from
+ * landing upon a later one, and an announcement that is repeated behind its bytes.
+ */
 static ucp_ep_h ep_for(const struct nep_ucx_peer *peer, const struct nep_ucx_send *send)
 {
-    bool is_short = send->header.len <= SHORT_BYTES && peer->eps[NEP_UCX_SHORT] != NULL;
+    bool is_short = send->is_apart && peer->eps[NEP_UCX_SHORT] != NULL;
     return peer->eps[is_short ? NEP_UCX_SHORT : NEP_UCX_BULK];
 }
 
@@ -199,6 +210,7 @@ enum nep_status nep_ucx_send_push(struct nep_ucx *ux, const struct nep_put *put,
         .ux = ux,
         .dst = put->dst,
         .number = number,
+        .is_apart = put->is_apart,
         .src = put->len != 0 ? put->src : NULL,
         .memory = put->len != 0 ? window->memory : NULL,
         .header = {.pass = peer->pass_to,
@@ -236,6 +248,15 @@ void nep_ucx_peer_fail(struct nep_ucx_peer *peer, ucs_status_t status)
     }
 }
 
+void nep_ucx_connection_fail(struct nep_ucx_peer *peer, ucs_status_t status)
+{
+    bool is_leaving = peer->num_leaves != 0 &&
+                      atomic_load_explicit(&peer->state, memory_order_relaxed) == NEP_UCX_ALIVE;
+    if (!is_leaving || ++peer->num_ended > peer->num_leaves) {
+        nep_ucx_peer_fail(peer, status);
+    }
+}
+
 /* Outside of handlers, because closing purges requests and so calls them. */
 void nep_ucx_close_failed(struct nep_ucx *ux)
 {
@@ -266,7 +287,7 @@ static void on_beat_sent(void *request, ucs_status_t status, void *user)
     peer->ux->lib.ucp_request_free(request);
     peer->beat_pending = false;
     if (status != UCS_OK) {
-        nep_ucx_peer_fail(peer, status);
+        send_fail(peer, status);
     }
 }
 
@@ -291,7 +312,7 @@ void nep_ucx_beat(struct nep_ucx *ux)
         if (UCS_PTR_IS_PTR(request)) {
             peer->beat_pending = true;
         } else if (UCS_PTR_STATUS(request) != UCS_OK) {
-            nep_ucx_peer_fail(peer, UCS_PTR_STATUS(request));
+            send_fail(peer, UCS_PTR_STATUS(request));
         }
     }
 }

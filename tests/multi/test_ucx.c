@@ -18,7 +18,7 @@
 #if NEP_HAVE_UCX
 #include "transport/ucx.h"
 
-enum { SLOT = 4 << 20, VICTIM = 2, NUM_RANKS = 3 };
+enum { SLOT = 4 << 20, SHORT = 64, VICTIM = 2, NUM_RANKS = 3, LEAVES = 10 };
 
 static int put_bytes(struct rank *rank, struct nep_transport *transport,
                      const struct window *window, uint32_t dst, uint32_t len, uint32_t imm,
@@ -224,8 +224,17 @@ static void test_ucx_silent_rank_is_slow_before_it_is_lost(void **state)
 
 /* ---- a rank leaves ------------------------------------------------------------------------ */
 
+/* Long and short puts go over connections of their own: each has the last word once. */
+static int put_two(struct rank *rank, struct nep_transport *transport, struct window *window,
+                   uint32_t dst, uint32_t last_len, uint64_t *number_p)
+{
+    fill(window_source(window, dst), SLOT, dst + 100);
+    int failed = put_bytes(rank, transport, window, dst, SHORT, 9, number_p);
+    return failed != 0 ? failed : put_bytes(rank, transport, window, dst, last_len, 9, number_p);
+}
+
 /* What was sent just before close arrives, and then the rank is said to have left. */
-static int leaving_body(struct rank *rank)
+static int leave_once(struct rank *rank, uint32_t last_len)
 {
     struct nep_transport *transport;
     struct window window;
@@ -237,8 +246,7 @@ static int leaving_body(struct rank *rank)
     }
     if (rank->rank == VICTIM) {
         for (uint32_t dst = 0; dst < VICTIM; dst++) {
-            fill(window_source(&window, dst), SLOT, dst + 100);
-            if (put_bytes(rank, transport, &window, dst, SLOT, 9, &number) != 0) {
+            if (put_two(rank, transport, &window, dst, last_len, &number) != 0) {
                 return 1;
             }
         }
@@ -252,16 +260,27 @@ static int leaving_body(struct rank *rank)
             return 1;
         }
         RANK_CHECK(rank, strstr(nep_last_message(), "closed") != NULL, "%s", nep_last_message());
-        RANK_CHECK(rank, window_arrivals(&window, VICTIM, 9) == 1, "the last put is lost");
+        RANK_CHECK(rank, window_arrivals(&window, VICTIM, 9) == 2, "a last put is lost");
         char *expected = malloc(SLOT);
         RANK_CHECK(rank, expected != NULL, "no memory");
         fill(expected, SLOT, rank->rank + 100);
-        int wrong = memcmp(expected, (char *)window.base + window_landing(&window, VICTIM), SLOT);
+        int wrong =
+            memcmp(expected, (char *)window.base + window_landing(&window, VICTIM), last_len);
         free(expected);
         RANK_CHECK(rank, wrong == 0, "the last put is damaged");
     }
     window_close(transport, &window);
     transport->ops->close(transport);
+    return 0;
+}
+
+static int leaving_body(struct rank *rank)
+{
+    for (int i = 0; i < 2 * LEAVES; i++) {
+        if (leave_once(rank, i % 2 == 0 ? SHORT : SLOT) != 0) {
+            return 1;
+        }
+    }
     return 0;
 }
 
@@ -365,6 +384,45 @@ static void test_ucx_forged_headers_write_nothing(void **state)
 }
 
 /* Each rank writes its own slots, under its own name. */
+/* Goodbyes of a peer with two connections, their ends before and after, in all orders that a
+ * network can make of them: it has left when nothing of it can come any more, and not before. */
+static void test_ucx_leaving_takes_all_connections(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *news; /* g: a goodbye, e: a connection ends */
+        int states[5];    /* after each */
+    } cases[] = {
+        {"gg", {NEP_UCX_ALIVE, NEP_UCX_LEFT}},
+        {"gege", {NEP_UCX_ALIVE, NEP_UCX_ALIVE, NEP_UCX_LEFT, NEP_UCX_LEFT}},
+        {"ggee", {NEP_UCX_ALIVE, NEP_UCX_LEFT, NEP_UCX_LEFT, NEP_UCX_LEFT}},
+        {"gee", {NEP_UCX_ALIVE, NEP_UCX_ALIVE, NEP_UCX_FAILED}}, /* killed between the two */
+        {"e", {NEP_UCX_FAILED}},
+    };
+    for (size_t c = 0; c < sizeof cases / sizeof cases[0]; c++) {
+        char memory[64];
+        struct nep_ucx *ux = make_receiver(memory, sizeof memory);
+        struct nep_ucx_peer *peer = &ux->peers[0];
+        struct nep_ucx_header word = {.pass = PASS_0, .src = 0, .num_pieces = 2};
+        ucp_am_recv_param_t param = {0};
+        peer->ux = ux;
+        atomic_store(&peer->state, NEP_UCX_ALIVE);
+        for (size_t i = 0; cases[c].news[i] != '\0'; i++) {
+            if (cases[c].news[i] == 'g') {
+                nep_ucx_on_leave(ux, &word, sizeof word, NULL, 0, &param);
+            } else {
+                nep_ucx_connection_fail(peer, UCS_ERR_CONNECTION_RESET);
+            }
+            if (atomic_load(&peer->state) != cases[c].states[i]) {
+                fail_msg("%s, %zu: state %d", cases[c].news, i, atomic_load(&peer->state));
+            }
+        }
+        free(ux->windows[3].bytes);
+        free(ux->peers);
+        free(ux);
+    }
+}
+
 static void test_ucx_another_ranks_slots_are_refused(void **state)
 {
     (void)state;
@@ -498,6 +556,7 @@ int main(void)
     nep_ucx_lib_close(&lib);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_ucx_forged_headers_write_nothing),
+        cmocka_unit_test(test_ucx_leaving_takes_all_connections),
         cmocka_unit_test(test_ucx_another_ranks_slots_are_refused),
         cmocka_unit_test(test_ucx_passes_are_of_a_pair_and_a_way),
         cmocka_unit_test(test_ucx_pieces_out_of_order_announce_once),
