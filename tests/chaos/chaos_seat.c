@@ -62,11 +62,12 @@ struct seat {
     uint64_t step;
     uint64_t base_step;
     uint64_t base_op;
-    uint64_t good_ns; /* when the last step was over */
-    uint64_t call_ns; /* of the last nep_comm_recover */
-    uint64_t calm_ns; /* gap_ns until newcomers were begun with */
-    uint64_t gap_ns;  /* longest time between two, since the last change of the group */
-    bool is_fresh;    /* no step of this generation is done yet */
+    uint64_t good_ns;  /* when the last step was over */
+    uint64_t call_ns;  /* of the last nep_comm_recover */
+    uint64_t calm_ns;  /* gap_ns until newcomers were begun with */
+    uint64_t gap_ns;   /* longest time between two, since the last change of the group */
+    uint32_t num_vain; /* preparations for newcomers that were begun again, since then */
+    bool is_fresh;     /* no step of this generation is done yet */
 };
 
 static volatile sig_atomic_t must_end;
@@ -177,7 +178,11 @@ static bool plan_make(const struct seat *seat)
                            &len, seat->options.timeout_ns) == 0;
 }
 
-/* Newcomers are prepared for first, then let in; those that died meanwhile are forgotten. */
+/*
+ * Newcomers are prepared for first, then let in; those that died meanwhile are forgotten. Over a
+ * link so slow that preparing beside the operations comes to nothing twice they are let in while
+ * all wait.
+ */
 static void plan_newcomers(struct seat *seat, struct plan *plan)
 {
     uint32_t num_new = 0, is_ready = 0;
@@ -193,7 +198,9 @@ static void plan_newcomers(struct seat *seat, struct plan *plan)
         return;
     }
     plan->num_joining = num_new;
-    *(seat->options.waits ? &plan->join_step : &plan->grow_step) = seat->step + LOOK;
+    seat->num_vain += is_growing;
+    bool all_wait = seat->options.waits || seat->num_vain >= 2;
+    *(all_wait ? &plan->join_step : &plan->grow_step) = seat->step + LOOK;
 }
 
 /* The lowest rank that lives decides what is done LOOK steps later. */
@@ -228,6 +235,7 @@ static bool take(struct seat *seat, const struct nep_recovery *recovery, bool wa
     struct plan plan;
     memcpy(seat->exact.is_live, recovery->is_live, seat->options.num_ranks);
     seat->generation = recovery->generation;
+    seat->num_vain = 0;
     if (nep_ep_resume(seat->exact.ep, &first, &next) != NEP_OK) {
         return false;
     }
