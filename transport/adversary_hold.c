@@ -116,7 +116,8 @@ static void step(struct nep_adversary *adversary, struct nep_adversary_held *hel
         put.len = 0; /* the bytes are there: what is left is to announce them */
     } else if (held->num_sent > 0) {
         /* completed() there says that the source is free, not that a repeat has landed: bytes
-         * could be written over those of the slot's next owner. */
+         * could be written over those of the slot's next owner. pick_due has seen that the put
+         * itself is complete, so that its announcement does not come again before its bytes. */
         put.len = 0;
     }
     /* The sink's release covers parts that other threads copied: they passed `held` on under the
@@ -176,6 +177,15 @@ static void reap(struct nep_adversary *adversary)
     }
 }
 
+/* Whether it may be sent now, or sent again. */
+static bool may_step(const struct nep_adversary *adversary, const struct nep_adversary_held *held)
+{
+    const struct nep_transport *inner = adversary->inner;
+    return !held->is_busy && !held->is_posted &&
+           (adversary->is_mapped || held->num_sent == 0 ||
+            inner->ops->completed(adversary->inner, held->put.dst) >= held->inner);
+}
+
 /* One that is due and in nobody's hands, any of them. */
 static struct nep_adversary_held *pick_due(struct nep_adversary *adversary, uint64_t *next_ns_p)
 {
@@ -184,7 +194,7 @@ static struct nep_adversary_held *pick_due(struct nep_adversary *adversary, uint
     uint32_t num_due = 0;
     *next_ns_p = UINT64_MAX;
     for (struct nep_adversary_held *held = adversary->held; held != NULL; held = held->next) {
-        if (held->is_busy || held->is_posted) {
+        if (!may_step(adversary, held)) {
             continue;
         }
         if (held->due_ns > now_ns) {
@@ -223,7 +233,7 @@ void nep_adversary_flush(struct nep_adversary *adversary, uint32_t window)
         for (struct nep_adversary_held *held = adversary->held; held != NULL; held = held->next) {
             if (!held->is_posted && (window == UINT32_MAX || held->put.window == window)) {
                 is_over = false;
-                ready = held->is_busy ? ready : held;
+                ready = may_step(adversary, held) ? held : ready;
             }
         }
         if (ready != NULL) {
@@ -237,10 +247,10 @@ void nep_adversary_flush(struct nep_adversary *adversary, uint32_t window)
     pthread_mutex_unlock(&adversary->lock);
 }
 
-static bool has_posted(const struct nep_adversary *adversary)
+static bool waits_for_inner(const struct nep_adversary *adversary)
 {
     for (const struct nep_adversary_held *held = adversary->held; held != NULL; held = held->next) {
-        if (held->is_posted) {
+        if (held->is_posted || (held->num_sent > 0 && !held->is_busy)) {
             return true;
         }
     }
@@ -253,14 +263,14 @@ void *nep_adversary_main(void *arg)
     pthread_mutex_lock(&adversary->lock);
     while (!adversary->is_closing) {
         uint64_t next_ns = nep_adversary_deliver(adversary);
-        bool waits_for_inner = has_posted(adversary);
-        if (waits_for_inner) {
+        bool is_waiting = waits_for_inner(adversary);
+        if (is_waiting) {
             pthread_mutex_unlock(&adversary->lock);
             adversary->inner->ops->progress(adversary->inner);
             pthread_mutex_lock(&adversary->lock);
         }
         /* What was posted meanwhile has a time of its own: look again soon in any case. */
-        uint64_t nap_ns = nep_now_ns() + NEP_MS / (waits_for_inner ? 10 : 1);
+        uint64_t nap_ns = nep_now_ns() + NEP_MS / (is_waiting ? 10 : 1);
         if (!adversary->is_closing && (adversary->held == NULL || next_ns > nep_now_ns())) {
             nap_until(adversary, adversary->held == NULL ? nep_now_ns() + NEP_S
                                  : next_ns < nap_ns      ? next_ns

@@ -23,7 +23,8 @@
  *
  * The source bytes of a put belong to the transport until completed(dst) has reached the number
  * that put returned. A repeat may also write its bytes again until then, and not after: so whoever
- * reuses a slot at the receiver waits for the completion of the put that filled it last.
+ * reuses a slot at the receiver waits for the completion of the put that filled it last. What is
+ * put to dst after that comes after it, unless it is_apart.
  *
  * Threads: put, progress, posted and completed may be called by several threads of a rank at once.
  * Nothing blocks but create, connect, window_create and close, all bounded by their deadline.

@@ -434,6 +434,56 @@ static int run_status(struct rank *rank, const struct conformance *test,
     return barrier(rank); /* nobody has left before all have looked */
 }
 
+/* What is put once another put is complete comes after it, with its bytes: long ones that are on
+ * their way still, and a word behind each. */
+static int run_later(struct rank *rank, const struct conformance *test,
+                     struct nep_transport *transport)
+{
+    struct window window;
+    uint64_t number;
+    if (window_open(rank, transport, 7, test->slot_bytes, &window) != 0) {
+        return 1;
+    }
+    for (uint32_t i = 1; i < rank->num_ranks; i++) {
+        uint32_t dst = (rank->rank + i) % rank->num_ranks;
+        struct nep_put put = {.dst = dst,
+                              .window = window.number,
+                              .offset = window_landing(&window, rank->rank),
+                              .src = window_source(&window, dst),
+                              .len = (uint32_t)test->slot_bytes,
+                              .imm = window_imm(window.number, 1)};
+        fill(window_source(&window, dst), test->slot_bytes, test->seed + rank->rank);
+        RANK_CHECK(rank, transport->ops->put(transport, &put, &number) == NEP_OK, "%s",
+                   nep_last_message());
+        if (wait_completed(rank, transport, dst, number) != 0) {
+            return 1;
+        }
+        put.len = 0;
+        put.imm = window_imm(window.number, 2);
+        RANK_CHECK(rank, transport->ops->put(transport, &put, &number) == NEP_OK, "%s",
+                   nep_last_message());
+    }
+    char *expected = malloc(test->slot_bytes);
+    RANK_CHECK(rank, expected != NULL, "no memory");
+    int wrong = 0;
+    for (uint32_t src = 0; src < rank->num_ranks && wrong == 0; src++) {
+        if (src != rank->rank) {
+            wrong = window_wait(rank, transport, &window, src, 2);
+            fill(expected, test->slot_bytes, test->seed + src);
+            wrong = wrong != 0 || window_arrivals(&window, src, 1) == 0 ||
+                    memcmp(expected, (char *)window.base + window_landing(&window, src),
+                           test->slot_bytes) != 0;
+        }
+    }
+    free(expected);
+    RANK_CHECK(rank, wrong == 0, "a put came before one that was complete");
+    if (barrier(rank) != 0) {
+        return 1;
+    }
+    window_close(transport, &window);
+    return 0;
+}
+
 static int run_all(struct rank *rank, const struct conformance *test,
                    struct nep_transport *transport)
 {
@@ -450,7 +500,8 @@ static int run_all(struct rank *rank, const struct conformance *test,
     /* The number again, for another window, while the other one lives. */
     if (barrier(rank) != 0 ||
         window_open(rank, transport, 5, THREADS * PUTS_PER_THREAD * 4096, &small) != 0 ||
-        run_threads(rank, test, transport, &small) != 0 || run_status(rank, test, transport) != 0) {
+        run_threads(rank, test, transport, &small) != 0 || run_later(rank, test, transport) != 0 ||
+        run_status(rank, test, transport) != 0) {
         return 1;
     }
     window_close(transport, &small);
