@@ -107,12 +107,12 @@ static enum nep_status publish(const struct nep_group_vote *vote, const char *ke
 {
     const struct nep_bootstrap *store = vote->store;
     size_t bytes = nep_group_decision_bytes(vote->num_ranks), len = 0;
-    struct nep_group_decision *before = calloc(2, bytes);
-    struct nep_group_decision *after = (struct nep_group_decision *)((uint8_t *)before + bytes);
-    enum nep_status status = before != NULL ? NEP_OK
-                                            : nep_fail(NEP_ERR_NO_MEMORY, "no memory for what is "
-                                                                          "to be prepared");
+    struct nep_group_decision *before = calloc(1, bytes), *after = calloc(1, bytes);
+    enum nep_status status = NEP_OK;
     bool is_there = false;
+    if (before == NULL || after == NULL) {
+        status = nep_fail(NEP_ERR_NO_MEMORY, "no memory for what is to be prepared");
+    }
     while (status == NEP_OK) {
         if (store->cas(store->ctx, key, before, is_there ? bytes : 0, decision, bytes, after, bytes,
                        &len, nep_left_ns(deadline_ns)) != 0 ||
@@ -126,6 +126,7 @@ static enum nep_status publish(const struct nep_group_vote *vote, const char *ke
         memcpy(before, after, len == bytes ? bytes : 0);
     }
     free(before);
+    free(after);
     return status;
 }
 
