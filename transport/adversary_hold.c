@@ -247,10 +247,11 @@ void nep_adversary_flush(struct nep_adversary *adversary, uint32_t window)
     pthread_mutex_unlock(&adversary->lock);
 }
 
+/* A busy one is in another thread's hands, num_sent with it: it is not looked into. */
 static bool waits_for_inner(const struct nep_adversary *adversary)
 {
     for (const struct nep_adversary_held *held = adversary->held; held != NULL; held = held->next) {
-        if (held->is_posted || (held->num_sent > 0 && !held->is_busy)) {
+        if (held->is_posted || (!held->is_busy && held->num_sent > 0)) {
             return true;
         }
     }
