@@ -24,13 +24,49 @@ static inline void cpu_relax(void)
 
 void nep_backoff_init(struct nep_backoff *backoff, uint64_t timeout_ns, uint32_t spin_limit)
 {
-    backoff->timeout_ns = timeout_ns;
-    backoff->deadline_ns = nep_deadline_ns(timeout_ns);
-    backoff->last_progress_ns = nep_now_ns();
-    backoff->num_idle = 0;
-    backoff->spin_limit = spin_limit;
-    backoff->slow = false;
-    backoff->next_slow_ns = backoff->last_progress_ns + 10 * NEP_MS;
+    *backoff = (struct nep_backoff){.timeout_ns = timeout_ns, .spin_limit = spin_limit};
+}
+
+static uint64_t later(uint64_t ns, uint64_t by_ns)
+{
+    return by_ns > UINT64_MAX - ns ? UINT64_MAX : ns + by_ns;
+}
+
+static void start(struct nep_backoff *backoff, uint64_t now_ns)
+{
+    backoff->idle_since_ns = backoff->watched_since_ns = now_ns;
+    backoff->deadline_ns = later(now_ns, backoff->timeout_ns);
+    backoff->next_slow_ns = now_ns + 10 * NEP_MS;
+    backoff->forgiven_ns = 0;
+}
+
+static void forgive(struct nep_backoff *backoff, uint64_t gap_ns, uint64_t now_ns)
+{
+    uint64_t left_ns = backoff->timeout_ns / 2 - backoff->forgiven_ns;
+    uint64_t by_ns = gap_ns < left_ns ? gap_ns : left_ns;
+    uint64_t again_ns = later(now_ns, backoff->timeout_ns / 8);
+    backoff->watched_since_ns = now_ns;
+    if (left_ns == 0) {
+        return;
+    }
+    backoff->forgiven_ns += by_ns;
+    backoff->deadline_ns = later(backoff->deadline_ns, by_ns);
+    backoff->deadline_ns = backoff->deadline_ns < again_ns ? again_ns : backoff->deadline_ns;
+}
+
+bool nep_backoff_look(struct nep_backoff *backoff, uint64_t now_ns)
+{
+    if (backoff->seen_ns == 0) {
+        start(backoff, now_ns);
+    } else if (now_ns - backoff->seen_ns > backoff->timeout_ns / 8) {
+        forgive(backoff, now_ns - backoff->seen_ns, now_ns);
+    }
+    backoff->seen_ns = now_ns;
+    if (now_ns >= backoff->next_slow_ns) {
+        backoff->next_slow_ns = now_ns + 10 * NEP_MS;
+        backoff->slow = true;
+    }
+    return now_ns < backoff->deadline_ns;
 }
 
 bool nep_backoff_pause(struct nep_backoff *backoff)
@@ -47,25 +83,21 @@ bool nep_backoff_pause(struct nep_backoff *backoff)
     } else {
         nanosleep(&(struct timespec){.tv_nsec = SLEEP_NS}, NULL);
     }
-    uint64_t now = nep_now_ns();
-    if (now >= backoff->next_slow_ns) {
-        backoff->next_slow_ns = now + 10 * NEP_MS;
-        backoff->slow = true;
-    }
-    return now < backoff->deadline_ns;
+    return nep_backoff_look(backoff, nep_now_ns());
 }
 
 void nep_backoff_reset(struct nep_backoff *backoff)
 {
-    if (backoff->num_idle != 0) {
-        backoff->num_idle = 0;
-        backoff->last_progress_ns = nep_now_ns();
-        backoff->deadline_ns = nep_deadline_ns(backoff->timeout_ns);
-        backoff->next_slow_ns = backoff->last_progress_ns + 10 * NEP_MS;
-    }
+    backoff->num_idle = 0;
+    backoff->seen_ns = 0;
 }
 
 uint64_t nep_backoff_idle_ns(const struct nep_backoff *backoff)
 {
-    return nep_now_ns() - backoff->last_progress_ns;
+    return backoff->seen_ns != 0 ? nep_now_ns() - backoff->idle_since_ns : 0;
+}
+
+uint64_t nep_backoff_watched_ns(const struct nep_backoff *backoff)
+{
+    return backoff->seen_ns != 0 ? backoff->seen_ns - backoff->watched_since_ns : 0;
 }

@@ -123,9 +123,8 @@ static enum nep_status peer_status(struct nep_ep *ep, uint32_t rank)
 
 /* Who is gone, and how this rank knows. */
 struct loss {
-    uint32_t culprit; /* UINT32_MAX: nobody */
-    uint64_t seen_ns; /* idle time when this rank last looked */
-    bool was_away;    /* it did not look for a quarter of the deadline */
+    uint32_t culprit;    /* UINT32_MAX: nobody */
+    uint64_t watched_ns; /* for how long this rank has waited and looked, without a gap */
     char cause[256];
 };
 
@@ -211,14 +210,13 @@ static uint32_t suspect(const struct nep_ep *ep)
 
 /*
  * Another rank blames this one, which only waits itself: for half a deadline at least, and looking
- * all the time (a rank that was stopped, or came late, is rightly blamed). Its own deadline would
+ * all that time (a rank that was stopped, or came late, is rightly blamed). Its own deadline would
  * have passed next, so the blame goes on to whom it waits for.
  */
-static bool pass_on(const struct nep_ep *ep, struct loss *loss, uint64_t idle_ns)
+static bool pass_on(const struct nep_ep *ep, struct loss *loss)
 {
     uint32_t rank = suspect(ep);
-    if (ep->missing.phase == NULL || rank == ep->rank || idle_ns < ep->timeout_ns / 2 ||
-        loss->was_away) {
+    if (ep->missing.phase == NULL || rank == ep->rank || loss->watched_ns < ep->timeout_ns / 2) {
         return false;
     }
     loss->culprit = rank;
@@ -237,7 +235,7 @@ static bool find_loss(struct nep_ep *ep, uint64_t idle_ns, bool is_over, struct 
 {
     uint32_t named = named_culprit(ep);
     if (named != UINT32_MAX) {
-        return (named == ep->rank && pass_on(ep, loss, idle_ns)) || follow(ep, loss, named);
+        return (named == ep->rank && pass_on(ep, loss)) || follow(ep, loss, named);
     }
     for (uint32_t r = 0; r < ep->plan.topology->num_ranks; r++) {
         bool is_awaited = (ep->awaited[r / 64] >> r % 64 & 1) != 0;
@@ -340,33 +338,34 @@ enum nep_status nep_wait(struct nep_ep *ep, struct nep_handle *handle, nep_step_
         if (progress) {
             nep_backoff_reset(&backoff);
             missed = (struct nep_missing){.rank = UINT32_MAX};
-            is_lost = loss.was_away = false;
-            loss.seen_ns = 0;
+            is_lost = false;
             continue;
         }
         if (ep->missing.phase != NULL) { /* else what was missing came during the step itself */
             missed = ep->missing;
         }
-        uint64_t idle_ns = nep_backoff_idle_ns(&backoff);
-        loss.was_away |= idle_ns > loss.seen_ns + ep->timeout_ns / 4;
-        loss.seen_ns = idle_ns;
         if (is_lost) {
             /* The step above found nothing more of what it may have left behind. */
-            return give_up(ep, handle, NEP_ERR_PEER_LOST, loss.culprit, idle_ns, loss.cause);
+            return give_up(ep, handle, NEP_ERR_PEER_LOST, loss.culprit,
+                           nep_backoff_idle_ns(&backoff), loss.cause);
         }
         bool in_time = nep_backoff_pause(&backoff);
+        if (in_time && !backoff.slow) {
+            continue;
+        }
+        uint64_t idle_ns = nep_backoff_idle_ns(&backoff);
+        loss.watched_ns = nep_backoff_watched_ns(&backoff);
         if (backoff.slow) {
             say_looked(ep);
         }
-        if ((backoff.slow || !in_time) && find_loss(ep, idle_ns, !in_time, &loss)) {
+        if (find_loss(ep, idle_ns, !in_time, &loss)) {
             is_lost = true;
             continue;
         }
         if (!in_time) {
             return time_out(ep, handle, idle_ns);
         }
-        if (backoff.slow && !is_warned && ep->missing.phase != NULL &&
-            idle_ns > ep->timeout_ns / 4) {
+        if (!is_warned && ep->missing.phase != NULL && loss.watched_ns > ep->timeout_ns / 4) {
             warn_slow(ep, handle, idle_ns);
             is_warned = true;
         }

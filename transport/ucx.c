@@ -424,6 +424,16 @@ static uint64_t completed(struct nep_transport *transport, uint32_t dst)
     return atomic_load_explicit(&ux->peers[dst].completed, memory_order_acquire);
 }
 
+/* Time in which this rank itself stood still and sent no heartbeats does not count, up to half a
+ * timeout: as in base/backoff.h. */
+static bool is_lost(uint64_t silent_ns, uint32_t own_beats, uint64_t timeout_ns)
+{
+    if (silent_ns <= timeout_ns) {
+        return false;
+    }
+    return own_beats >= timeout_ns / 8 * 7 / NEP_S || silent_ns - timeout_ns > timeout_ns / 2;
+}
+
 /*
  * A process that gets no core, or whose packets wait for a kernel that gets none, is as silent as
  * one whose cable was pulled: only the deadline tells them apart. Until then it is slow, and said
@@ -435,12 +445,12 @@ static enum nep_status silence(struct nep_ucx *ux, struct nep_ucx_peer *peer, ui
     uint64_t heard_ns = atomic_load_explicit(&peer->heard_ns, memory_order_relaxed);
     uint64_t now_ns = nep_now_ns();
     uint64_t silent_ns = now_ns > heard_ns ? now_ns - heard_ns : 0;
-    if (silent_ns <= SILENT_NS ||
-        atomic_load_explicit(&peer->num_silent, memory_order_relaxed) <= SILENT_BEATS) {
+    uint32_t own_beats = atomic_load_explicit(&peer->num_silent, memory_order_relaxed);
+    if (silent_ns <= SILENT_NS || own_beats <= SILENT_BEATS) {
         return NEP_OK;
     }
     double seconds = (double)silent_ns / (double)NEP_S;
-    if (silent_ns > ux->params.timeout_ns) {
+    if (is_lost(silent_ns, own_beats, ux->params.timeout_ns)) {
         return nep_fail(NEP_ERR_PEER_LOST,
                         "rank %u is lost: nothing heard for %.1f s, with a heartbeat due every "
                         "second: its host, its link or its process stands still",

@@ -1,9 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Whom a rank blames at its deadline. Waits are made by steps that miss what the test says, so that
- * who waits for whom, and whose deadline passes first, is not a matter of time.
+ * Whom a rank blames at its deadline, and who hears of it. Waits are made by steps that miss what
+ * the test says, so that who waits for whom, and whose deadline passes first, is not a matter of
+ * time.
  */
 #include <string.h>
+
+#include <unistd.h>
 
 #include "base/clock.h"
 #include "dispatch/ep.h"
@@ -15,6 +18,8 @@
 enum { RANKS = 4, LOOKED = 0 };
 
 struct plan {
+    bool (*check)(struct nep_multi_rank *rank, struct nep_comm *comm, struct nep_ep *ep,
+                  struct nep_handle *handle);
     uint32_t misses[RANKS]; /* whom each rank waits for; UINT32_MAX: it does not wait */
     uint32_t first;         /* whose deadline passes */
     uint32_t culprit;       /* whom it must name */
@@ -44,6 +49,36 @@ static void await_waits(struct nep_ep *ep, const struct plan *plan)
     }
 }
 
+/*
+ * Stands still for longer than the deadline in its second look, and finds what it waits for in the
+ * third.
+ */
+static enum nep_status stand_still(struct nep_ep *ep, struct nep_handle *handle, bool *progress_p,
+                                   bool *done_p)
+{
+    static _Thread_local uint32_t num_looks;
+    (void)handle;
+    (void)progress_p;
+    nep_ep_miss(ep, "test", (ep->rank + 1) % RANKS, 1, 0);
+    uint64_t until_ns = nep_deadline_ns(++num_looks == 2 ? 2 * ep->timeout_ns : 0);
+    while (nep_left_ns(until_ns) != 0) {
+        usleep(1000);
+    }
+    *done_p = num_looks == 3;
+    return NEP_OK;
+}
+
+static bool stand_still_and_check(struct nep_multi_rank *rank, struct nep_comm *comm,
+                                  struct nep_ep *ep, struct nep_handle *handle)
+{
+    (void)comm;
+    nep_ep_set_timeout(ep, NEP_S / 5);
+    if (nep_wait(ep, handle, stand_still) != NEP_OK) {
+        nep_multi_fail(rank, "blames another for its own absence: %s", nep_last_message());
+    }
+    return nep_multi_barrier(rank);
+}
+
 static bool wait_and_check(struct nep_multi_rank *rank, struct nep_comm *comm, struct nep_ep *ep,
                            struct nep_handle *handle)
 {
@@ -67,6 +102,7 @@ static bool wait_and_check(struct nep_multi_rank *rank, struct nep_comm *comm, s
 
 static bool body(struct nep_multi_rank *rank)
 {
+    const struct plan *plan = rank->arg;
     static const uint32_t ranks_per_node[] = {2, 2};
     struct nep_comm *comm = NULL;
     struct nep_ep *ep = NULL;
@@ -87,7 +123,7 @@ static bool body(struct nep_multi_rank *rank)
                    nep_ep_create(comm, &shape, &ep) == NEP_OK &&
                    nep_handle_create(ep, &handle) == NEP_OK;
     if (is_fine) {
-        is_fine = wait_and_check(rank, comm, ep, handle);
+        is_fine = plan->check(rank, comm, ep, handle);
     }
     nep_handle_destroy(handle);
     nep_ep_destroy(ep);
@@ -108,21 +144,37 @@ static void run(struct plan plan)
 static void test_blame_goes_to_whom_a_neighbour_waits_for(void **state)
 {
     (void)state;
-    run((struct plan){.misses = {UINT32_MAX, UINT32_MAX, 3, 1}, .first = 2, .culprit = 1});
+    run((struct plan){.check = wait_and_check,
+                      .misses = {UINT32_MAX, UINT32_MAX, 3, 1},
+                      .first = 2,
+                      .culprit = 1});
 }
 
 /* A neighbour that does something else is the cause. */
 static void test_blame_stays_with_a_neighbour_that_does_not_wait(void **state)
 {
     (void)state;
-    run((struct plan){.misses = {UINT32_MAX, UINT32_MAX, 3, UINT32_MAX}, .first = 2, .culprit = 3});
+    run((struct plan){.check = wait_and_check,
+                      .misses = {UINT32_MAX, UINT32_MAX, 3, UINT32_MAX},
+                      .first = 2,
+                      .culprit = 3});
 }
 
 /* Two that wait for each other: whoever gives up names the other. */
 static void test_blame_of_two_that_wait_for_each_other(void **state)
 {
     (void)state;
-    run((struct plan){.misses = {UINT32_MAX, UINT32_MAX, 3, 2}, .first = 2, .culprit = 3});
+    run((struct plan){.check = wait_and_check,
+                      .misses = {UINT32_MAX, UINT32_MAX, 3, 2},
+                      .first = 2,
+                      .culprit = 3});
+}
+
+/* Nobody is blamed for the time in which the rank that waits did not look. */
+static void test_own_absence_is_nobodys_fault(void **state)
+{
+    (void)state;
+    run((struct plan){.check = stand_still_and_check});
 }
 
 int main(void)
@@ -131,6 +183,7 @@ int main(void)
         cmocka_unit_test(test_blame_goes_to_whom_a_neighbour_waits_for),
         cmocka_unit_test(test_blame_stays_with_a_neighbour_that_does_not_wait),
         cmocka_unit_test(test_blame_of_two_that_wait_for_each_other),
+        cmocka_unit_test(test_own_absence_is_nobodys_fault),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

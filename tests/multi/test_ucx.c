@@ -199,8 +199,10 @@ static void test_ucx_silent_rank_is_slow_before_it_is_lost(void **state)
         bool is_said;       /* in the log, as slow */
         enum nep_status status;
     } cases[] = {
-        {4, 4, false, NEP_OK},  {6, 6, true, NEP_OK},   {50, 50, true, NEP_OK},
-        {50, 2, false, NEP_OK}, {70, 2, false, NEP_OK}, {70, 70, false, NEP_ERR_PEER_LOST},
+        {4, 4, false, NEP_OK},  {6, 6, true, NEP_OK},
+        {50, 50, true, NEP_OK}, {50, 2, false, NEP_OK},
+        {70, 2, false, NEP_OK}, {70, 70, false, NEP_ERR_PEER_LOST},
+        {70, 40, true, NEP_OK}, {91, 40, false, NEP_ERR_PEER_LOST},
     };
     struct nep_ucx *ux = calloc(1, sizeof *ux);
     ux->rank = 1;
