@@ -41,7 +41,8 @@ void nep_tell(struct nep_ep *ep, uint32_t culprit)
             .imm = nep_imm(ep->head->generation, NEP_KIND_LEAVE, ep->number, culprit >> 8, culprit),
         };
         uint64_t number;
-        if (put.dst != culprit && inter->ops->peer_status(inter, put.dst) == NEP_OK) {
+        /* The culprit too: if it only waits itself, it knows better (pass_on). */
+        if (inter->ops->peer_status(inter, put.dst) == NEP_OK) {
             (void)inter->ops->put(inter, &put, &number);
         }
     }

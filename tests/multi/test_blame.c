@@ -100,6 +100,27 @@ static bool wait_and_check(struct nep_multi_rank *rank, struct nep_comm *comm, s
     return nep_multi_barrier(rank);
 }
 
+/* Rank 0 says whom it blames, and that one hears it too, over a fabric as within a node. */
+static bool tell_and_check(struct nep_multi_rank *rank, struct nep_comm *comm, struct nep_ep *ep,
+                           struct nep_handle *handle)
+{
+    const struct plan *plan = rank->arg;
+    (void)handle;
+    if (rank->rank == 0) {
+        nep_tell(ep, plan->culprit);
+    }
+    if (rank->rank == plan->culprit) {
+        uint64_t deadline_ns = nep_deadline_ns(60 * NEP_S);
+        while (atomic_load(&ep->head->fault) == 0 && nep_left_ns(deadline_ns) != 0) {
+            comm->inter->ops->progress(comm->inter);
+        }
+        if (atomic_load(&ep->head->fault) != plan->culprit + 1) {
+            nep_multi_fail(rank, "has not heard that it is blamed");
+        }
+    }
+    return nep_multi_barrier(rank);
+}
+
 static bool body(struct nep_multi_rank *rank)
 {
     const struct plan *plan = rank->arg;
@@ -177,6 +198,12 @@ static void test_own_absence_is_nobodys_fault(void **state)
     run((struct plan){.check = stand_still_and_check});
 }
 
+static void test_who_is_blamed_hears_it(void **state)
+{
+    (void)state;
+    run((struct plan){.check = tell_and_check, .culprit = 2});
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -184,6 +211,7 @@ int main(void)
         cmocka_unit_test(test_blame_stays_with_a_neighbour_that_does_not_wait),
         cmocka_unit_test(test_blame_of_two_that_wait_for_each_other),
         cmocka_unit_test(test_own_absence_is_nobodys_fault),
+        cmocka_unit_test(test_who_is_blamed_hears_it),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
