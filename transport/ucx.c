@@ -141,12 +141,15 @@ static enum nep_status transport_create(const struct nep_transport_params *param
                                   params->topology->num_ranks, status, params->timeout_ns);
     if (status == NEP_OK) {
         status = nep_ucx_connect(ux);
+        /* Who could not connect has waited for a whole timeout: the others are told, and whoever
+         * did not answer is not waited for once more. */
+        uint64_t timeout_ns = status == NEP_OK ? params->timeout_ns : params->timeout_ns / 4;
         if (status == NEP_OK) {
             ux->beat_ns = nep_now_ns();
             status = nep_ucx_thread_start(ux);
         }
-        status = nep_bootstrap_common(params->bootstrap, ux->rank, ux->num_ranks, status,
-                                      params->timeout_ns);
+        status =
+            nep_bootstrap_common(params->bootstrap, ux->rank, ux->num_ranks, status, timeout_ns);
     }
     if (status != NEP_OK) {
         transport_close(ux != NULL ? &ux->transport : NULL);

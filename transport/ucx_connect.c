@@ -289,9 +289,10 @@ static void choose_pieces(struct nep_ucx *ux)
 }
 
 /* Waits until every endpoint works. */
-static enum nep_status flush_peers(struct nep_ucx *ux, void **requests, ucs_status_t *flushed)
+static enum nep_status flush_peers(struct nep_ucx *ux, uint64_t deadline_ns, void **requests,
+                                   ucs_status_t *flushed)
 {
-    flush_all(ux, ux->params.timeout_ns, requests, flushed);
+    flush_all(ux, nep_left_ns(deadline_ns), requests, flushed);
     for (uint32_t i = 0; i < NEP_UCX_EPS * ux->num_ranks; i++) {
         if (flushed[i] != UCS_OK) {
             return nep_fail(flushed[i] == UCS_INPROGRESS ? NEP_ERR_TIMEOUT : NEP_ERR_IO,
@@ -312,6 +313,7 @@ static enum nep_status connect_peers(struct nep_ucx *ux, const char *addresses, 
         ux->peers[i].rank = i;
     }
     enum nep_status result = NEP_OK;
+    uint64_t deadline_ns = nep_deadline_ns(ux->params.timeout_ns);
     for (int e = NEP_UCX_BULK; result == NEP_OK && e < NEP_UCX_EPS; e++) {
         for (uint32_t i = 0; result == NEP_OK && i < ux->num_ranks; i++) {
             bool here = topology->node_of_rank[i] == topology->node;
@@ -322,7 +324,7 @@ static enum nep_status connect_peers(struct nep_ucx *ux, const char *addresses, 
             }
         }
         if (result == NEP_OK) {
-            result = flush_peers(ux, requests, flushed);
+            result = flush_peers(ux, deadline_ns, requests, flushed);
         }
         if (result == NEP_OK && e == NEP_UCX_BULK) {
             choose_pieces(ux);
@@ -445,8 +447,8 @@ static void say_goodbye(struct nep_ucx *ux)
 
 void nep_ucx_leave(struct nep_ucx *ux)
 {
-    uint64_t bound_ns = ux->params.timeout_ns < LEAVE_NS ? ux->params.timeout_ns : LEAVE_NS;
-    uint64_t deadline_ns = nep_deadline_ns(bound_ns);
+    uint64_t half_ns = ux->params.timeout_ns / 2;
+    uint64_t deadline_ns = nep_deadline_ns(half_ns < LEAVE_NS ? half_ns : LEAVE_NS);
     void **requests = calloc((size_t)NEP_UCX_EPS * ux->num_ranks, sizeof *requests);
     ucs_status_t *flushed = calloc((size_t)NEP_UCX_EPS * ux->num_ranks, sizeof *flushed);
     nep_ucx_hold(ux);
