@@ -51,15 +51,15 @@ def is_running(pid):
         return False
 
 
-def start_long(*more):
-    """Ranks that run until something happens to them."""
+def start_long(*more, seconds=1.0):
+    """Ranks that run until something happens to them, and have had so long to make their group."""
     job = subprocess.Popen([PERF, "ep", *SMALL, "--ranks", "4", "--ranks-per-node", "2", "--iters",
                             "10000000", *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                            env={**os.environ, "NEP_TIMEOUT": "10s"})
     deadline = time.monotonic() + 30
     while len(children(job.pid)) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(1.0)
+    time.sleep(seconds)
     return job, children(job.pid)
 
 
@@ -168,13 +168,17 @@ class Faults(unittest.TestCase):
     def test_continue_goes_on_without_two_ranks_and_checks_every_element(self):
         for inter in ("shm", "ucx"):
             with self.subTest(inter=inter):
-                job, pids = start_long("--on-fault", "continue", "--iters", str(LONG), "--verify",
-                                       "--json", "-", "--inter", inter)
-                os.kill(pids[2], signal.SIGKILL)
-                time.sleep(0.7)
-                if is_running(pids[0]):
-                    os.kill(pids[0], signal.SIGKILL)
-                output, errors = job.communicate(timeout=300)
+                for seconds in (1, 5, 25):
+                    job, pids = start_long("--on-fault", "continue", "--iters", str(LONG),
+                                           "--verify", "--json", "-", "--inter", inter,
+                                           seconds=seconds)
+                    os.kill(pids[2], signal.SIGKILL)
+                    time.sleep(0.7)
+                    if is_running(pids[0]):
+                        os.kill(pids[0], signal.SIGKILL)
+                    output, errors = job.communicate(timeout=300)
+                    if "_create: " not in errors:  # else there was no group yet that could go on
+                        break
                 self.assertEqual(job.returncode, 0, errors)
                 found = json.loads(output)
                 self.assertEqual(found["lost_ranks"], [0, 2], errors)
