@@ -17,6 +17,8 @@
 
 enum { SENTENCE = NEP_RDV_SENTENCE };
 
+static const uint64_t LEAST_ANSWER_NS = NEP_MS, MOST_ANSWER_NS = NEP_S;
+
 struct call {
     struct call *next;
     uint32_t id;
@@ -130,16 +132,52 @@ static void start_call(struct nep_rendezvous_client *client, struct call *call,
     }
 }
 
+/* How long the server waits for a get's key: what nep_rdv_get leaves for the answer is taken off.
+ */
+static uint64_t served_ns(const struct nep_rdv_message *request)
+{
+    return request->op == NEP_RDV_GET ? request->timeout_ns / 4 * 3 : 0;
+}
+
+/*
+ * A get may be a short look at a key, over a wire on which an answer takes longer than that; those
+ * who look again and again would never see it. So the answer has its own time, which is learnt.
+ */
+static uint64_t answer_deadline(const struct nep_rendezvous_client *client,
+                                const struct nep_rdv_message *request)
+{
+    uint64_t least_ns = served_ns(request) + client->answer_ns;
+    least_ns = least_ns < MOST_ANSWER_NS ? least_ns : MOST_ANSWER_NS;
+    bool is_longer = request->op == NEP_RDV_GET && least_ns > request->timeout_ns;
+    return nep_deadline_ns(is_longer ? least_ns : request->timeout_ns);
+}
+
+/* Twice what an answer took, and twice as long as before where none came. */
+static void learn_answer(struct nep_rendezvous_client *client, const struct call *call,
+                         const struct nep_rdv_message *request, uint64_t took_ns)
+{
+    uint64_t *answer_ns = &client->answer_ns, wanted_ns;
+    if (call->is_done) {
+        *answer_ns -= *answer_ns / 16;
+        wanted_ns = took_ns > served_ns(request) ? 2 * (took_ns - served_ns(request)) : 0;
+    } else {
+        wanted_ns = 2 * (*answer_ns > LEAST_ANSWER_NS ? *answer_ns : LEAST_ANSWER_NS);
+    }
+    wanted_ns = wanted_ns < MOST_ANSWER_NS ? wanted_ns : MOST_ANSWER_NS;
+    *answer_ns = *answer_ns > wanted_ns ? *answer_ns : wanted_ns;
+}
+
 static enum nep_status do_call(struct nep_rendezvous_client *client, struct call *call,
                                struct nep_rdv_message *request, uint64_t timeout_ns)
 {
-    uint64_t deadline_ns = nep_deadline_ns(timeout_ns);
+    uint64_t begin_ns = nep_now_ns();
     request->timeout_ns = timeout_ns;
     if (client->pid != getpid()) {
         return nep_fail(NEP_ERR_BROKEN, "%s belongs to process %ld, from which this one was forked",
                         client->name, (long)client->pid);
     }
     pthread_mutex_lock(&client->mutex);
+    uint64_t deadline_ns = answer_deadline(client, request);
     start_call(client, call, request, deadline_ns);
     while (!call->is_done && nep_left_ns(deadline_ns) != 0) {
         if (client->is_reading) {
@@ -149,6 +187,9 @@ static enum nep_status do_call(struct nep_rendezvous_client *client, struct call
         }
     }
     unlink_call(client, call);
+    if (request->op != NEP_RDV_GATHER) { /* that waits for ranks */
+        learn_answer(client, call, request, nep_now_ns() - begin_ns);
+    }
     pthread_mutex_unlock(&client->mutex);
     if (!call->is_done) {
         char time[32];

@@ -30,6 +30,7 @@ struct nep_rendezvous_client {
     struct call *calls;
     uint32_t num_calls;
     uint64_t num_gathers;
+    uint64_t answer_ns; /* what the way there and back is taken to last; see answer_deadline */
     enum nep_status broken;
     char sentence[NEP_RDV_SENTENCE];
     uint8_t *in;

@@ -200,6 +200,9 @@ static void plan_newcomers(struct seat *seat, struct plan *plan)
     plan->num_joining = num_new;
     seat->num_vain += is_growing;
     bool all_wait = seat->options.waits || seat->num_vain >= 2;
+    if (is_growing) {
+        say("vain", ", \"times\": %u, \"newcomers\": %u", seat->num_vain, num_new);
+    }
     *(all_wait ? &plan->join_step : &plan->grow_step) = seat->step + LOOK;
 }
 

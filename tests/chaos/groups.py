@@ -32,8 +32,12 @@ class Seat:
                 with open(self.error, "ab") as file:
                     file.write(line)
                 continue
+            event = json.loads(line)
+            if event["e"] == "vain":
+                counts["preparations that failed"] += 1
+                counts["newcomers let in while all wait, after two"] += event["times"] == 2
             with self.changed:
-                self.said.append(json.loads(line))
+                self.said.append(event)
                 self.changed.notify_all()
         with self.changed:
             self.said.append({"e": "silence", "t": time.monotonic_ns()})
