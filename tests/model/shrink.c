@@ -14,6 +14,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "states.h"
+
 enum { RANKS = 3, GENERATIONS = 5, FLIGHTS = 3 };
 
 enum rule {
@@ -55,12 +57,7 @@ struct shrink_case {
 struct run {
     const struct shrink_case *item;
     uint8_t rules;
-    struct state *states;
-    uint32_t *parents;
-    char (*labels)[24];
-    uint32_t num, cap;
-    uint32_t *table;
-    uint32_t table_size;
+    struct states states;
     uint32_t at; /* the state that is expanded */
     uint32_t num_next;
     const char *broken;
@@ -68,38 +65,6 @@ struct run {
 };
 
 /* ---- the set of states ---------------------------------------------------------------------- */
-
-static uint64_t hash_of(const struct state *state)
-{
-    const uint8_t *bytes = (const uint8_t *)state;
-    uint64_t hash = 14695981039346656037ull;
-    for (size_t i = 0; i < sizeof *state; i++) {
-        hash = (hash ^ bytes[i]) * 1099511628211ull;
-    }
-    return hash ^ hash >> 31;
-}
-
-static void grow(struct run *run)
-{
-    run->cap = run->cap == 0 ? 1 << 16 : 2 * run->cap;
-    run->states = realloc(run->states, (size_t)run->cap * sizeof *run->states);
-    run->parents = realloc(run->parents, (size_t)run->cap * sizeof *run->parents);
-    run->labels = realloc(run->labels, (size_t)run->cap * sizeof *run->labels);
-    free(run->table);
-    run->table_size = 4 * run->cap;
-    run->table = calloc(run->table_size, sizeof *run->table);
-    if (run->states == NULL || run->parents == NULL || run->labels == NULL || run->table == NULL) {
-        fprintf(stderr, "model: out of memory at %u states\n", run->num);
-        exit(2);
-    }
-    for (uint32_t i = 0; i < run->num; i++) {
-        uint64_t at = hash_of(&run->states[i]) % run->table_size;
-        while (run->table[at] != 0) {
-            at = (at + 1) % run->table_size;
-        }
-        run->table[at] = i + 1;
-    }
-}
 
 /*
  * Writes that can do nothing any more (to a rank that is dead, or to a window that is not the live
@@ -134,20 +99,8 @@ static void add(struct run *run, const struct state *given, const char *what, in
 {
     struct state normal = *given, *state = &normal;
     normalise(state, (run->rules & RULE_FRESH) != 0);
-    if (run->num == run->cap) {
-        grow(run);
-    }
     run->num_next++;
-    uint64_t at = hash_of(state) % run->table_size;
-    for (; run->table[at] != 0; at = (at + 1) % run->table_size) {
-        if (memcmp(&run->states[run->table[at] - 1], state, sizeof *state) == 0) {
-            return;
-        }
-    }
-    run->states[run->num] = *state;
-    run->parents[run->num] = run->at;
-    snprintf(run->labels[run->num], sizeof run->labels[0], "%d %s", rank, what);
-    run->table[at] = ++run->num;
+    states_add(&run->states, state, run->at, rank, what);
 }
 
 static void breaks(struct run *run, const char *what)
@@ -466,7 +419,8 @@ static void accidents(struct run *run, const struct state *from, int r)
 
 static void expand(struct run *run)
 {
-    struct state s = run->states[run->at]; /* a copy: the array may move */
+    struct state s; /* a copy: the array may move */
+    memcpy(&s, states_at(&run->states, run->at), sizeof s);
     run->num_next = 0;
     for (int r = 0; r < run->item->ranks; r++) {
         switch (s.pc[r]) {
@@ -520,17 +474,11 @@ static const struct shrink_case cases[] = {
     {"off-deadline", 3, 2, 0, 1, 0, false, RULE_DEADLINE, "deadlock"},
 };
 
-static void print_trace(const struct run *run, uint32_t at)
-{
-    if (run->parents[at] != at) {
-        print_trace(run, run->parents[at]);
-        printf("  rank %s\n", run->labels[at]);
-    }
-}
-
 static bool explore(const struct shrink_case *item, bool is_traced)
 {
-    struct run run = {.item = item, .rules = (uint8_t)(RULE_ALL & ~item->off)};
+    struct run run = {.item = item,
+                      .rules = (uint8_t)(RULE_ALL & ~item->off),
+                      .states = {.bytes = sizeof(struct state)}};
     struct state first;
     memset(&first, 0, sizeof first);
     for (int r = 0; r < item->ranks; r++) {
@@ -540,23 +488,19 @@ static bool explore(const struct shrink_case *item, bool is_traced)
     first.suspicions = item->suspicions;
     first.restarts = item->restarts;
     add(&run, &first, "starts", 0);
-    run.parents[0] = 0;
-    for (run.at = 0; run.at < run.num && run.broken == NULL; run.at++) {
+    for (run.at = 0; run.at < run.states.num && run.broken == NULL; run.at++) {
         expand(&run);
     }
     bool is_right = item->broken == NULL
                         ? run.broken == NULL
                         : run.broken != NULL && strcmp(run.broken, item->broken) == 0;
-    printf("%-18s %9u states  %s%s\n", item->name, run.num, run.broken ? run.broken : "safe",
+    printf("%-18s %9u states  %s%s\n", item->name, run.states.num, run.broken ? run.broken : "safe",
            is_right ? "" : "   WRONG");
     if (run.broken != NULL && (is_traced || !is_right)) {
-        print_trace(&run, run.broken_at);
+        states_print_trace(&run.states, run.broken_at);
     }
     fflush(stdout);
-    free(run.states);
-    free(run.parents);
-    free(run.labels);
-    free(run.table);
+    states_free(&run.states);
     return is_right;
 }
 
