@@ -61,6 +61,8 @@ static enum nep_status allocate(struct nep_ep *ep)
         {&ep->slot_at, num_ranks * slots, sizeof *ep->slot_at},
         {&ep->slot_local, ep->node_size * slots, sizeof *ep->slot_local},
         {&ep->counts_at, num_ranks, sizeof *ep->counts_at},
+        {&ep->counts, num_ranks, nep_counts_ride_offset(&ep->shape, ep->node_size)},
+        {&ep->counts_of_sums, num_nodes, sizeof *ep->counts_of_sums},
         {&ep->control_rank, ep->region->num_controls, sizeof *ep->control_rank},
         {&ep->dispatch_flows, num_nodes, sizeof *ep->dispatch_flows},
         {&ep->combine_flows, lanes + 1, sizeof *ep->combine_flows},
@@ -255,15 +257,15 @@ enum nep_status nep_ep_build(struct nep_ep *ep)
     return nep_bootstrap_common(&comm->bootstrap, rank, num_ranks, status, comm->timeout_ns);
 }
 
-enum { NUM_TABLES = 18 };
+enum { NUM_TABLES = 20 };
 
 static void list_tables(struct nep_ep *ep, void *tables[NUM_TABLES])
 {
-    void *all[] = {&ep->window,       &ep->slot_at,        &ep->slot_local,    &ep->counts_at,
-                   &ep->control_rank, &ep->dispatch_flows, &ep->combine_flows, &ep->rings,
-                   &ep->dispatch_in,  &ep->combine_in,     &ep->counts_put,    &ep->staged,
-                   &ep->taken,        &ep->push_at,        &ep->cast_rows,     &ep->lent,
-                   &ep->batch,        &ep->awaited};
+    void *all[] = {&ep->window,        &ep->slot_at,        &ep->slot_local,   &ep->counts_at,
+                   &ep->counts,        &ep->counts_of_sums, &ep->control_rank, &ep->dispatch_flows,
+                   &ep->combine_flows, &ep->rings,          &ep->dispatch_in,  &ep->combine_in,
+                   &ep->counts_put,    &ep->staged,         &ep->taken,        &ep->push_at,
+                   &ep->cast_rows,     &ep->lent,           &ep->batch,        &ep->awaited};
     _Static_assert(sizeof all / sizeof all[0] == NUM_TABLES, "as many as there are");
     memcpy(tables, all, sizeof all);
 }

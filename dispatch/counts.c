@@ -171,17 +171,23 @@ enum nep_status nep_counts_send(struct nep_ep *ep, struct nep_handle *handle)
 
 /* ---- taking --------------------------------------------------------------------------------- */
 
-static const struct nep_counts_msg *find_at(const struct nep_ep *ep, uint32_t rank,
-                                            uint32_t control, uint64_t op)
+/* Where the COUNTS lie that land at `rank` under a control. */
+static uint8_t *place_at(const struct nep_ep *ep, uint32_t rank, uint32_t control, uint64_t op)
 {
     const struct nep_region *region = &ep->plan.regions[rank];
     uint64_t idx = (uint64_t)control * ep->shape.window + op % ep->shape.window;
-    uint8_t *base = ep->window[rank];
+    return ep->window[rank] + region->counts + idx * region->counts_bytes;
+}
+
+static const struct nep_counts_msg *find_at(const struct nep_ep *ep, uint32_t rank,
+                                            uint32_t control, uint64_t op)
+{
+    uint64_t idx = (uint64_t)control * ep->shape.window + op % ep->shape.window;
     /* Acquire: pairs with the release in nep_counts_send, or with the sink's in raise(). */
-    if (nep_word_get(base, region->counts_word, idx) != op + 1) {
+    if (nep_word_get(ep->window[rank], ep->plan.regions[rank].counts_word, idx) != op + 1) {
         return NULL;
     }
-    return (const struct nep_counts_msg *)(base + region->counts + idx * region->counts_bytes);
+    return (const struct nep_counts_msg *)place_at(ep, rank, control, op);
 }
 
 const struct nep_counts_msg *nep_counts_find(const struct nep_ep *ep, uint32_t source, uint64_t op)
@@ -189,11 +195,23 @@ const struct nep_counts_msg *nep_counts_find(const struct nep_ep *ep, uint32_t s
     return find_at(ep, ep->counts_at[source].rank, ep->counts_at[source].control, op);
 }
 
-const struct nep_counts_msg *nep_counts_find_sums(const struct nep_ep *ep, uint32_t node,
-                                                  uint64_t op)
+/* Of the COUNTS that a combine's summing rank F(this rank, node) sent to this very rank. */
+static uint32_t sums_control(const struct nep_ep *ep, uint32_t node)
 {
     uint32_t far = nep_plan_landing(&ep->plan, ep->rank, node);
-    return find_at(ep, ep->rank, nep_plan_control(&ep->plan, ep->rank, far), op);
+    return nep_plan_control(&ep->plan, ep->rank, far);
+}
+
+bool nep_counts_carry(const struct nep_ep *ep, uint32_t source, uint32_t num_rows)
+{
+    return ep->plan.topology->node_of_rank[source] != ep->node && nep_rides(ep, num_rows);
+}
+
+const uint8_t *nep_counts_rows(const struct nep_ep *ep, uint32_t source, uint64_t op)
+{
+    const struct nep_word_at *at = &ep->counts_at[source];
+    return place_at(ep, at->rank, at->control, op) +
+           nep_counts_ride_offset(&ep->shape, ep->node_size);
 }
 
 static enum nep_status disagree(struct nep_ep *ep, const struct nep_handle *handle, uint32_t source,
@@ -277,9 +295,9 @@ static enum nep_status check(struct nep_ep *ep, const struct nep_handle *handle,
         return disagree(ep, handle, source, msg, "tokens, beyond the most of", msg->num_tokens,
                         max_tokens);
     }
-    uint32_t tiles = msg->ride_rows != 0 ? 0 : nep_num_tiles(ep, msg->num_rows);
-    if (msg->num_tiles != tiles || msg->ride_rows > ep->shape.ride_rows ||
-        (msg->ride_rows != 0 && msg->ride_rows != msg->num_rows)) {
+    bool rides = is_dispatch && nep_counts_carry(ep, source, msg->num_rows);
+    uint32_t tiles = rides ? 0 : nep_num_tiles(ep, msg->num_rows);
+    if (msg->num_tiles != tiles || msg->ride_rows != (rides ? msg->num_rows : 0)) {
         return disagree(ep, handle, source, msg, "tiles", msg->num_tiles, tiles);
     }
     return is_dispatch && source != ep->rank ? check_tables(ep, handle, source, msg) : NEP_OK;
@@ -291,7 +309,7 @@ static enum nep_status begin_inflows(struct nep_ep *ep, struct nep_handle *handl
     uint32_t window = ep->shape.window;
     bool is_dispatch = handle->op.kind == NEP_OP_DISPATCH;
     for (uint32_t s = 0; s < ep->plan.topology->num_ranks; s++) {
-        const struct nep_counts_msg *msg = nep_counts_find(ep, s, op);
+        const struct nep_counts_msg *msg = nep_counts_taken(ep, s);
         struct nep_inflow *inflow = &ep->dispatch_in[s];
         uint64_t end = is_dispatch ? msg->tiles_end : inflow->planned;
         if (!nep_inflow_begin(inflow, op, window, end, is_dispatch ? msg->num_tiles : 0)) {
@@ -305,7 +323,7 @@ static enum nep_status begin_inflows(struct nep_ep *ep, struct nep_handle *handl
             nep_inflow_begin(inflow, op, window, inflow->planned, 0);
             continue;
         }
-        const struct nep_counts_msg *msg = nep_counts_find_sums(ep, n, op);
+        const struct nep_counts_msg *msg = &ep->counts_of_sums[n];
         uint32_t rows = handle->node_begin[n + 1] - handle->node_begin[n];
         uint32_t far = nep_plan_landing(&ep->plan, ep->rank, n);
         if (msg->num_rows != rows) {
@@ -338,12 +356,39 @@ static bool all_here(struct nep_ep *ep, const struct nep_handle *handle)
     }
     for (uint32_t n = 0; handle->op.kind == NEP_OP_COMBINE && n < ep->plan.topology->num_nodes;
          n++) {
-        if (n != ep->node && nep_counts_find_sums(ep, n, op) == NULL) {
+        if (n != ep->node && find_at(ep, ep->rank, sums_control(ep, n), op) == NULL) {
             nep_ep_miss(ep, "counts", nep_plan_landing(&ep->plan, ep->rank, n), 1, 0);
             return false;
         }
     }
     return true;
+}
+
+/*
+ * Copied before they are checked: a neighbour, or a peer over a fabric, that writes there again
+ * changes nothing that is used.
+ */
+static enum nep_status copy_and_check(struct nep_ep *ep, struct nep_handle *handle)
+{
+    const struct nep_topology *topology = ep->plan.topology;
+    bool is_dispatch = handle->op.kind == NEP_OP_DISPATCH;
+    uint64_t op = handle->op.number;
+    uint64_t each = nep_counts_ride_offset(&ep->shape, ep->node_size);
+    enum nep_status status = NEP_OK;
+    for (uint32_t s = 0; status == NEP_OK && s < topology->num_ranks; s++) {
+        const struct nep_word_at *at = &ep->counts_at[s];
+        memcpy(ep->counts + s * each, place_at(ep, at->rank, at->control, op),
+               is_dispatch ? each : sizeof(struct nep_counts_msg));
+        status = check(ep, handle, s, nep_counts_taken(ep, s));
+    }
+    for (uint32_t n = 0; status == NEP_OK && !is_dispatch && n < topology->num_nodes; n++) {
+        if (n != ep->node) {
+            struct nep_counts_msg *msg = &ep->counts_of_sums[n];
+            memcpy(msg, place_at(ep, ep->rank, sums_control(ep, n), op), sizeof *msg);
+            status = check(ep, handle, nep_plan_landing(&ep->plan, ep->rank, n), msg);
+        }
+    }
+    return status;
 }
 
 enum nep_status nep_counts_take(struct nep_ep *ep, struct nep_handle *handle, bool *done_p)
@@ -352,18 +397,7 @@ enum nep_status nep_counts_take(struct nep_ep *ep, struct nep_handle *handle, bo
     if (handle->op.is_counted || !all_here(ep, handle)) {
         return NEP_OK;
     }
-    enum nep_status status = NEP_OK;
-    for (uint32_t s = 0; status == NEP_OK && s < ep->plan.topology->num_ranks; s++) {
-        status = check(ep, handle, s, nep_counts_find(ep, s, handle->op.number));
-    }
-    for (uint32_t n = 0;
-         status == NEP_OK && handle->op.kind == NEP_OP_COMBINE && n < ep->plan.topology->num_nodes;
-         n++) {
-        if (n != ep->node) {
-            status = check(ep, handle, nep_plan_landing(&ep->plan, ep->rank, n),
-                           nep_counts_find_sums(ep, n, handle->op.number));
-        }
-    }
+    enum nep_status status = copy_and_check(ep, handle);
     if (status == NEP_OK) {
         status = begin_inflows(ep, handle);
     }

@@ -14,18 +14,28 @@
 enum nep_status nep_counts_send(struct nep_ep *ep, struct nep_handle *handle);
 
 /*
- * Source s's COUNTS of an operation as this node has them; NULL while they are not here. Checked
- * when first taken (nep_counts_take).
+ * Source s's COUNTS of an operation where this node has them; NULL while they are not here. Others
+ * can write there: what is believed is the copy that nep_counts_take has checked.
  */
 const struct nep_counts_msg *nep_counts_find(const struct nep_ep *ep, uint32_t source, uint64_t op);
-/* The COUNTS that a combine's summing rank F(this rank, node) sent to this very rank. */
-const struct nep_counts_msg *nep_counts_find_sums(const struct nep_ep *ep, uint32_t node,
-                                                  uint64_t op);
 /*
- * *done_p: COUNTS of all ranks are here. Then takes them: checks that all mean the same operation,
- * and (dispatch) computes every position. Else names the first rank that is missing.
+ * *done_p: COUNTS of all ranks are here. Then takes them: copies each once, checks that all mean
+ * the same operation, and (dispatch) computes every position. Else names the first rank that is
+ * missing.
  */
 enum nep_status nep_counts_take(struct nep_ep *ep, struct nep_handle *handle, bool *done_p);
+/* Whether that many rows of a source come in its COUNTS. */
+bool nep_counts_carry(const struct nep_ep *ep, uint32_t source, uint32_t num_rows);
+/* Where those rows begin, of COUNTS that were taken. */
+const uint8_t *nep_counts_rows(const struct nep_ep *ep, uint32_t source, uint64_t op);
+
+/* What the operation taken last was told by a source. */
+static inline const struct nep_counts_msg *nep_counts_taken(const struct nep_ep *ep,
+                                                            uint32_t source)
+{
+    uint64_t each = nep_counts_ride_offset(&ep->shape, ep->node_size);
+    return (const struct nep_counts_msg *)(ep->counts + source * each);
+}
 
 /* The tables behind a dispatch's COUNTS for this node: [G] and [G * L]. */
 static inline const uint32_t *nep_counts_rows_per_rank(const struct nep_counts_msg *msg)

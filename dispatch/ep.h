@@ -87,8 +87,10 @@ struct nep_ep {
     uint32_t num_registered;
     /* who publishes source s's COUNTS on this node */
     struct nep_word_at *counts_at; /* [R] */
-    uint32_t *control_rank;        /* [controls] the rank behind each own control */
-    uint16_t *slot_local;          /* [G * L] local rank of each slot of this node */
+    uint8_t *counts;               /* [R] copies of the COUNTS taken last, with their tables */
+    struct nep_counts_msg *counts_of_sums; /* [N] the same of those that tell of sums */
+    uint32_t *control_rank;                /* [controls] the rank behind each own control */
+    uint16_t *slot_local;                  /* [G * L] local rank of each slot of this node */
 
     uint64_t next_op;      /* number of the next send */
     uint64_t completed_op; /* operations completed */

@@ -24,7 +24,7 @@ static void place_by_rank(struct nep_ep *ep, struct nep_handle *handle)
         uint32_t end = 0;
         for (uint32_t s = 0; s < ep->plan.topology->num_ranks; s++) {
             handle->cursor[(uint64_t)s * stride + g] = end;
-            end += nep_counts_rows_per_rank(nep_counts_find(ep, s, handle->op.number))[g];
+            end += nep_counts_rows_per_rank(nep_counts_taken(ep, s))[g];
         }
         if (g == ep->local) {
             handle->num_rows = handle->num_real_rows = end;
@@ -45,8 +45,7 @@ static void place_packed(struct nep_ep *ep, struct nep_handle *handle)
     /* Totals per slot into the row of source 0, which is overwritten last. */
     uint32_t *first = handle->cursor;
     for (uint32_t s = 0; s < num_ranks; s++) {
-        const uint32_t *rows =
-            nep_counts_rows_per_slot(ep, nep_counts_find(ep, s, handle->op.number));
+        const uint32_t *rows = nep_counts_rows_per_slot(ep, nep_counts_taken(ep, s));
         for (uint32_t i = 0; i < stride; i++) {
             first[i] = (s == 0 ? 0 : first[i]) + rows[i];
         }
@@ -65,8 +64,7 @@ static void place_packed(struct nep_ep *ep, struct nep_handle *handle)
         }
     }
     for (uint32_t s = 1; s < num_ranks; s++) {
-        const uint32_t *rows =
-            nep_counts_rows_per_slot(ep, nep_counts_find(ep, s - 1, handle->op.number));
+        const uint32_t *rows = nep_counts_rows_per_slot(ep, nep_counts_taken(ep, s - 1));
         uint32_t *cursor = handle->cursor + (uint64_t)s * stride;
         for (uint32_t i = 0; i < stride; i++) {
             cursor[i] = cursor[i - (int64_t)stride] + rows[i];
@@ -96,7 +94,7 @@ static void count_own(struct nep_ep *ep, struct nep_handle *handle)
     memset(handle->rows_per_slot, 0, slots * sizeof *handle->rows_per_slot);
     uint64_t pairs = 0;
     for (uint32_t s = 0; s < ep->plan.topology->num_ranks; s++) {
-        const struct nep_counts_msg *msg = nep_counts_find(ep, s, handle->op.number);
+        const struct nep_counts_msg *msg = nep_counts_taken(ep, s);
         const uint32_t *rows = nep_counts_rows_per_slot(ep, msg) + ep->local * slots;
         uint32_t here = 0;
         for (uint32_t l = 0; l < slots; l++) {

@@ -35,14 +35,14 @@ void nep_recv_bind(struct nep_ep *ep, struct nep_handle *handle)
 }
 
 /* Rows that came inside COUNTS: no tile, nothing to free. */
-static enum nep_status read_riding(struct nep_ep *ep, struct nep_handle *handle, uint32_t source,
-                                   const struct nep_counts_msg *msg)
+static enum nep_status read_riding(struct nep_ep *ep, struct nep_handle *handle, uint32_t source)
 {
-    const uint8_t *meta = (const uint8_t *)msg + msg->ride_offset;
-    uint64_t meta_bytes = ((uint64_t)msg->ride_rows * ep->shape.meta_bytes + 63) / 64 * 64;
+    uint32_t num = handle->rows_expected[source];
+    const uint8_t *meta = nep_counts_rows(ep, source, handle->op.number);
+    uint64_t meta_bytes = ((uint64_t)num * ep->shape.meta_bytes + 63) / 64 * 64;
     struct nep_payload payload = {meta + meta_bytes, ep->shape.wire_row_bytes, false};
-    handle->rows_read[source] = msg->ride_rows;
-    return nep_positions_walk(ep, handle, source, meta, msg->ride_rows, &payload);
+    handle->rows_read[source] = num;
+    return nep_positions_walk(ep, handle, source, meta, num, &payload);
 }
 
 static enum nep_status bad_tile(struct nep_ep *ep, const struct nep_handle *handle, uint32_t source,
@@ -67,11 +67,10 @@ static enum nep_status bad_tile(struct nep_ep *ep, const struct nep_handle *hand
 static enum nep_status read_far(struct nep_ep *ep, struct nep_handle *handle, uint32_t source,
                                 bool *progress_p)
 {
-    const struct nep_counts_msg *counts = nep_counts_find(ep, source, handle->op.number);
     enum nep_status status = NEP_OK;
-    if (counts->ride_rows != 0 && handle->rows_read[source] == 0) {
+    if (nep_counts_carry(ep, source, handle->rows_expected[source])) {
         *progress_p = true;
-        return read_riding(ep, handle, source, counts);
+        return read_riding(ep, handle, source);
     }
     uint32_t landing = ep->counts_at[source].rank;
     const struct nep_region *there = &ep->plan.regions[landing];

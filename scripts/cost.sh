@@ -37,13 +37,15 @@ done
 nep_need valgrind
 
 dir=build/cost
-mkdir -p "$dir/base"
-git archive "$base" | tar -x -C "$dir/base"
+# By commit: files of another one that are older than its objects would not be compiled again.
+before=$(git rev-parse --short "$base")
+mkdir -p "$dir/$before"
+git archive "$base" | tar -x -C "$dir/$before"
 build() { # TREE NAME
     cmake -S "$1" -B "$dir/build.$2" -DCMAKE_BUILD_TYPE=RelWithDebInfo > /dev/null
     cmake --build "$dir/build.$2" --target nep-perf -j "$(nproc)" > /dev/null
 }
-build "$dir/base" base
+build "$dir/$before" "$before"
 build . now
 mkdir -p "$dir/out"
 
@@ -54,7 +56,7 @@ profile() { # PROGRAM FILE HIDDEN ITERATIONS: of the rank, a child of the progra
     mv "$(grep -H '^totals: ' "$2".* | sort -t ' ' -k 2 -n | tail -n 1 | cut -d : -f 1)" "$2"
     rm -f "$2".*
 }
-old=$dir/build.base/bin/nep-perf new=$dir/build.now/bin/nep-perf
+old=$dir/build.$before/bin/nep-perf new=$dir/build.now/bin/nep-perf
 for hidden in 512 7168; do
     [ "$counts" = 1 ] || break
     for iterations in 50 150; do

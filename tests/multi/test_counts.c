@@ -88,6 +88,9 @@ static bool prepare(struct nep_multi_rank *rank, struct nep_ep *ep, struct call 
         call->ids[i] = (int32_t)(i % EXPERTS);
         call->weights[i] = 0.5f;
     }
+    for (uint32_t i = 0; i < TOKENS * HIDDEN; i++) {
+        call->x[i] = 1.0f;
+    }
     call->in = (struct nep_tokens){.size = sizeof call->in,
                                    .num_tokens = TOKENS,
                                    .x = call->x,
@@ -144,6 +147,49 @@ static bool forge(struct nep_multi_rank *rank)
     return is_fine;
 }
 
+/*
+ * Rank 1's COUNTS are right when rank 0 takes them, and become every lie afterwards: what was
+ * checked is what is used.
+ */
+static bool change_after_taking(struct nep_multi_rank *rank)
+{
+    struct nep_multi_world world;
+    struct call call;
+    if (!nep_multi_world_create(rank, &shape, 0, &world) || !prepare(rank, world.ep, &call)) {
+        return false;
+    }
+    bool is_fine = nep_dispatch_send(world.ep, call.handle, &call.in, NULL) == NEP_OK ||
+                   nep_multi_fail(rank, "send: %s", nep_last_message());
+    is_fine = is_fine && nep_multi_barrier(rank);
+    if (is_fine && rank->rank == 0) {
+        struct nep_counts_msg *msg = arrived(world.ep);
+        bool is_taken = false;
+        if (msg == NULL || nep_counts_take(world.ep, call.handle, &is_taken) != NEP_OK ||
+            !is_taken) {
+            return nep_multi_fail(rank, "COUNTS of rank 1: %s", nep_last_message());
+        }
+        msg->ride_rows = UINT32_MAX;
+        msg->num_tiles = UINT32_MAX;
+        for (enum lie lie = OFFSET; lie <= TOKENS_TOO_MANY; lie++) {
+            tell(world.ep, msg, lie);
+        }
+    }
+    is_fine = is_fine && (nep_dispatch_recv(world.ep, call.handle, &call.out, NULL) == NEP_OK ||
+                          nep_multi_fail(rank, "recv: %s", nep_last_message()));
+    /* Elements are bf16, two to a word of all ones; half of the (token, k) of both come to each. */
+    uint32_t num = 0, all = TOKENS * TOP_K * HIDDEN / 2;
+    for (uint32_t i = 0; i < ROWS * HIDDEN; i++) {
+        num += call.rows[i] == 1.0f;
+    }
+    if (is_fine && num != all) {
+        is_fine = nep_multi_fail(rank, "%u words are right, not %u", num, all);
+    }
+    is_fine = is_fine && nep_multi_barrier(rank);
+    nep_handle_destroy(call.handle);
+    nep_multi_world_destroy(&world);
+    return is_fine;
+}
+
 static void run(nep_multi_fn fn, void *arg)
 {
     struct nep_multi_result result;
@@ -165,6 +211,12 @@ static void test_counts_that_cannot_be_true_refused(void **state)
     for (size_t i = 0; i < sizeof plans / sizeof plans[0]; i++) {
         run(forge, &plans[i]);
     }
+}
+
+static void test_counts_that_change_after_they_were_checked(void **state)
+{
+    (void)state;
+    run(change_after_taking, NULL);
 }
 
 /* Rank 1 does not come: rank 0 says so by the deadline of its ep, not the communicator's 20 s. */
@@ -240,6 +292,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_counts_that_cannot_be_true_refused),
+        cmocka_unit_test(test_counts_that_change_after_they_were_checked),
         cmocka_unit_test(test_timeout_of_one_ep),
         cmocka_unit_test(test_blame_goes_on_to_whom_the_blamed_waits_for),
     };
