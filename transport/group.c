@@ -20,7 +20,8 @@
 
 enum { KEY_BYTES = NEP_GROUP_KEY_BYTES };
 
-static const uint64_t SLICE_NS = 20 * NEP_MS, PEEK_NS = NEP_MS, GRACE_NS = 50 * NEP_MS,
+static const uint64_t SLICE_NS = 20 * NEP_MS, LONGEST_NS = 80 * NEP_MS, PEEK_NS = NEP_MS,
+                      GRACE_NS = 50 * NEP_MS, LONGEST_GRACE_NS = 500 * NEP_MS,
                       LATE_NEW_NS = 500 * NEP_MS;
 static const char HERE[] = "here";
 
@@ -269,6 +270,17 @@ static void propose(const struct collection *from, struct nep_group_decision *de
     }
 }
 
+/*
+ * How long one that is blamed, and perhaps only slow, may still come when all others are here: it
+ * was told, and puts its card when it next looks. On a busy machine that takes as long as with the
+ * others.
+ */
+static uint64_t grace_ns_after(uint64_t took_ns)
+{
+    uint64_t ns = 2 * took_ns > GRACE_NS ? 2 * took_ns : GRACE_NS;
+    return ns < LONGEST_GRACE_NS ? ns : LONGEST_GRACE_NS;
+}
+
 static enum nep_status collect(const struct nep_group_vote *vote, uint64_t deadline_ns,
                                struct nep_group_decision *decision)
 {
@@ -283,12 +295,13 @@ static enum nep_status collect(const struct nep_group_vote *vote, uint64_t deadl
         return nep_fail(NEP_ERR_NO_MEMORY, "no memory for the cards of %u ranks", vote->num_ranks);
     }
     bool suspects = false, is_made = false;
-    uint64_t grace_ns = UINT64_MAX;
+    uint64_t begin_ns = nep_now_ns(), grace_ns = UINT64_MAX;
     while (!is_made && nep_left_ns(deadline_ns) != 0) {
         is_made = look_round(&from, &suspects);
         if (is_made && suspects) {
-            /* Blamed, and perhaps only slow: it has a moment to come. */
-            grace_ns = grace_ns == UINT64_MAX ? nep_deadline_ns(GRACE_NS) : grace_ns;
+            grace_ns = grace_ns == UINT64_MAX
+                           ? nep_deadline_ns(grace_ns_after(nep_now_ns() - begin_ns))
+                           : grace_ns;
             is_made = nep_left_ns(grace_ns) == 0;
         }
     }
@@ -334,14 +347,16 @@ static enum nep_status member_agree(const struct nep_group_vote *vote,
      * before, and then it comes. */
     uint64_t late_ns = nep_deadline_ns(vote->timeout_ns / 4 * 5);
     uint64_t deadline_ns = nep_deadline_ns(vote->timeout_ns / 4 * 7);
+    uint64_t slice_ns = SLICE_NS; /* longer and longer: what many ask is in the collector's way */
     while (status == NEP_OK) {
         /* Late, anybody collects: the collector may be stuck without being known to be. */
         if (collector(vote) == vote->rank || nep_left_ns(late_ns) == 0) {
             return collect(vote, deadline_ns, decision);
         }
-        if (read_decision(vote, vote->generation, SLICE_NS, decision)) {
+        if (read_decision(vote, vote->generation, slice_ns, decision)) {
             return NEP_OK;
         }
+        slice_ns = slice_ns < LONGEST_NS ? slice_ns * 2 : slice_ns;
     }
     return status;
 }
