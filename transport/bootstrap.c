@@ -1,11 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What all ranks must agree on. Every rank gathers the values of all ranks and judges alone: there
- * is no second message that could fail, and the same sentence comes out everywhere.
+ * What all ranks must agree on. Every rank gathers and judges alone, so the same sentence comes out
+ * everywhere. What is gathered first is small: a digest of all fields, or a status. All values, or
+ * the sentences of those that failed, follow where that says that they are needed, which all ranks
+ * see alike. With n ranks an exchange moves n * n times its bytes through one server, and a change
+ * of the group has a dozen of them while everybody waits.
  *
- * Rejected: comparing one digest of everything. It takes fewer bytes and finds the same
- * differences, but cannot say which field of which rank is the odd one, which is the only thing
- * that the reader of the message wants.
+ * Rejected: the digest alone. It cannot say which field of which rank is the odd one, which is the
+ * only thing that the reader of the message wants.
  */
 #include "transport/bootstrap.h"
 
@@ -124,9 +126,40 @@ static void print_values(char *text, size_t cap, const struct entry *entries, ui
 
 /* ---- agree ---------------------------------------------------------------------------------- */
 
-static enum nep_status agree(const struct nep_bootstrap *bootstrap, uint32_t num_ranks,
-                             const char *what, const char *const *names,
-                             const struct entry *entries, uint32_t num_fields, uint64_t timeout_ns)
+/* FNV-1a; what differs by chance alone is not mistaken for equal. */
+static uint64_t digest(const struct entry *entries, uint32_t num_fields)
+{
+    const uint8_t *bytes = (const uint8_t *)entries;
+    uint64_t hash = 14695981039346656037ull ^ num_fields;
+    for (size_t i = 0; i < num_fields * sizeof *entries; i++) {
+        hash = (hash ^ bytes[i]) * 1099511628211ull;
+    }
+    return hash;
+}
+
+/* *differ_p: whether the digests of all ranks do. */
+static enum nep_status compare(const struct nep_bootstrap *bootstrap, uint32_t num_ranks,
+                               const char *what, uint64_t mine, uint64_t timeout_ns, bool *differ_p)
+{
+    uint64_t *all = calloc(num_ranks, sizeof *all);
+    if (all == NULL) {
+        return nep_fail(NEP_ERR_NO_MEMORY, "no memory to compare %u ranks", num_ranks);
+    }
+    enum nep_status status =
+        nep_bootstrap_allgather(bootstrap, &mine, all, sizeof mine, timeout_ns, what);
+    *differ_p = false;
+    for (uint32_t r = 0; status == NEP_OK && r < num_ranks; r++) {
+        *differ_p = *differ_p || all[r] != all[0];
+    }
+    free(all);
+    return status;
+}
+
+/* The digests differ: which field, on whom. */
+static enum nep_status find_difference(const struct nep_bootstrap *bootstrap, uint32_t num_ranks,
+                                       const char *what, const char *const *names,
+                                       const struct entry *entries, uint32_t num_fields,
+                                       uint64_t timeout_ns)
 {
     struct entry *all = calloc((size_t)num_ranks * num_fields + 1, sizeof *all);
     if (all == NULL) {
@@ -149,6 +182,18 @@ static enum nep_status agree(const struct nep_bootstrap *bootstrap, uint32_t num
     }
     free(all);
     return status;
+}
+
+static enum nep_status agree(const struct nep_bootstrap *bootstrap, uint32_t num_ranks,
+                             const char *what, const char *const *names,
+                             const struct entry *entries, uint32_t num_fields, uint64_t timeout_ns)
+{
+    bool differ = false;
+    enum nep_status status =
+        compare(bootstrap, num_ranks, what, digest(entries, num_fields), timeout_ns, &differ);
+    return status == NEP_OK && differ
+               ? find_difference(bootstrap, num_ranks, what, names, entries, num_fields, timeout_ns)
+               : status;
 }
 
 enum nep_status nep_bootstrap_agree(const struct nep_bootstrap *bootstrap, uint32_t num_ranks,
@@ -203,18 +248,43 @@ enum nep_status nep_bootstrap_agree_config(const struct nep_bootstrap *bootstrap
 
 /* ---- common --------------------------------------------------------------------------------- */
 
-struct outcome {
-    int64_t status;
-    char message[COMMON_TEXT];
-};
+/* The sentence of the first that failed, with how many others did; all of them come to this. */
+static enum nep_status tell_cause(const struct nep_bootstrap *bootstrap, uint32_t num_ranks,
+                                  const char *mine, const int64_t *statuses, uint64_t timeout_ns)
+{
+    uint32_t num_failed = 0, first = 0;
+    for (uint32_t r = num_ranks; r-- > 0;) {
+        num_failed += statuses[r] != NEP_OK;
+        first = statuses[r] != NEP_OK ? r : first;
+    }
+    char others[48] = "";
+    if (num_failed > 1) {
+        snprintf(others, sizeof others, " (and %u other rank%s)", num_failed - 1,
+                 num_failed == 2 ? "" : "s");
+    }
+    enum nep_status status = (enum nep_status)statuses[first];
+    char(*all)[COMMON_TEXT] = calloc(num_ranks, sizeof *all);
+    if (all != NULL && nep_bootstrap_allgather(bootstrap, mine, all, sizeof *all, timeout_ns,
+                                               "why not all ranks are ready") == NEP_OK) {
+        all[first][COMMON_TEXT - 1] = '\0';
+        status = nep_fail(status, "rank %u%s failed: %s", first, others, all[first]);
+    } else {
+        char why[COMMON_TEXT];
+        snprintf(why, sizeof why, "%s", all != NULL ? nep_last_message() : "no memory");
+        status = nep_fail(status, "rank %u%s failed: %s, and its sentence did not come: %s", first,
+                          others, nep_status_name(status), why);
+    }
+    free(all);
+    return status;
+}
 
 enum nep_status nep_bootstrap_common(const struct nep_bootstrap *bootstrap, uint32_t rank,
                                      uint32_t num_ranks, enum nep_status mine, uint64_t timeout_ns)
 {
-    struct outcome own = {.status = mine};
-    struct outcome *all = calloc(num_ranks, sizeof *all);
+    char message[COMMON_TEXT] = "";
+    int64_t own = mine, *all = calloc(num_ranks, sizeof *all);
     if (mine != NEP_OK) {
-        snprintf(own.message, sizeof own.message, "%s", nep_last_message());
+        snprintf(message, sizeof message, "%s", nep_last_message());
     }
     enum nep_status status;
     if (all == NULL) {
@@ -223,26 +293,15 @@ enum nep_status nep_bootstrap_common(const struct nep_bootstrap *bootstrap, uint
         status = nep_bootstrap_allgather(bootstrap, &own, all, sizeof own, timeout_ns,
                                          "whether all ranks are ready");
     }
-    uint32_t num_failed = 0, first = 0;
-    for (uint32_t r = num_ranks; status == NEP_OK && r-- > 0;) {
-        if (all[r].status != NEP_OK) {
-            num_failed++;
-            first = r;
-        }
+    bool is_any = false;
+    for (uint32_t r = 0; status == NEP_OK && r < num_ranks; r++) {
+        is_any = is_any || (r != rank ? all[r] : own) != NEP_OK;
     }
-    if (mine != NEP_OK) {
-        /* The cause on this rank says more than what became of telling the others. */
-        status = nep_fail(mine, "%s", own.message);
-    } else if (num_failed != 0 && first != rank) {
-        all[first].message[COMMON_TEXT - 1] = '\0';
-        char others[48] = "";
-        if (num_failed > 1) {
-            snprintf(others, sizeof others, " (and %u other rank%s)", num_failed - 1,
-                     num_failed == 2 ? "" : "s");
-        }
-        status = nep_fail((enum nep_status)all[first].status, "rank %u%s failed: %s", first, others,
-                          all[first].message);
+    if (is_any) {
+        /* All have just been here, so nobody is waited for long. */
+        status = tell_cause(bootstrap, num_ranks, message, all, timeout_ns / 4);
     }
     free(all);
-    return status;
+    /* The cause on this rank says more than what became of telling the others. */
+    return mine != NEP_OK ? nep_fail(mine, "%s", message) : status;
 }

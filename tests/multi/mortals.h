@@ -116,6 +116,7 @@ struct mortals_seat {
     uint64_t capacity;
     uint32_t base_step;
     uint64_t base_op;
+    uint64_t made_ns;   /* how long communicator and ep took to make */
     uint64_t failed_ns; /* when a step failed; 0: none since the last good one */
 };
 

@@ -70,6 +70,57 @@ static void test_bootstrap_agree_config_shows_words(void **state)
     }
 }
 
+/* ---- how much is exchanged ------------------------------------------------------------------ */
+
+enum { SMALL = 16 };
+
+struct counted {
+    struct nep_bootstrap inner;
+    size_t most_bytes;
+    uint32_t num_gathers;
+};
+
+static int counted_allgather(void *ctx, const void *in, void *out, size_t bytes,
+                             uint64_t timeout_ns)
+{
+    struct counted *counted = ctx;
+    counted->num_gathers++;
+    counted->most_bytes = bytes > counted->most_bytes ? bytes : counted->most_bytes;
+    return counted->inner.allgather(counted->inner.ctx, in, out, bytes, timeout_ns);
+}
+
+/* One that agrees, one where all are ready. */
+static enum nep_status exchange_twice(struct group_rank *rank)
+{
+    struct counted counted = {.inner = rank->bootstrap};
+    struct nep_bootstrap bootstrap = rank->bootstrap;
+    const struct nep_agree_field fields[] = {{"hidden", 7168}, {"experts", 256}, {"top_k", 8}};
+    bootstrap.ctx = &counted;
+    bootstrap.allgather = counted_allgather;
+    enum nep_status status =
+        nep_bootstrap_agree(&bootstrap, rank->run->num_ranks, "ep 2", fields, 3, 5 * NEP_S);
+    if (status == NEP_OK) {
+        status =
+            nep_bootstrap_common(&bootstrap, rank->rank, rank->run->num_ranks, NEP_OK, 5 * NEP_S);
+    }
+    return status == NEP_OK && (counted.num_gathers != 2 || counted.most_bytes > SMALL)
+               ? nep_fail(NEP_ERR_INTERNAL, "%u exchanges of up to %zu bytes", counted.num_gathers,
+                          counted.most_bytes)
+               : status;
+}
+
+/* What all ranks wait for grows with the square of their number: nothing large where all is well.
+ */
+static void test_bootstrap_exchanges_little_where_all_is_well(void **state)
+{
+    (void)state;
+    struct group_run run;
+    group_run(&run, 4, 5 * NEP_S, exchange_twice, NULL, 0);
+    for (int r = 0; r < 4; r++) {
+        assert_string_equal(run.ranks[r].status == NEP_OK ? "" : run.ranks[r].message, "");
+    }
+}
+
 /* ---- common --------------------------------------------------------------------------------- */
 
 static enum nep_status common_all(struct group_rank *rank)
@@ -257,6 +308,7 @@ int main(void)
         cmocka_unit_test(test_bootstrap_agree_equal_is_fine),
         cmocka_unit_test(test_bootstrap_agree_difference_is_named_on_every_rank),
         cmocka_unit_test(test_bootstrap_agree_config_shows_words),
+        cmocka_unit_test(test_bootstrap_exchanges_little_where_all_is_well),
         cmocka_unit_test(test_bootstrap_common_failure_reaches_those_that_succeeded),
         cmocka_unit_test(test_bootstrap_callers_failure_is_named),
         cmocka_unit_test(test_bootstrap_open_takes_callers_functions_or_refuses),
