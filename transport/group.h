@@ -118,6 +118,8 @@ struct nep_group {
     uint64_t stamp;     /* tells the exchanges of one group from all earlier ones of its series */
     uint32_t series;
     const atomic_bool *is_cancelled; /* true ends an exchange; may be NULL */
+    enum nep_status failed;          /* of the first exchange that did, and its sentence */
+    char why[256];
 };
 /*
  * Groups whose exchanges may be under way at once are of different series (of three): what is

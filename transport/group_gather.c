@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The members' exchange, through the store: each puts its part, the first of them collects the
- * parts and puts the whole. A member whose process is seen to have ended ends the exchange.
+ * parts and puts the whole. A member whose process is seen to have ended ends the exchange. Once
+ * one has failed no later one can succeed, and nobody waits for it: a group is made anew.
  */
 #include <errno.h>
 #include <poll.h>
@@ -235,13 +236,9 @@ static enum nep_status take_part(const struct nep_group *group, struct stamp *ro
                           (unsigned long long)group->generation, group->members[0]);
 }
 
-static int group_allgather(void *ctx, const void *in, void *out, size_t bytes, uint64_t timeout_ns)
+static enum nep_status gather(struct nep_group *group, const void *in, void *out, size_t bytes,
+                              uint64_t timeout_ns)
 {
-    struct nep_group *group = ctx;
-    if (group->num == 1) {
-        memcpy(out, in, bytes);
-        return 0;
-    }
     uint64_t deadline_ns = nep_deadline_ns(timeout_ns);
     size_t cap = bytes > CHUNK_BYTES ? bytes : CHUNK_BYTES;
     cap = cap < bytes * group->num ? cap : bytes * group->num;
@@ -257,6 +254,23 @@ static int group_allgather(void *ctx, const void *in, void *out, size_t bytes, u
     free(room);
     group->num_gathers++;
     return status;
+}
+
+static int group_allgather(void *ctx, const void *in, void *out, size_t bytes, uint64_t timeout_ns)
+{
+    struct nep_group *group = ctx;
+    if (group->num == 1) {
+        memcpy(out, in, bytes);
+        return 0;
+    }
+    if (group->failed != NEP_OK) {
+        return nep_fail(group->failed, "%s", group->why);
+    }
+    group->failed = gather(group, in, out, bytes, timeout_ns);
+    if (group->failed != NEP_OK) {
+        snprintf(group->why, sizeof group->why, "%s", nep_last_message());
+    }
+    return group->failed;
 }
 
 static int group_put(void *ctx, const char *key, const void *value, size_t len, uint64_t timeout_ns)

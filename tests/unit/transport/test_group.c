@@ -627,6 +627,29 @@ static void test_group_exchange_of_different_sizes_is_refused(void **state)
     nep_group_fini(&members[1].group);
 }
 
+/* Nobody waits a second time for a member that did not come: the store is not even asked. */
+static void test_group_exchange_that_failed_is_the_last(void **state)
+{
+    struct fixture *fixture = *state;
+    static const uint8_t live[RANKS] = {1, 1, 0, 0};
+    for (uint32_t rank = 0; rank < 2; rank++) {
+        struct member member;
+        char sentence[NEP_MESSAGE_BYTES];
+        seat(&member, &fixture->bootstrap, 1 + rank, live, rank);
+        member.timeout_ns = 20 * NEP_MS;
+        exchange(&member);
+        assert_int_equal(member.rc, NEP_ERR_TIMEOUT);
+        nep_message_save(sentence);
+        fixture->store.is_broken = true;
+        member.rc = 0;
+        exchange(&member);
+        assert_int_equal(member.rc, NEP_ERR_TIMEOUT);
+        assert_string_equal(nep_last_message(), sentence);
+        fixture->store.is_broken = false;
+        nep_group_fini(&member.group);
+    }
+}
+
 /* A rank of an old generation learns that the others went on, instead of taking their parts. */
 static void test_group_exchange_of_an_old_generation_is_refused(void **state)
 {
@@ -713,6 +736,7 @@ int main(void)
         FRESH(test_group_exchange_among_those_who_live),
         FRESH(test_group_exchange_of_one_is_a_copy),
         FRESH(test_group_exchange_of_different_sizes_is_refused),
+        FRESH(test_group_exchange_that_failed_is_the_last),
         FRESH(test_group_exchange_of_an_old_generation_is_refused),
         FRESH(test_group_exchange_with_one_that_ended_is_over_at_once),
         FRESH(test_group_exchange_nobody_comes_names_the_missing),
