@@ -186,64 +186,6 @@ static void test_ucx_stopped_rank_misses_heartbeats(void **state)
     assert_int_equal(ranks_run(&params, stopped_body, NULL), 0);
 }
 
-/*
- * In the set-up: after the exchange of addresses the victim does nothing any more. The others wait
- * for it once, in connecting, and not a second time in the exchange that tells of it.
- */
-enum { GATHER_ADDRESSES = 3, GATHER_OUTCOME = 4, STILL_S = 5 };
-
-struct still {
-    struct nep_bootstrap inner;
-    struct rank *rank;
-    uint32_t num_gathers;
-    uint64_t outcome_ns; /* how long the exchange of outcomes was to wait at most */
-};
-
-static int still_allgather(void *ctx, const void *in, void *out, size_t bytes, uint64_t timeout_ns)
-{
-    struct still *still = ctx;
-    int result = still->inner.allgather(still->inner.ctx, in, out, bytes, timeout_ns);
-    still->num_gathers++;
-    if (still->num_gathers == GATHER_OUTCOME) {
-        still->outcome_ns = timeout_ns;
-    }
-    atomic_int *num_done = still->rank->scratch;
-    while (still->rank->rank == VICTIM && still->num_gathers == GATHER_ADDRESSES &&
-           atomic_load(num_done) != 2) {
-        usleep(1000);
-    }
-    return result;
-}
-
-static int still_body(struct rank *rank)
-{
-    struct still still = {.inner = rank->bootstrap, .rank = rank};
-    rank->bootstrap.ctx = &still;
-    rank->bootstrap.allgather = still_allgather;
-    struct nep_transport *transport;
-    enum nep_status status = conformance_open(rank, "ucx", STILL_S * NEP_S, &transport);
-    char message[NEP_MESSAGE_BYTES];
-    nep_message_save(message);
-    rank->bootstrap = still.inner;
-    atomic_fetch_add((atomic_int *)rank->scratch, 1);
-    if (rank->rank == VICTIM) {
-        return 0;
-    }
-    RANK_CHECK(rank, status != NEP_OK, "connects to a rank that does nothing");
-    RANK_CHECK(rank, strstr(message, "could not connect to rank") != NULL, "%s", message);
-    RANK_CHECK(rank, still.outcome_ns <= STILL_S * NEP_S / 4, "waits for %.3f s more",
-               (double)still.outcome_ns / 1e9);
-    return 0;
-}
-
-static void test_ucx_rank_that_stops_in_the_set_up_is_waited_for_once(void **state)
-{
-    (void)state;
-    struct ranks_params params = {
-        .ranks_per_node = (uint32_t[]){1, 1, 1}, .num_nodes = 3, .seconds = 120, .num_spare = 1};
-    assert_int_equal(ranks_run(&params, still_body, NULL), 0);
-}
-
 extern const struct nep_transport_ops nep_ucx_ops;
 
 /* Silence is no proof of death before the timeout, nor is it one when this rank itself stood still.
@@ -622,7 +564,6 @@ int main(void)
         cmocka_unit_test(test_ucx_pieces_out_of_order_announce_once),
         cmocka_unit_test(test_ucx_killed_rank_is_named_and_others_go_on),
         cmocka_unit_test(test_ucx_stopped_rank_misses_heartbeats),
-        cmocka_unit_test(test_ucx_rank_that_stops_in_the_set_up_is_waited_for_once),
         cmocka_unit_test(test_ucx_silent_rank_is_slow_before_it_is_lost),
         cmocka_unit_test(test_ucx_leaving_rank_delivers_and_is_named),
     };
