@@ -142,6 +142,9 @@ def main():
     if "hosts:" in args.inter and worlds.without_hosts():
         print("without hosts:", worlds.without_hosts())
         args.inter = ",".join(i for i in args.inter.split(",") if not i.startswith("hosts:"))
+    if {"shmfull", "dumpfull"} & set(args.harms.split(",")) and jobs.without_small():
+        print("full in place of shmfull and dumpfull: no small file system can be had here:",
+              jobs.without_small())
     random.seed(args.seed)
     print(f"chaos: seed {args.seed}, {args.rounds} rounds over {args.inter}", flush=True)
     plan = Plan(args)

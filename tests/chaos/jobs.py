@@ -2,6 +2,7 @@
 """Harm to jobs of nep-perf ep, which end of it, recover, or do not notice. What is checked is what
 nep-perf prints and how it ends, so it is the library's own sentences and its own comparison of every
 element (--verify) that are put to the test."""
+import functools
 import json
 import os
 import random
@@ -257,10 +258,22 @@ def small(where, kilobytes):
             f'mount -t tmpfs -o size={kilobytes}k tmpfs "{where}" && exec "$@"', "sh"]
 
 
+@functools.cache
+def without_small():
+    """Why there can be no small file system here: it takes root's rights, which a container may not
+    have, and a root that is a mount, which a chroot has not. "" where there can."""
+    try:
+        tried = subprocess.run([*small("/dev/shm", 4), "true"], capture_output=True, text=True,
+                               timeout=60, check=False)
+    except OSError as error:
+        return str(error)
+    return tried.stderr.strip() or f"unshare ended with {tried.returncode}" \
+        if tried.returncode != 0 else ""
+
+
 def shm_full(args, inter, folder):
-    """/dev/shm has 16 KB to 64 MB, which is found out at some point of the set-up, or never. Needs
-    root."""
-    if os.geteuid() != 0:
+    """/dev/shm has 16 KB to 64 MB, which is found out at some point of the set-up, or never."""
+    if without_small():
         return full(args, inter, folder)
     job = Job(args, ["--tokens", "16", "--iters", "20", "--verify"], True, inter, folder,
               small("/dev/shm", 1 << random.randrange(4, 17)))
@@ -273,7 +286,7 @@ def shm_full(args, inter, folder):
 
 def dump_full(args, inter, folder):
     """The trace that is dumped at a fault does not fit: the fault is reported as without it."""
-    if os.geteuid() != 0:
+    if without_small():
         return full(args, inter, folder)
     where = os.path.join(folder, "trace")
     os.mkdir(where)
