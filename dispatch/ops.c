@@ -393,7 +393,9 @@ enum nep_status nep_dispatch(struct nep_ep *ep, struct nep_handle *handle,
         status = copy_rows(ep, out, &rows);
     }
     if (status == NEP_OK) {
-        status = send_on_device(ep, handle, &tokens, &rows, stream);
+        /* Behind one that is outstanding only the send half is possible now. */
+        bool is_next = ep->next_op == ep->completed_op;
+        status = send_on_device(ep, handle, &tokens, is_next ? &rows : NULL, stream);
     }
     return status == NEP_OK ? nep_dispatch_recv(ep, handle, out, stream) : status;
 }

@@ -52,13 +52,6 @@ static enum nep_status check_combine(struct nep_ep *ep, struct nep_handle *handl
     if (status == NEP_OK && rows->token_weights != NULL) {
         status = check_token_weights(ep);
     }
-    if (status == NEP_OK && rows->topk_weights != NULL && ep->device != NULL &&
-        ep->plan.topology->num_nodes > 1) {
-        status =
-            nep_fail(NEP_ERR_UNSUPPORTED,
-                     "topk_weights do not come back over several nodes where tokens are in GPU "
-                     "memory");
-    }
     return status;
 }
 
@@ -253,8 +246,10 @@ enum nep_status nep_combine(struct nep_ep *ep, struct nep_handle *handle,
     if (status == NEP_OK) {
         status = check_sum(handle, &rows, out, &sum); /* before anything begins */
     }
+    /* Behind one that is outstanding only the send half is possible now. */
+    bool is_whole = ep != NULL && ep->next_op == ep->completed_op;
     if (status == NEP_OK) {
-        status = send_combine(ep, handle, in, true, stream);
+        status = send_combine(ep, handle, in, is_whole, stream);
     }
-    return status == NEP_OK ? receive_combine(ep, handle, out, true, stream) : status;
+    return status == NEP_OK ? receive_combine(ep, handle, out, is_whole, stream) : status;
 }

@@ -310,7 +310,7 @@ enum nep_executor {
      * captured into a graph, except nep_dispatch_counts; a graph keeps the pointers, the number of
      * tokens and the map that it was captured with, and routing may change between replays. An ep's
      * calls are ordered on the device as they were made, by one stream or by events. Over several
-     * nodes: at most 64 ranks on 16 nodes, S = 1, and top-k weights do not come back with combine.
+     * nodes: at most 64 ranks on 16 nodes.
      */
     NEP_EXECUTOR_CUDA = 2
 };

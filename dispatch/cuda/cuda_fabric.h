@@ -6,9 +6,10 @@
  * `data`: memory of the GPU where the fabric reaches it, else the same pinned memory (staging).
  * What ranks of one node tell each other is always in memory of the GPU, `near`.
  *
- * Dispatch on one stream: nep_cuda_far_counts, _pack, _place, _recv. Combine: _counts, _reduce,
- * _sum. What fits into W slots is packed by _pack and _reduce, which wait for earlier operations
- * alone; the rest by blocks of _recv and _sum beside those that receive.
+ * Dispatch on one stream: nep_cuda_far_counts, _pack, _place, _recv. Combine: _offer, _reduce,
+ * _sum. Several operations may be between their two halves; halves of a kind run in the order of
+ * operations. What slots hold is packed by _pack and _reduce, which wait for operations that this
+ * rank has completed alone; the rest by blocks of _recv and _sum beside those that receive.
  *
  * Differences to the host's messages, both known from the shape: no rows ride in COUNTS, and a
  * tile's row also carries, for each k, how many rows of its source come before it in its bucket, so
@@ -28,7 +29,9 @@ extern "C" {
 enum {
     NEP_FAR_MAX_NODES = 16,
     NEP_FAR_MAX_RANKS = 64, /* of the group */
-    NEP_FAR_WINDOW = 2      /* W for one operation outstanding */
+    NEP_FAR_MAX_WINDOW = 16,
+    NEP_FAR_TILES = 2,         /* of a stream, for each operation outstanding, have their slots */
+    NEP_FAR_HAS_WEIGHTS = 2048 /* among a command's rows: a float for each k of each behind them */
 };
 
 /* Kinds of a status beside those of cuda_phases.h. */
@@ -86,14 +89,24 @@ struct nep_far_in {
     uint32_t tiles;
 };
 
+/* An operation between its halves. */
+struct nep_far_op {
+    uint64_t first_tile[NEP_FAR_MAX_NODES]; /* of the streams to each node */
+    uint64_t first_sums[NEP_FAR_MAX_RANKS]; /* and to each lane source */
+    uint32_t sent[NEP_FAR_MAX_RANKS];       /* tiles that the send half posted, by send ring */
+};
+
 /* Memory of the GPU, zeroed before the first operation. */
 struct nep_far_state {
     struct nep_cuda_state run;             /* op: operations completed */
-    uint64_t next_tile[NEP_FAR_MAX_NODES]; /* dispatch tiles of all operations, to each node */
+    uint64_t begun;                        /* operations whose send half is over */
+    uint64_t next_tile[NEP_FAR_MAX_NODES]; /* dispatch tiles of all operations begun, to a node */
     uint64_t next_sums[NEP_FAR_MAX_RANKS]; /* combine tiles, to each lane source */
-    uint64_t next_in[NEP_FAR_MAX_NODES];   /* combine tiles from each node */
+    uint64_t next_in[NEP_FAR_MAX_NODES];   /* combine tiles from each node, of those completed */
     uint64_t next_send[NEP_FAR_MAX_RANKS]; /* puts of each send ring */
-    uint64_t credit[NEP_FAR_MAX_RANKS];    /* what was last seen of pinned words */
+    uint32_t due[NEP_FAR_MAX_RANKS];       /* puts that operations begun have left */
+    struct nep_far_op ops[NEP_FAR_MAX_WINDOW];
+    uint64_t credit[NEP_FAR_MAX_RANKS]; /* what was last seen of pinned words */
     uint64_t sums_credit[NEP_FAR_MAX_RANKS];
     uint64_t slot[NEP_FAR_MAX_RANKS];
     uint64_t counts_free[NEP_FAR_MAX_RANKS];
@@ -102,10 +115,10 @@ struct nep_far_state {
     uint64_t listed[NEP_FAR_MAX_NODES]; /* within a launch: op + 1 when a node's list is there */
     uint64_t placed;                    /* and when positions are */
     uint64_t tokens_local;
-    uint64_t stamps[NEP_FAR_NUM_STAMPS];                /* of the last operation, nanoseconds */
-    uint32_t arrived;                                   /* of a whole launch */
-    uint32_t packed[NEP_FAR_MAX_RANKS][NEP_FAR_WINDOW]; /* blocks done with a tile */
-    uint32_t read[NEP_FAR_WINDOW];                      /* with the tiles of a round */
+    uint64_t stamps[NEP_FAR_NUM_STAMPS];                    /* of the last operation, nanoseconds */
+    uint32_t arrived;                                       /* of a whole launch */
+    uint32_t packed[NEP_FAR_MAX_RANKS][NEP_FAR_MAX_WINDOW]; /* blocks done with a tile */
+    uint32_t read[NEP_FAR_MAX_WINDOW];                      /* with the tiles of a round */
     uint32_t reserved;
 };
 
@@ -118,6 +131,7 @@ struct nep_far {
     uint32_t tile_rows;
     uint32_t meta_bytes;
     uint32_t row_bytes; /* of combine */
+    uint32_t window;    /* W = V, slots of COUNTS and of each stream; nep_far_window */
     uint32_t num_lanes;
     uint32_t num_controls;
     struct nep_cuda_shape shape;
@@ -189,9 +203,15 @@ struct nep_far_combine {
     const struct nep_cuda_geometry *geometry;
     const struct nep_cuda_routing *routing;
     const struct nep_far_routing *far_routing;
-    uint64_t rows;       /* offset of this rank's expert outputs in `near` */
+    /* offsets in `near`: this rank's expert outputs and, where top-k weights come back, theirs
+     * (NEP_CUDA_NONE: they do not); so much further for each slot, where they were copied there */
+    uint64_t rows;
+    uint64_t weights;
+    uint64_t rows_step;
+    uint64_t weights_step;
     void *y;             /* [T] */
     const void *bias[2]; /* [T] rows each, or NULL */
+    float *topk_weights; /* [T][K], or NULL */
     uint32_t num_tokens;
 };
 
@@ -202,6 +222,7 @@ struct nep_far_copy {
     const char *from[6]; /* NULL: nothing */
     char *to[6];
     uint32_t row_bytes[6];
+    uint64_t to_step[2];  /* of to[0], to[1]: an area for each operation that may be outstanding */
     uint64_t capacity[2]; /* rows of the outputs that it copies from, and to: for NEP_FAR_SCALES */
     int is_dispatched;    /* what the operation before brought: padded slots source by source */
 };
@@ -233,6 +254,16 @@ enum nep_status nep_cuda_far_reduce(const struct nep_far_combine *c, struct CUst
 enum nep_status nep_cuda_far_sum(const struct nep_far_combine *c, struct CUstream_st *stream);
 /* All of a combine in one launch. */
 enum nep_status nep_cuda_far_combine(const struct nep_far_combine *c, struct CUstream_st *stream);
+
+/* Slots for S operations outstanding: a power of two, 2 S at least. */
+static inline uint32_t nep_far_window(uint32_t outstanding)
+{
+    uint32_t window = NEP_FAR_TILES;
+    while (window < NEP_FAR_TILES * outstanding) {
+        window *= 2;
+    }
+    return window;
+}
 
 /* Rows of a tile: small batches go in two, of which one is read while the other travels. */
 static inline uint32_t nep_far_tile_rows(uint32_t max_tokens)

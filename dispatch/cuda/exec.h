@@ -66,7 +66,10 @@ struct nep_device_handle {
     struct nep_far_routing far;
     struct nep_far_output far_out;
     bool is_whole;     /* a dispatch in one call: one launch does it */
+    bool is_told;      /* the send half has told where the outputs are */
+    bool is_y_copied;  /* expert outputs lie in memory that the node does not map */
     uint64_t far_rows; /* of the expert outputs, in the area */
+    uint64_t far_weights;
 };
 
 /* Makes the ep's device current for this thread until the end; -1 as *was_p: it was already. */

@@ -200,6 +200,7 @@ static void fill_numbers(struct nep_ep *ep)
         .tile_rows = here->plan.shape.tile_rows,
         .meta_bytes = here->plan.shape.meta_bytes,
         .row_bytes = ep->shape.row_bytes,
+        .window = here->plan.shape.window,
         .num_lanes = region->num_lanes,
         .num_controls = region->num_controls,
         .shape = ep->device->shape,
@@ -277,11 +278,11 @@ static enum nep_status check_geometry(const struct nep_ep *ep)
     uint32_t tiles =
         (ep->shape.max_tokens + here->plan.shape.tile_rows - 1) / here->plan.shape.tile_rows;
     uint64_t bytes = (uint64_t)ep->node_size * (1 + ep->shape.slots_per_rank) * 4;
-    if (tiles > NEP_FAR_WINDOW && blocks < 2) {
+    if (tiles > NEP_FAR_TILES && blocks < 2) {
         return nep_fail(NEP_ERR_INVALID,
                         "executor cuda: %u tokens are more than %d tiles of %u: over several nodes "
                         "num_sms must be 2 at least, some pack while others receive",
-                        ep->shape.max_tokens, NEP_FAR_WINDOW, here->plan.shape.tile_rows);
+                        ep->shape.max_tokens, NEP_FAR_TILES, here->plan.shape.tile_rows);
     }
     if (bytes > ep->device->shared_bytes) {
         return nep_fail(NEP_ERR_UNSUPPORTED,

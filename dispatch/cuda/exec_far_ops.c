@@ -3,6 +3,9 @@
  * The halves of dispatch and combine over several nodes as launches on the caller's stream. In one
  * call, one launch after layout; else the send half tells COUNTS and packs, and the complete half
  * places and receives. Tensors that the node does not map are copied from or to the window.
+ *
+ * With several operations outstanding an output that is not mapped is told of by the complete half:
+ * the one place where such rows arrive is then free again, the operation before having been copied.
  */
 #include "dispatch/cuda/exec_far.h"
 
@@ -75,6 +78,8 @@ enum nep_status nep_device_far_send(struct nep_handle *handle, struct CUstream_s
         .routing = &here->routing,
     };
     struct nep_far_dispatch dispatch = dispatch_of(handle);
+    bool is_free = here->is_whole || handle->ep->shape.outstanding == 1;
+    here->is_told = here->is_known && (here->out.is_mapped || is_free);
     if (here->is_known) {
         find_output(handle, &here->far_out);
     }
@@ -83,7 +88,7 @@ enum nep_status nep_device_far_send(struct nep_handle *handle, struct CUstream_s
         return status;
     }
     if (status == NEP_OK) {
-        status = nep_cuda_far_counts(&dispatch, here->is_known ? NEP_FAR_BINDS : 0, stream);
+        status = nep_cuda_far_counts(&dispatch, here->is_told ? NEP_FAR_BINDS : 0, stream);
     }
     return status == NEP_OK ? nep_cuda_far_pack(&dispatch, stream) : status;
 }
@@ -142,7 +147,7 @@ enum nep_status nep_device_far_recv(struct nep_handle *handle, struct CUstream_s
         status = nep_device_far_place(handle, stream);
     }
     if (status == NEP_OK && !here->is_whole) {
-        status = nep_cuda_far_recv(&dispatch, here->is_known ? 0 : NEP_FAR_BINDS, stream);
+        status = nep_cuda_far_recv(&dispatch, here->is_told ? 0 : NEP_FAR_BINDS, stream);
     }
     if (status == NEP_OK && !here->out.is_mapped && here->out.capacity != 0) {
         status = copy_out(handle, stream);
@@ -162,8 +167,12 @@ static struct nep_far_combine combine_of(struct nep_handle *handle)
         .routing = &here->routing,
         .far_routing = &here->far,
         .rows = here->far_rows,
+        .weights = here->far_weights,
+        .rows_step = here->is_y_copied ? device->far->plan.y_step : 0,
+        .weights_step = here->is_y_copied ? device->far->plan.y_weights_step : 0,
         .y = sum->y,
         .bias = {sum->bias[0], sum->bias[1]},
+        .topk_weights = sum->topk_weights,
         .num_tokens = handle->num_tokens,
     };
 }
@@ -175,14 +184,21 @@ enum nep_status nep_device_far_combine_send(struct nep_handle *handle, bool is_w
     struct nep_ep *ep = handle->ep;
     const struct nep_device *device = ep->device;
     const struct nep_far_plan *plan = &device->far->plan;
-    const void *y = handle->op.rows.y;
+    const struct nep_expert_rows *rows = &handle->op.rows;
     enum nep_status status = NEP_OK;
-    bool is_mapped = y == NULL || nep_pool_holds(&ep->pool, y, ep->shape.row_bytes);
-    here->far_rows = y == NULL ? 0 : is_mapped ? offset_of(ep, y) : plan->y;
-    if (!is_mapped) {
+    here->is_y_copied = here->combine.rows == NEP_CUDA_NONE; /* it is not mapped */
+    here->far_rows = here->is_y_copied ? plan->y : rows->y != NULL ? offset_of(ep, rows->y) : 0;
+    here->far_weights = rows->topk_weights == NULL ? NEP_CUDA_NONE
+                        : here->is_y_copied        ? plan->y_weights
+                                                   : offset_of(ep, rows->topk_weights);
+    if (here->is_y_copied) {
         char *near = device->windows.base + ep->local * device->windows.stride + device->plan.far;
         const struct nep_far_copy copy = {
-            .from = {y}, .to = {near + plan->y}, .row_bytes = {ep->shape.row_bytes}};
+            .from = {rows->y, (const char *)rows->topk_weights},
+            .to = {near + plan->y, near + plan->y_weights},
+            .to_step = {plan->y_step, plan->y_weights_step},
+            .row_bytes = {ep->shape.row_bytes, ep->shape.weights_bytes},
+        };
         device->far->far.timeout_ns = ep->timeout_ns;
         status = nep_cuda_far_copy(&device->far->far, &device->geometry, &here->routing, &copy,
                                    plan->y_rows, stream);

@@ -25,16 +25,17 @@ struct nep_fabric_proxy {
     const struct nep_topology *topology;
     uint32_t rank;
     uint32_t node;
+    uint32_t window;                       /* W = V */
     const struct nep_region *region;       /* own */
     uint64_t last_op;                      /* of all COUNTS posted, plus one */
     uint64_t counts_op[NEP_FAR_MAX_RANKS]; /* next operation of each control */
-    struct sent counts[NEP_FAR_MAX_RANKS][NEP_FAR_WINDOW];
+    struct sent counts[NEP_FAR_MAX_RANKS][NEP_FAR_MAX_WINDOW];
     uint64_t counts_done[NEP_FAR_MAX_RANKS];
     uint64_t tile_next[NEP_FAR_MAX_NODES]; /* dispatch tiles posted to each node */
     uint64_t sums_next[NEP_FAR_MAX_RANKS]; /* combine tiles posted to each lane source */
     uint64_t ring_next[NEP_FAR_MAX_RANKS]; /* puts of each send ring */
     uint64_t ring_done[NEP_FAR_MAX_RANKS];
-    struct sent ring[NEP_FAR_MAX_RANKS][NEP_FAR_WINDOW];
+    struct sent ring[NEP_FAR_MAX_RANKS][NEP_FAR_MAX_WINDOW];
     struct credit dispatch_credit[NEP_FAR_MAX_RANKS]; /* by source */
     struct credit sums_credit[NEP_FAR_MAX_NODES];
     struct nep_fabric_stats stats;
@@ -85,13 +86,13 @@ static enum nep_status post_counts(struct nep_fabric_proxy *f, const struct nep_
     }
     *who_p = dst;
     uint64_t op = complete(f->counts_op[c->stream], c->op, 12);
-    uint64_t slot = op % NEP_FAR_WINDOW;
+    uint64_t slot = op % f->window;
     const struct nep_region *there = &plan->regions[dst];
-    uint64_t idx = nep_plan_control(plan, dst, f->rank) * (uint64_t)NEP_FAR_WINDOW + slot;
+    uint64_t idx = nep_plan_control(plan, dst, f->rank) * (uint64_t)f->window + slot;
     uint32_t node_ranks = f->topology->node_ranks[f->topology->node_of_rank[dst]];
     uint32_t tables = node_ranks * (1 + plan->shape->slots_per_rank) * 4;
     uint64_t from = f->region->send_counts +
-                    (c->stream * (uint64_t)NEP_FAR_WINDOW + slot) * f->region->send_counts_bytes;
+                    (c->stream * (uint64_t)f->window + slot) * f->region->send_counts_bytes;
     struct nep_put put = {
         .dst = dst,
         .window = f->params.window,
@@ -110,10 +111,10 @@ static enum nep_status post_counts(struct nep_fabric_proxy *f, const struct nep_
 /* From the next slot of a send ring. */
 static enum nep_status post_tile(struct nep_fabric_proxy *f, uint32_t ring, struct nep_put *put)
 {
-    uint64_t slot = f->ring_next[ring] % NEP_FAR_WINDOW;
+    uint64_t slot = f->ring_next[ring] % f->window;
     put->window = f->params.window;
     put->src = f->params.data + f->region->send +
-               (ring * (uint64_t)NEP_FAR_WINDOW + slot) * f->region->send_tile_bytes;
+               (ring * (uint64_t)f->window + slot) * f->region->send_tile_bytes;
     f->ring[ring][slot].dst = put->dst;
     enum nep_status status = put_counted(f, put, &f->ring[ring][slot].number);
     f->ring_next[ring]++;
@@ -131,8 +132,7 @@ static enum nep_status post_rows(struct nep_fabric_proxy *f, const struct nep_co
     uint32_t dst = nep_plan_landing(plan, f->rank, node);
     const struct nep_region *there = &plan->regions[dst];
     uint64_t number = complete(f->tile_next[node], c->number, 16);
-    uint64_t idx =
-        nep_plan_lane(plan, f->rank, node) * (uint64_t)NEP_FAR_WINDOW + number % NEP_FAR_WINDOW;
+    uint64_t idx = nep_plan_lane(plan, f->rank, node) * (uint64_t)f->window + number % f->window;
     struct nep_put put = {
         .dst = *who_p = dst,
         .offset = there->dispatch_landing + idx * there->dispatch_tile_bytes,
@@ -164,24 +164,26 @@ static enum nep_status post_sums(struct nep_fabric_proxy *f, const struct nep_co
 {
     const struct nep_plan *plan = f->params.plan;
     uint32_t lane = c->stream;
+    uint32_t rows = c->rows & ~(uint32_t)NEP_FAR_HAS_WEIGHTS;
+    uint64_t row_bytes =
+        plan->shape->row_bytes + (rows != c->rows ? plan->shape->weights_bytes : 0);
     uint32_t dst = lane < f->region->num_lanes ? source_of_lane(f, lane) : UINT32_MAX;
-    if (dst == UINT32_MAX || c->rows > plan->shape->tile_rows) {
+    if (dst == UINT32_MAX || rows > plan->shape->tile_rows) {
         return bad(c, "no such lane, or too many rows");
     }
     const struct nep_region *there = &plan->regions[dst];
     uint64_t number = complete(f->sums_next[lane], c->number, 16);
-    uint64_t idx =
-        (uint64_t)nep_plan_skip(f->topology->node_of_rank[dst], f->node) * NEP_FAR_WINDOW +
-        number % NEP_FAR_WINDOW;
+    uint64_t idx = (uint64_t)nep_plan_skip(f->topology->node_of_rank[dst], f->node) * f->window +
+                   number % f->window;
     struct nep_put put = {
         .dst = *who_p = dst,
         .offset = there->combine_landing + idx * there->combine_tile_bytes,
-        .len = nep_tile_payload_offset(plan->shape, NEP_KIND_COMBINE, c->rows) +
-               c->rows * plan->shape->row_bytes,
+        .len = nep_tile_payload_offset(plan->shape, NEP_KIND_COMBINE, rows) +
+               (uint32_t)(rows * row_bytes),
         .imm = nep_imm(0, NEP_KIND_COMBINE, f->params.window, c->op, number),
     };
     f->sums_next[lane] = number + 1;
-    count(&f->stats.rows_back, c->rows);
+    count(&f->stats.rows_back, rows);
     nep_word_set(f->params.words, f->region->combine_sent, lane, number + 1);
     return post_tile(f, lane, &put);
 }
@@ -215,7 +217,7 @@ static void publish(struct nep_fabric_proxy *f)
 {
     for (uint32_t c = 1; c < f->region->num_controls; c++) {
         uint64_t done = f->counts_done[c];
-        const struct sent *sent = &f->counts[c][done % NEP_FAR_WINDOW];
+        const struct sent *sent = &f->counts[c][done % f->window];
         if (done < f->counts_op[c] && is_complete(f, sent->dst, sent->number)) {
             done++;
         } else if (done >= f->counts_op[c] && done < f->last_op) {
@@ -229,7 +231,7 @@ static void publish(struct nep_fabric_proxy *f)
     }
     for (uint32_t r = 0; r < f->region->num_sends; r++) {
         uint64_t done = f->ring_done[r];
-        const struct sent *sent = &f->ring[r][done % NEP_FAR_WINDOW];
+        const struct sent *sent = &f->ring[r][done % f->window];
         if (done < f->ring_next[r] && is_complete(f, sent->dst, sent->number)) {
             f->ring_done[r] = done + 1;
             nep_ring_store(&f->params.page->tiles_free[r], done + 1);
@@ -296,14 +298,15 @@ enum nep_status nep_fabric_proxy_create(const struct nep_fabric_proxy_params *pa
 {
     const struct nep_topology *topology = params->plan->topology;
     const struct nep_region *region = &params->plan->regions[topology->rank];
+    uint32_t window = params->plan->shape->window;
     if (topology->num_ranks > NEP_FAR_MAX_RANKS || topology->num_nodes > NEP_FAR_MAX_NODES ||
-        region->num_sends > NEP_FAR_MAX_RANKS || params->plan->shape->window != NEP_FAR_WINDOW ||
-        params->plan->shape->tile_slots != NEP_FAR_WINDOW) {
+        region->num_sends > NEP_FAR_MAX_RANKS || window > NEP_FAR_MAX_WINDOW ||
+        params->plan->shape->tile_slots != window) {
         return nep_fail(NEP_ERR_UNSUPPORTED,
                         "a group of %u ranks (at most %d) on %u nodes (at most %d) with %u slots "
-                        "(%d) between nodes with tokens in GPU memory",
+                        "(at most %d) between nodes with tokens in GPU memory",
                         topology->num_ranks, NEP_FAR_MAX_RANKS, topology->num_nodes,
-                        NEP_FAR_MAX_NODES, params->plan->shape->window, NEP_FAR_WINDOW);
+                        NEP_FAR_MAX_NODES, window, NEP_FAR_MAX_WINDOW);
     }
     struct nep_fabric_proxy *f = calloc(1, sizeof *f);
     if (f == NULL) {
@@ -314,6 +317,7 @@ enum nep_status nep_fabric_proxy_create(const struct nep_fabric_proxy_params *pa
     f->rank = topology->rank;
     f->node = topology->node;
     f->region = region;
+    f->window = window;
     *fabric_p = f;
     return NEP_OK;
 }

@@ -12,7 +12,7 @@
 #include "transport/transport.h"
 
 struct nep_fabric_proxy_params {
-    const struct nep_plan *plan; /* W = NEP_FAR_WINDOW, nothing rides */
+    const struct nep_plan *plan; /* W = V = nep_far_window, nothing rides */
     struct nep_transport *inter;
     uint32_t window;            /* the ep's number */
     uint8_t *words;             /* this rank's, as the host maps them */

@@ -115,6 +115,7 @@ __global__ void __launch_bounds__(THREADS, 1) copy_kernel(const __grid_constant_
         }
         return;
     }
+    uint32_t op_area = nep_far_area(a.far, a.far.state->begun); /* in a send half */
     /* Few segments: all blocks share each. Many: a block takes one. */
     uint32_t num = num_segments(a);
     bool is_shared = num < gridDim.x;
@@ -128,7 +129,8 @@ __global__ void __launch_bounds__(THREADS, 1) copy_kernel(const __grid_constant_
                 copy_columns(a, segment, at, step);
             } else if (a.copy.from[i] != nullptr) {
                 uint64_t offset = segment.first * a.copy.row_bytes[i];
-                copy_all(a.copy.from[i] + offset, a.copy.to[i] + offset,
+                uint64_t area = i < 2 ? a.copy.to_step[i] * op_area : 0;
+                copy_all(a.copy.from[i] + offset, a.copy.to[i] + area + offset,
                          segment.rows * a.copy.row_bytes[i], at, step);
             }
         }

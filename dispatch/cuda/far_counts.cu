@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(THREADS) counts_kernel(const __grid_constant__
         }
         return;
     }
-    uint64_t op = nep_ld_relaxed_gpu(&far.state->run.op);
+    uint64_t op = nep_ld_relaxed_gpu(&far.state->begun);
     if (blockIdx.x == far.node && threadIdx.x == 0) {
         nep_far_stamp(far, NEP_FAR_AT_COUNTS);
     }
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(THREADS) offer_kernel(const __grid_constant__ 
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         nep_far_stamp(far, NEP_FAR_AT_OFFER);
     }
-    tell_controls(a, blockIdx.x, gridDim.x, nep_ld_relaxed_gpu(&far.state->run.op));
+    tell_controls(a, blockIdx.x, gridDim.x, nep_ld_relaxed_gpu(&far.state->begun));
 }
 
 __global__ void __launch_bounds__(THREADS) place_kernel(const __grid_constant__ place_args a)
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(THREADS) place_kernel(const __grid_constant__ 
     if (nep_ld_relaxed_gpu(&a.far.state->run.status) != 0) {
         return;
     }
-    place(a, nep_ld_relaxed_gpu(&a.far.state->run.op), totals);
+    place(a, a.base.cell->op, totals); /* the host may ask for counts before an older one ends */
 }
 
 } // namespace

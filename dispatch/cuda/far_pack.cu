@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 /*
  * Pack: one row per (token, node) into send slots, cast to fp8 if asked, a tile at a time; the
- * block that finishes a tile last asks the proxy to put it. Here the tiles that W slots hold: they
- * wait for earlier operations alone, so the send half ends by itself.
+ * block that finishes a tile last asks the proxy to put it. Here the tiles that slots hold: they
+ * wait for operations that this rank has completed alone, so the send half ends by itself.
  */
 #include "dispatch/cuda/device/far_rows.cuh"
 
@@ -10,6 +10,19 @@ using namespace far_rows;
 
 namespace
 {
+
+/* By the last block: the operation has begun. */
+__device__ void end_send(const dispatch_args &a, uint64_t op)
+{
+    const struct nep_far &far = a.far;
+    nep_far_begun(
+        far, op, a.cell, far.state->next_tile, far.num_nodes,
+        [&](uint32_t node, uint32_t *ring_p) {
+            *ring_p = node == far.node ? NEP_SLOT_NONE : nep_far_skip(far.node, node);
+            return nep_far_tiles(far, a.routing.node_rows[node]);
+        },
+        [&](uint32_t node) { return stream_ahead(a, op, node); });
+}
 
 __global__ void __launch_bounds__(THREADS, 1) pack_kernel(const __grid_constant__ dispatch_args a)
 {
@@ -23,7 +36,10 @@ __global__ void __launch_bounds__(THREADS, 1) pack_kernel(const __grid_constant_
     __shared__ tables tab;
     load_tables(a.far, tab);
     __syncthreads();
-    pack(a, tab, r, nep_ld_relaxed_gpu(&a.far.state->run.op), 0, NEP_FAR_WINDOW);
+    uint64_t op = nep_ld_relaxed_gpu(&a.far.state->begun);
+    if (pack(a, tab, r, op, false) && nep_far_is_last(&a.far.state->arrived, gridDim.x)) {
+        end_send(a, op);
+    }
 }
 
 } // namespace
@@ -45,11 +61,11 @@ enum nep_status nep_cuda_far_check(const struct nep_far_dispatch *d)
                         far->shape.wire.payload_bytes, d->in->x, far->num_ranks, NEP_FAR_MAX_RANKS,
                         far->num_nodes, NEP_FAR_MAX_NODES);
     }
-    if (d->in->num_tokens > NEP_FAR_WINDOW * far->tile_rows && d->geometry->blocks < 2) {
+    if (d->in->num_tokens > NEP_FAR_TILES * far->tile_rows && d->geometry->blocks < 2) {
         return nep_fail(NEP_ERR_INVALID,
                         "far pack: %u tokens are more than %u tiles of %u, which needs two SMs at "
                         "least: some pack while others receive",
-                        d->in->num_tokens, NEP_FAR_WINDOW, far->tile_rows);
+                        d->in->num_tokens, NEP_FAR_TILES, far->tile_rows);
     }
     return NEP_OK;
 }

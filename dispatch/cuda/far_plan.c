@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * W = V = 2: kernels keep one operation between its beginning and its end, and a stream's next tile
- * is packed while the last one travels. Rejected: the host's slots (dispatch/shape.c), which make
- * pinned memory grow with the length of a batch.
+ * W = V = 2 S: a stream's next tile is packed while the last one travels, and the send halves of
+ * small batches find slots for all that they have. Rejected: the host's slots (dispatch/shape.c),
+ * which make pinned memory grow with the length of a batch.
  */
 #include "dispatch/cuda/far_plan.h"
 
@@ -17,19 +17,13 @@ static uint64_t take(uint64_t *end_p, uint64_t bytes)
     return at;
 }
 
-static enum nep_status check(const struct nep_shape *shape, const struct nep_topology *topology)
+static enum nep_status check(const struct nep_topology *topology)
 {
     if (topology->num_ranks > NEP_FAR_MAX_RANKS || topology->num_nodes > NEP_FAR_MAX_NODES) {
         return nep_fail(NEP_ERR_UNSUPPORTED,
                         "executor cuda: %u ranks on %u nodes; over several nodes at most %d on %d",
                         topology->num_ranks, topology->num_nodes, NEP_FAR_MAX_RANKS,
                         NEP_FAR_MAX_NODES);
-    }
-    if (shape->outstanding != 1) {
-        return nep_fail(NEP_ERR_UNSUPPORTED,
-                        "executor cuda: outstanding is %u; over several nodes one operation after "
-                        "the other is possible: use 1",
-                        shape->outstanding);
     }
     return NEP_OK;
 }
@@ -64,9 +58,16 @@ static void place_staging(struct nep_far_plan *far, uint32_t num_ranks, uint64_t
         .source_token = take(end, rows * 4),
         .capacity = rows,
     };
-    fit = staging_bytes / shape->row_bytes;
+    /* Expert outputs are read until their operation ends: an area for each that may be outstanding.
+     * Outputs of dispatch are copied before the next one's may be written. */
+    uint64_t depth = shape->window / NEP_FAR_TILES;
+    uint64_t weights = shape->layout == NEP_LAYOUT_RANK ? shape->weights_bytes : 0;
+    fit = staging_bytes / (depth * (shape->row_bytes + weights));
     far->y_rows = fit < most ? fit : most;
-    far->y = take(end, far->y_rows * shape->row_bytes);
+    far->y_step = (far->y_rows * shape->row_bytes + ALIGN - 1) / ALIGN * ALIGN;
+    far->y_weights_step = (far->y_rows * weights + ALIGN - 1) / ALIGN * ALIGN;
+    far->y = take(end, depth * far->y_step);
+    far->y_weights = take(end, depth * far->y_weights_step);
     far->near_bytes = (*end + PAGE - 1) / PAGE * PAGE;
 }
 
@@ -74,13 +75,13 @@ enum nep_status nep_far_plan_init(struct nep_far_plan *far, const struct nep_sha
                                   const struct nep_topology *topology, uint64_t staging_bytes)
 {
     memset(far, 0, sizeof *far);
-    enum nep_status status = check(shape, topology);
+    enum nep_status status = check(topology);
     if (status != NEP_OK) {
         return status;
     }
     far->shape = *shape;
-    far->shape.window = NEP_FAR_WINDOW;
-    far->shape.tile_slots = NEP_FAR_WINDOW;
+    far->shape.window = nep_far_window(shape->outstanding);
+    far->shape.tile_slots = far->shape.window;
     far->shape.ride_rows = 0;
     far->shape.pool_bytes = 0;
     far->shape.meta_bytes = nep_far_meta_bytes(shape->top_k);

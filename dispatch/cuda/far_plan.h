@@ -17,8 +17,13 @@ struct nep_far_plan {
     /* the area on the GPU: words and COUNTS of this node, then rows that are staged */
     uint64_t near_bytes;
     struct nep_far_output out; /* where rows for an output that is not mapped arrive */
-    uint64_t y;                /* where expert outputs are copied to that are not */
+    /* where expert outputs are copied to that are not, and the weights beside them: areas of y_rows
+     * rows, one for each operation that may be outstanding, so far apart */
+    uint64_t y;
+    uint64_t y_weights;
     uint64_t y_rows;
+    uint64_t y_step;
+    uint64_t y_weights_step;
 };
 
 /* topology must outlive it. Refuses what kernels of several nodes cannot do, with a sentence. */

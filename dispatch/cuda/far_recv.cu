@@ -105,7 +105,7 @@ __device__ bool find_tile(const dispatch_args &a, const role &r, uint64_t op, ui
     const struct nep_region &region = far.regions[landing];
     uint64_t number = in.first_tile + t;
     uint64_t idx =
-        (uint64_t)nep_far_lane(far, source, far.node) * NEP_FAR_WINDOW + number % NEP_FAR_WINDOW;
+        (uint64_t)nep_far_lane(far, source, far.node) * far.window + nep_far_slot(far, number);
     /* Acquire: pairs with the release in raise() of the sink. */
     if (!nep_far_wait_relayed(
             far, r.block == 0, nep_far_word(far, local, region.dispatch_word, idx),
@@ -209,7 +209,7 @@ __device__ bool read_all(const dispatch_args &a, const tables &tab, const role &
         if (t + 1 == rounds && a.pack_blocks == 0) {
             break;
         }
-        if (nep_far_is_last(&far.state->read[t % NEP_FAR_WINDOW], r.num)) {
+        if (nep_far_is_last(&far.state->read[nep_far_slot(far, t)], r.num)) {
             release_round(a, round, t);
         }
         __syncthreads(); /* `round` is filled in again */
@@ -230,13 +230,14 @@ __device__ void finish(const dispatch_args &a, uint64_t op, uint32_t rounds, con
     }
     for (uint32_t n = threadIdx.x; n < far.num_nodes; n += blockDim.x) {
         if (n != far.node) {
-            uint32_t tiles = nep_far_tiles(far, a.routing.node_rows[n]);
-            far.state->next_tile[n] += tiles;
-            far.state->next_send[nep_far_skip(far.node, n)] += tiles;
+            nep_far_stream_end(far, a.is_whole, op, &far.state->next_tile[n],
+                               nep_far_skip(far.node, n),
+                               nep_far_tiles(far, a.routing.node_rows[n]));
         }
     }
     if (threadIdx.x == 0) {
         far.state->run.op = op + 1;
+        far.state->begun = a.is_whole ? op + 1 : far.state->begun;
         /* Release: pairs with the sink's acquire: its window of numbers moves on. */
         nep_st_release_sys(far.completed, op + 1);
         nep_far_stamp(far, NEP_FAR_AT_MET);
@@ -262,7 +263,7 @@ __device__ void receive(const dispatch_args &a, tables &tab, uint64_t op)
     uint32_t rounds = count_rounds(a);
     if (blockIdx.x < a.pack_blocks) {
         role r = {blockIdx.x, a.pack_blocks};
-        is_done = pack(a, tab, r, op, NEP_FAR_WINDOW, UINT32_MAX);
+        is_done = pack(a, tab, r, op, true);
     } else {
         role r = {blockIdx.x - a.pack_blocks, gridDim.x - a.pack_blocks};
         push_home(a, tab, r);
@@ -392,8 +393,8 @@ __global__ void __launch_bounds__(THREADS, 1) whole_kernel(const __grid_constant
         }
         far_counts::count_local(a.counts);
     } else {
-        bool is_packed = packer.num == 0 ||
-                         (wait_listed(far, op) && pack(a.rows, tab, packer, op, 0, NEP_FAR_WINDOW));
+        bool is_packed =
+            packer.num == 0 || (wait_listed(far, op) && pack(a.rows, tab, packer, op, false));
         if (!is_packed || !wait_placed(far, op)) {
             return;
         }
@@ -446,6 +447,7 @@ extern "C" enum nep_status nep_cuda_far_dispatch(const struct nep_far_dispatch *
     if (status != NEP_OK) {
         return status;
     }
+    args.rows.is_whole = true;
     args.counts = far_counts::dispatch_counts(d, NEP_FAR_BINDS);
     args.place = far_counts::place_args_of(d);
     whole_kernel<<<d->geometry->blocks, THREADS, far_counts::place_bytes(d->far, d->geometry),

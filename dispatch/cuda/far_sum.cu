@@ -45,13 +45,11 @@ __device__ uint32_t rows_before(const combine_args &a, uint32_t node, uint32_t t
     return begin;
 }
 
-__device__ __forceinline__ const char *sums_tile(const combine_args &a, uint32_t node,
-                                                 uint64_t number)
+__device__ __forceinline__ char *sums_tile(const combine_args &a, uint32_t node, uint64_t number)
 {
     const struct nep_far &far = a.far;
     const struct nep_region &region = far.own;
-    uint64_t idx =
-        (uint64_t)nep_far_skip(far.node, node) * NEP_FAR_WINDOW + number % NEP_FAR_WINDOW;
+    uint64_t idx = (uint64_t)nep_far_skip(far.node, node) * far.window + nep_far_slot(far, number);
     return far.data[far.local] + region.combine_landing + idx * region.combine_tile_bytes;
 }
 
@@ -65,7 +63,7 @@ __device__ bool wait_sums(const combine_args &a, const role &r, uint64_t op, uin
     uint32_t landing = nep_far_landing(far, far.rank, node);
     for (uint32_t t = first / far.tile_rows; first < last && t <= (last - 1) / far.tile_rows; t++) {
         uint64_t number = far.state->next_in[node] + t;
-        uint64_t idx = (uint64_t)node * NEP_FAR_WINDOW + number % NEP_FAR_WINDOW;
+        uint64_t idx = (uint64_t)node * far.window + nep_far_slot(far, number);
         const uint64_t *word = nep_far_word(far, far.local, far.own.combine_word, idx);
         /* Acquire: pairs with the release in raise() of the sink. */
         if (!nep_far_wait_relayed(far, r.block == 0, word, &far.state->sums_seen[node], number + 1,
@@ -108,6 +106,39 @@ __device__ uint32_t take_token(const combine_args &a, const char *const *base, u
         fill++;
     }
     return fill;
+}
+
+/* The top-k weights of tokens [begin, end) that came back, nodes ascending; in a loop of their own,
+ * as in reduce. */
+__device__ __noinline__ void add_token_weights(const combine_args &a, const role &r,
+                                               const char *const *base, uint32_t begin,
+                                               uint32_t end)
+{
+    const struct nep_far &far = a.far;
+    uint32_t lane = threadIdx.x % 32;
+    uint32_t top_k = far.shape.top_k;
+    uint32_t stride = r.num * (THREADS / 32);
+    for (uint32_t token = begin + threadIdx.x / 32 * r.num + r.block; lane < top_k && token < end;
+         token += stride) {
+        float sum = 0;
+        for (uint32_t n = 0; n < far.num_nodes; n++) {
+            if (n == far.node) {
+                uint32_t num = a.routing.home_num[token];
+                const struct nep_cuda_term *terms = a.routing.home_terms + (uint64_t)token * top_k;
+                sum = num != 0 ? __fadd_rn(sum, add_weights(a, base, terms, num, lane)) : sum;
+                continue;
+            }
+            uint32_t row = a.routing.row_of[(uint64_t)n * far.shape.max_tokens + token];
+            if (row != NEP_SLOT_NONE) {
+                uint32_t t = row / far.tile_rows;
+                uint32_t rows = min(far.tile_rows, a.routing.node_rows[n] - t * far.tile_rows);
+                char *tile = sums_tile(a, n, far.state->next_in[n] + t);
+                const float *weights = tile_weights(far, tile, rows, row % far.tile_rows);
+                sum = __fadd_rn(sum, *(const volatile float *)(weights + lane));
+            }
+        }
+        a.weights[(uint64_t)token * top_k + lane] = sum;
+    }
 }
 
 /* By a block: tiles whose rows are all of tokens before `end` have been read. */
@@ -164,6 +195,9 @@ __device__ bool sum_chunk(const combine_args &a, const role &r, const char *cons
         sum_columns<T>(addends, addend_end, a.y + at, part_at(a, part, a.own_parts),
                        part_at(a, part + 1, a.own_parts), bias);
     }
+    if (a.weights != nullptr) {
+        add_token_weights(a, r, base, begin, end);
+    }
     if (is_left_to_finish(a, end)) {
         return true;
     }
@@ -184,7 +218,9 @@ __device__ bool hear_all(const combine_args &a, uint64_t op)
                        ? nep_near_wait(far, word, op + 1, NEP_CUDA_PHASE_COUNTS, s, far.timeout_ns)
                        : nep_far_wait(far, word, op + 1, NEP_CUDA_PHASE_COUNTS, s);
         const struct nep_counts_msg *msg = nep_far_counts_at(far, s, op);
-        if (is_there && (msg->op != op || msg->source != s || msg->kind != NEP_KIND_COMBINE)) {
+        uint32_t weights = a.has_weights ? NEP_WEIGHTS_BACK : NEP_WEIGHTS_HELD;
+        if (is_there && (msg->op != op || msg->source != s || msg->kind != NEP_KIND_COMBINE ||
+                         msg->has_weights != weights)) {
             nep_far_give_up(far, NEP_CUDA_STATUS(NEP_CUDA_DISAGREE, NEP_CUDA_PHASE_COUNTS, s));
             is_there = false;
         }
@@ -210,12 +246,11 @@ __device__ void finish(const combine_args &a, uint64_t op)
         far.state->next_in[n] += n != far.node ? nep_far_tiles(far, a.routing.node_rows[n]) : 0;
     }
     for (uint32_t l = threadIdx.x; l < far.num_lanes; l += blockDim.x) {
-        uint32_t tiles = nep_far_tiles(far, a.routing.in[far.lane_source[l]].rows);
-        far.state->next_sums[l] += tiles;
-        far.state->next_send[l] += tiles;
+        nep_far_stream_end(far, a.is_whole, op, &far.state->next_sums[l], l, tiles_of(a, l));
     }
     if (threadIdx.x == 0) {
         far.state->run.op = op + 1;
+        far.state->begun = a.is_whole ? op + 1 : far.state->begun;
         /* Release: pairs with the sink's acquire: its window of numbers moves on. */
         nep_st_release_sys(far.completed, op + 1);
         nep_far_stamp(far, NEP_FAR_AT_SUM_MET);
@@ -251,7 +286,7 @@ __device__ void sum_all(const combine_args &a, const char *const *base, addend *
 template <class T>
 __global__ void __launch_bounds__(THREADS, 1) sum_kernel(const __grid_constant__ combine_args a)
 {
-    __shared__ const char *base[NEP_FAR_MAX_RANKS];
+    __shared__ const char *base[2 * NEP_FAR_MAX_RANKS];
     __shared__ addend tables[THREADS / 32][MOST_ADDENDS];
     if (nep_ld_relaxed_gpu(&a.far.state->run.status) != 0) {
         return;
@@ -291,7 +326,7 @@ struct whole_args {
 template <class T>
 __global__ void __launch_bounds__(THREADS, 1) whole_kernel(const __grid_constant__ whole_args a)
 {
-    __shared__ const char *base[NEP_FAR_MAX_RANKS];
+    __shared__ const char *base[2 * NEP_FAR_MAX_RANKS];
     __shared__ addend tables[THREADS / 32][MOST_ADDENDS];
     const struct nep_far &far = a.sums.far;
     if (nep_ld_relaxed_gpu(&far.state->run.status) != 0) {
@@ -393,6 +428,7 @@ extern "C" enum nep_status nep_cuda_far_combine(const struct nep_far_combine *c,
     if (status != NEP_OK) {
         return status;
     }
+    args.sums.is_whole = true;
     args.counts = far_counts::combine_counts(c);
     auto kernel = find_whole(c->far->dtype);
     kernel<<<c->geometry->blocks, THREADS, c->geometry->shared_bytes, stream>>>(args);

@@ -92,8 +92,8 @@ static void make_plan(struct far_rank *r)
         .max_tokens = s->max_tokens,
         .alignment = s->alignment > 1 ? s->alignment : 1,
         .outstanding = 1,
-        .window = NEP_FAR_WINDOW,
-        .tile_slots = NEP_FAR_WINDOW,
+        .window = nep_far_window(1),
+        .tile_slots = nep_far_window(1),
         .num_layers = 1,
         .dtype = s->dtype,
         .wire = s->wire,
@@ -217,6 +217,7 @@ static void make_far(struct far_rank *r)
         .tile_rows = r->shape.tile_rows,
         .meta_bytes = r->shape.meta_bytes,
         .row_bytes = r->shape.row_bytes,
+        .window = r->shape.window,
         .dtype = s->dtype,
         .timeout_ns = s->timeout_ns,
     };
@@ -258,6 +259,7 @@ static void make_routing(struct far_rank *r)
     uint64_t slots = s->slots_per_rank;
     uint64_t node_size = r->far.node_size;
     r->routing = (struct nep_cuda_routing){
+        .cell = device(r, sizeof(struct nep_cuda_cell)),
         .slots = device(r, pairs * 4),
         .index = device(r, pairs * 4),
         .counts = device(r, (w->num_ranks * (1 + slots) + s->num_nodes) * 4),
@@ -300,6 +302,7 @@ static void make_routing(struct far_rank *r)
         .routing = &r->routing,
         .far_routing = &r->far_routing,
         .rows = r->y_offset,
+        .weights = NEP_CUDA_NONE,
         .y = device(r, tokens * r->shape.row_bytes),
     };
 }

@@ -513,8 +513,14 @@ void gpu_case_swap(struct gpu_case *c)
     c->result2 = result;
 }
 
-/* Both send halves before both complete halves; the second's outputs are bound if the calls say so.
- */
+/* A whole call behind an operation that is outstanding: its send half is done, no more. */
+static void must_be_busy(enum nep_status status, const char *what)
+{
+    gpu_must_nep(status == NEP_ERR_BUSY ? NEP_OK : NEP_ERR_INTERNAL, what);
+}
+
+/* Both send halves before both complete halves; the second's outputs are bound if the calls say so,
+ * or the second is called as a whole. */
 static void dispatch_two(struct gpu_case *c)
 {
     void *stream = c->world->stream;
@@ -522,7 +528,11 @@ static void dispatch_two(struct gpu_case *c)
     struct nep_counts counts;
     gpu_must_nep(nep_handle_bind_output(c->handle2, is_bound ? &c->out2 : NULL), "bind");
     gpu_must_nep(nep_dispatch_send(c->ep, c->handle, &c->in, stream), "dispatch 1, send");
-    gpu_must_nep(nep_dispatch_send(c->ep, c->handle2, &c->in, stream), "dispatch 2, send");
+    if (c->shape.calls == GPU_CALLS_WHOLE) {
+        must_be_busy(nep_dispatch(c->ep, c->handle2, &c->in, &c->out2, stream), "dispatch 2");
+    } else {
+        gpu_must_nep(nep_dispatch_send(c->ep, c->handle2, &c->in, stream), "dispatch 2, send");
+    }
     if (c->shape.calls == GPU_CALLS_COUNTS) {
         gpu_must_nep(nep_dispatch_counts(c->ep, c->handle2, &counts), "counts");
     }
@@ -534,7 +544,11 @@ static void combine_two(struct gpu_case *c)
 {
     void *stream = c->world->stream;
     gpu_must_nep(nep_combine_send(c->ep, c->handle, &c->expert, stream), "combine 1, send");
-    gpu_must_nep(nep_combine_send(c->ep, c->handle2, &c->expert, stream), "combine 2, send");
+    if (c->shape.calls == GPU_CALLS_WHOLE) {
+        must_be_busy(nep_combine(c->ep, c->handle2, &c->expert, &c->result2, stream), "combine 2");
+    } else {
+        gpu_must_nep(nep_combine_send(c->ep, c->handle2, &c->expert, stream), "combine 2, send");
+    }
     gpu_must_nep(nep_combine_recv(c->ep, c->handle, &c->result, stream), "combine 1, recv");
     gpu_must_nep(nep_combine_recv(c->ep, c->handle2, &c->result2, stream), "combine 2, recv");
 }

@@ -34,8 +34,20 @@ static struct gpu_shape shape_of(const struct job *job, uint32_t i, const struct
     }
     shape.num_nodes = world->num_nodes;
     if (world->num_nodes > 1) { /* what is refused there; few SMs, for the CPU that may run this */
-        shape.is_overlapped = shape.has_weights_back = shape.has_weights_late = false;
+        shape.has_weights_late = false;
         shape.num_sms = 1 + shape.num_sms % 4;
+        if (i % 2 != 0) {
+            shape.is_overlapped = true;
+            shape.is_graph = false;
+        }
+        if (i % 4 > 1) { /* more tiles than there are slots */
+            shape.max_tokens += 900;
+            shape.hidden = shape.hidden > 128 ? 128 : shape.hidden;
+            shape.top_k = shape.top_k > 6 ? 6 : shape.top_k;
+            shape.num_sms += 1;
+            shape.slots_per_rank = shape.slots_per_rank > 4 ? 4 : shape.slots_per_rank;
+            shape.num_experts = shape.slots_per_rank * shape.num_ranks;
+        }
     }
     return shape;
 }

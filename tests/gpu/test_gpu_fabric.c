@@ -42,6 +42,7 @@ static struct nep_shape shape;
 static struct rank ranks[RANKS];
 static uint8_t *windows[RANKS];
 static pthread_barrier_t barrier;
+static uint32_t window; /* W = V */
 
 static enum nep_status copier_put(struct nep_transport *transport, const struct nep_put *put,
                                   uint64_t *number_p)
@@ -141,13 +142,13 @@ static void send(struct rank *rank, uint32_t r, enum nep_kind kind, uint64_t num
     const struct nep_region *own = &rank->plan.regions[r];
     bool is_rows = kind == NEP_KIND_DISPATCH;
     uint64_t credit = is_rows ? own->dispatch_credit : own->combine_credit;
-    if (number >= NEP_FAR_WINDOW) {
-        rank->wrong += !wait_word(rank, word_of(r, credit, stream), number - NEP_FAR_WINDOW + 1);
+    if (number >= window) {
+        rank->wrong += !wait_word(rank, word_of(r, credit, stream), number - window + 1);
     }
-    if (sequence >= NEP_FAR_WINDOW) {
-        rank->wrong += !wait_word(rank, &rank->page.tiles_free[0], sequence - NEP_FAR_WINDOW + 1);
+    if (sequence >= window) {
+        rank->wrong += !wait_word(rank, &rank->page.tiles_free[0], sequence - window + 1);
     }
-    uint8_t *slot = windows[r] + own->send + sequence % NEP_FAR_WINDOW * own->send_tile_bytes;
+    uint8_t *slot = windows[r] + own->send + sequence % window * own->send_tile_bytes;
     struct nep_tile_msg msg = {
         .number = number, .source = r, .kind = (uint32_t)kind, .num_rows = ROWS};
     memcpy(slot, &msg, sizeof msg);
@@ -163,10 +164,9 @@ static void receive(struct rank *rank, uint32_t r, enum nep_kind kind, uint32_t 
 {
     const struct nep_region *there = &rank->plan.regions[at];
     bool is_rows = kind == NEP_KIND_DISPATCH;
-    uint64_t slot = number % NEP_FAR_WINDOW;
+    uint64_t slot = number % window;
     uint64_t words = is_rows ? there->dispatch_word : there->combine_word;
-    rank->wrong +=
-        !wait_word(rank, word_of(at, words, word_row * NEP_FAR_WINDOW + slot), number + 1);
+    rank->wrong += !wait_word(rank, word_of(at, words, word_row * window + slot), number + 1);
     const uint8_t *tile =
         windows[at] + (is_rows ? there->dispatch_landing + slot * there->dispatch_tile_bytes
                                : there->combine_landing + slot * there->combine_tile_bytes);
@@ -213,15 +213,16 @@ static void *run_rank(void *arg)
     return NULL;
 }
 
-static void test_tiles(void **state)
+static void run_tiles(uint32_t slots)
 {
-    (void)state;
+    window = slots;
+    memset(ranks, 0, sizeof ranks);
     shape = (struct nep_shape){.slots_per_rank = 2,
                                .top_k = 2,
                                .max_tokens = 64,
                                .outstanding = 1,
-                               .window = NEP_FAR_WINDOW,
-                               .tile_slots = NEP_FAR_WINDOW,
+                               .window = window,
+                               .tile_slots = window,
                                .row_bytes = 64,
                                .wire_row_bytes = 64,
                                .meta_bytes = nep_far_meta_bytes(2),
@@ -254,6 +255,13 @@ static void test_tiles(void **state)
         free(windows[r]);
     }
     pthread_barrier_destroy(&barrier);
+}
+
+static void test_tiles(void **state)
+{
+    (void)state;
+    run_tiles(nep_far_window(1));
+    run_tiles(nep_far_window(3));
 }
 
 int main(void)

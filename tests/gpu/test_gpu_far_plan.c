@@ -57,7 +57,7 @@ static struct nep_shape draw_shape(uint32_t num_ranks)
         .hidden = 16 * (1 + below(50)),
         .max_tokens = 1 + below(700),
         .alignment = 1 + below(8),
-        .outstanding = 1,
+        .outstanding = 1 + below(8),
         .dtype = NEP_DTYPE_BF16,
         .layout = layouts[below(4)],
     };
@@ -84,7 +84,14 @@ static void check_area(const struct nep_far_plan *far, const struct nep_region *
     assert_true(out->topk_weights + rows * 4 <= out->source_rank);
     assert_true(out->source_rank + rows * 4 <= out->source_token);
     assert_true(out->source_token + rows * 4 <= far->y && far->y % 16 == 0);
-    assert_true(far->y + far->y_rows * far->shape.row_bytes <= far->near_bytes);
+    uint64_t areas = far->shape.window / NEP_FAR_TILES;
+    uint64_t weights = far->shape.layout == NEP_LAYOUT_RANK ? far->shape.weights_bytes : 0;
+    assert_true(areas >= far->shape.outstanding && far->shape.window <= NEP_FAR_MAX_WINDOW);
+    assert_int_equal(far->shape.window & (far->shape.window - 1), 0);
+    assert_true(far->y_rows * far->shape.row_bytes <= far->y_step && far->y_step % 16 == 0);
+    assert_true(far->y + areas * far->y_step <= far->y_weights);
+    assert_true(far->y_rows * weights <= far->y_weights_step);
+    assert_true(far->y_weights + areas * far->y_weights_step <= far->near_bytes);
     assert_true(region->home <= far->words_bytes);
 }
 
@@ -174,10 +181,6 @@ static void test_refusals(void **state)
     struct nep_far_plan far;
     draw_group(&group);
     struct nep_shape shape = draw_shape(group.topology.num_ranks);
-    shape.outstanding = 2;
-    assert_int_equal(nep_far_plan_init(&far, &shape, &group.topology, 0), NEP_ERR_UNSUPPORTED);
-    assert_non_null(strstr(nep_last_message(), "outstanding is 2"));
-    shape.outstanding = 1;
     group.topology.num_ranks = NEP_FAR_MAX_RANKS + 1;
     assert_int_equal(nep_far_plan_init(&far, &shape, &group.topology, 0), NEP_ERR_UNSUPPORTED);
     assert_non_null(strstr(nep_last_message(), "at most 64 on 16"));

@@ -65,6 +65,18 @@ static __device__ __forceinline__ uint32_t nep_far_tiles(const struct nep_far &a
     return (rows + a.tile_rows - 1) / a.tile_rows;
 }
 
+/* The slot of an operation or a tile. */
+static __device__ __forceinline__ uint32_t nep_far_slot(const struct nep_far &a, uint64_t number)
+{
+    return (uint32_t)number & (a.window - 1);
+}
+
+/* Of the slots, half are for operations that may be outstanding. */
+static __device__ __forceinline__ uint32_t nep_far_area(const struct nep_far &a, uint64_t op)
+{
+    return (uint32_t)op & (a.window / NEP_FAR_TILES - 1);
+}
+
 /* As struct nep_bind of dispatch/region.h: where this rank's buffers lie in its `near` window. */
 struct nep_far_bind {
     uint64_t word; /* op + 1 */
@@ -80,7 +92,7 @@ struct nep_far_bind {
 static __device__ __forceinline__ struct nep_far_bind *
 nep_far_bind_at(const struct nep_far &a, uint32_t local, uint64_t offset, uint64_t op)
 {
-    return (struct nep_far_bind *)(a.near[local] + offset) + op % NEP_FAR_WINDOW;
+    return (struct nep_far_bind *)(a.near[local] + offset) + nep_far_slot(a, op);
 }
 
 /* By one thread: this rank's buffers, and the word. Release: pairs with the acquire of a wait for
@@ -107,7 +119,7 @@ static __device__ __forceinline__ uint64_t *nep_far_counts_word(const struct nep
     uint32_t local = a.local_of_rank[landing];
     bool is_near = a.node_of_rank[source] == a.node;
     uint64_t idx =
-        (uint64_t)a.control[landing * a.num_ranks + source] * NEP_FAR_WINDOW + op % NEP_FAR_WINDOW;
+        (uint64_t)a.control[landing * a.num_ranks + source] * a.window + nep_far_slot(a, op);
     return (uint64_t *)((is_near ? a.near : a.words)[local] + a.regions[landing].counts_word) + idx;
 }
 
@@ -117,7 +129,7 @@ nep_far_counts_at(const struct nep_far &a, uint32_t source, uint64_t op)
     uint32_t landing = nep_far_landing(a, source, a.node);
     const struct nep_region &region = a.regions[landing];
     uint64_t idx =
-        (uint64_t)a.control[landing * a.num_ranks + source] * NEP_FAR_WINDOW + op % NEP_FAR_WINDOW;
+        (uint64_t)a.control[landing * a.num_ranks + source] * a.window + nep_far_slot(a, op);
     bool is_near = a.node_of_rank[source] == a.node;
     return (const struct nep_counts_msg *)((is_near ? a.near : a.data)[a.local_of_rank[landing]] +
                                            region.counts + idx * region.counts_bytes);
@@ -274,6 +286,96 @@ static __device__ inline bool nep_near_met(const struct nep_far &a, uint64_t val
                                  nep_far_rank_at(a, g), a.timeout_ns);
     }
     return __syncthreads_and(is_there) != 0;
+}
+
+/* ---- operations in halves ------------------------------------------------------------------- */
+
+/* A stream of tiles within an operation: numbers of its first tile in the stream and in its send
+ * ring, and how many the send half posts or has posted. */
+struct nep_far_stream {
+    uint64_t number;
+    uint64_t sequence;
+    uint32_t sent;
+};
+
+/*
+ * In a send half: of a stream that `planned` tiles of operations begun are in, `first` being the
+ * number of its first tile in the oldest one that is not completed. Credits for what came before
+ * that one come without this rank; streams and rings are in order, so nothing may be left of
+ * operations between.
+ */
+static __device__ __forceinline__ nep_far_stream nep_far_stream_ahead(const struct nep_far &a,
+                                                                      uint64_t planned,
+                                                                      uint64_t first, uint32_t ring)
+{
+    uint32_t taken = (uint32_t)(planned - first);
+    bool may_send = a.state->due[ring] == 0 && taken < a.window;
+    return {planned, a.state->next_send[ring], may_send ? a.window - taken : 0};
+}
+
+/* Later: as the send half left it. */
+static __device__ __forceinline__ nep_far_stream nep_far_stream_left(const struct nep_far &a,
+                                                                     uint64_t op, uint64_t first,
+                                                                     uint32_t ring)
+{
+    uint32_t sent = a.state->ops[nep_far_slot(a, op)].sent[ring];
+    return {first, a.state->next_send[ring] - sent, sent};
+}
+
+/* The oldest operation that is not completed; NULL: the one that begins is. */
+static __device__ __forceinline__ const struct nep_far_op *nep_far_oldest(const struct nep_far &a,
+                                                                          uint64_t op)
+{
+    uint64_t completed = a.state->run.op;
+    return completed == op ? nullptr : &a.state->ops[nep_far_slot(a, completed)];
+}
+
+/* By a block, the last of a send half: tiles(stream) of each stream that uses ring(stream). */
+template <class Tiles, class Ahead>
+static __device__ inline void nep_far_begun(const struct nep_far &a, uint64_t op,
+                                            struct nep_cuda_cell *cell, uint64_t *next,
+                                            uint32_t num, const Tiles &tiles, const Ahead &ahead)
+{
+    struct nep_far_state &state = *a.state;
+    struct nep_far_op &here = state.ops[nep_far_slot(a, op)];
+    for (uint32_t n = threadIdx.x; n < a.num_nodes; n += blockDim.x) {
+        here.first_tile[n] = state.next_tile[n];
+    }
+    for (uint32_t l = threadIdx.x; l < a.num_lanes; l += blockDim.x) {
+        here.first_sums[l] = state.next_sums[l];
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < num; i += blockDim.x) {
+        uint32_t ring = 0;
+        uint32_t all = tiles(i, &ring);
+        if (ring == NEP_SLOT_NONE) {
+            continue;
+        }
+        uint32_t sent = min(all, ahead(i).sent);
+        here.sent[ring] = sent;
+        next[i] += all;
+        state.next_send[ring] += sent;
+        state.due[ring] += all - sent;
+    }
+    if (threadIdx.x == 0) {
+        cell->op = op;
+        state.begun = op + 1;
+    }
+}
+
+/* By one thread, when a stream's tiles of an operation are all posted. */
+static __device__ __forceinline__ void nep_far_stream_end(const struct nep_far &a, bool is_whole,
+                                                          uint64_t op, uint64_t *next,
+                                                          uint32_t ring, uint32_t tiles)
+{
+    uint32_t sent = 0;
+    if (is_whole) {
+        *next += tiles;
+    } else {
+        sent = a.state->ops[nep_far_slot(a, op)].sent[ring];
+        a.state->due[ring] -= tiles - sent;
+    }
+    a.state->next_send[ring] += tiles - sent;
 }
 
 /* Where a lane's copy of the row goes. */

@@ -20,6 +20,9 @@ struct counts_args {
     const uint32_t *counts;
     struct nep_far_output out;
     uint64_t y;
+    uint64_t y_weights;
+    uint64_t y_step;
+    uint64_t weights_step;
     uint64_t digest; /* of the map */
     uint32_t num_tokens;
     uint32_t kind;
@@ -100,6 +103,8 @@ __device__ inline void fill(const counts_args &a, uint32_t node, uint64_t op, ui
         m.num_rows = num_rows;
         m.num_tiles = num_tiles;
         m.bytes = bytes;
+        m.has_weights =
+            !is_dispatch && a.y_weights != NEP_CUDA_NONE ? NEP_WEIGHTS_BACK : NEP_WEIGHTS_HELD;
         *msg = m;
     }
     uint32_t *rows = (uint32_t *)(msg + 1);
@@ -116,7 +121,7 @@ __device__ inline void publish(const counts_args &a, uint64_t op)
 {
     const struct nep_far &far = a.far;
     const struct nep_region &region = far.own;
-    uint64_t slot = op % NEP_FAR_WINDOW;
+    uint64_t slot = nep_far_slot(far, op);
     char *own = far.near[far.local];
     bool is_dispatch = a.kind == NEP_KIND_DISPATCH;
     fill(a, far.node, op, 0, 0, 0,
@@ -129,7 +134,10 @@ __device__ inline void publish(const counts_args &a, uint64_t op)
             nep_far_bind_own(far, region.out_bind, a.out, op);
         } else if (!is_dispatch) {
             struct nep_far_output rows = {};
-            rows.x = a.y;
+            rows.x = a.y + a.y_step * nep_far_area(far, op);
+            rows.topk_weights = a.y_weights != NEP_CUDA_NONE
+                                    ? a.y_weights + a.weights_step * nep_far_area(far, op)
+                                    : NEP_CUDA_NONE;
             nep_far_bind_own(far, region.y_bind, rows, op);
         }
     }
@@ -184,12 +192,12 @@ __device__ inline void send(const counts_args &a, uint32_t dst, uint64_t op, uin
     const struct nep_far &far = a.far;
     const struct nep_region &region = far.own;
     uint32_t control = far.control[far.rank * far.num_ranks + dst];
-    uint64_t idx = (uint64_t)control * NEP_FAR_WINDOW + op % NEP_FAR_WINDOW;
+    uint64_t idx = (uint64_t)control * far.window + nep_far_slot(far, op);
     if (threadIdx.x == 0) {
-        is_free = op < NEP_FAR_WINDOW ||
-                  nep_far_wait_relayed(far, true, &far.page->counts_free[control],
-                                       &far.state->counts_free[control], op - NEP_FAR_WINDOW + 1,
-                                       NEP_FAR_PHASE_SLOT, dst);
+        is_free =
+            op < far.window || nep_far_wait_relayed(far, true, &far.page->counts_free[control],
+                                                    &far.state->counts_free[control],
+                                                    op - far.window + 1, NEP_FAR_PHASE_SLOT, dst);
     }
     __syncthreads();
     if (!is_free) {
@@ -421,6 +429,9 @@ inline counts_args combine_counts(const struct nep_far_combine *c)
     args.routing = *c->far_routing;
     args.counts = c->routing->counts;
     args.y = c->rows;
+    args.y_weights = c->weights;
+    args.y_step = c->rows_step;
+    args.weights_step = c->weights_step;
     args.num_tokens = c->num_tokens;
     args.kind = NEP_KIND_COMBINE;
     return args;

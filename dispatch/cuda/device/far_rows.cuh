@@ -23,6 +23,7 @@ struct dispatch_args {
     const float *weight;
     const uint64_t *totals;    /* [G] */
     struct nep_far_output out; /* of recv */
+    struct nep_cuda_cell *cell;
     uint32_t num_tokens;
     uint32_t units;       /* 16-byte pieces of a dispatched payload */
     uint32_t own_parts;   /* of an own row */
@@ -30,6 +31,7 @@ struct dispatch_args {
     uint32_t pack_blocks; /* of recv: they pack what W slots did not hold */
     bool is_cast;
     bool is_binding;
+    bool is_whole; /* both halves in one launch */
 };
 
 /* What every row asks for, in shared memory. */
@@ -308,38 +310,66 @@ __device__ inline bool may_pack(const dispatch_args &a, const role &r, uint32_t 
 {
     const struct nep_far &far = a.far;
     bool is_first = r.block == 0;
-    if (threadIdx.x == 0 && number >= NEP_FAR_WINDOW) {
+    if (threadIdx.x == 0 && number >= far.window) {
         const uint64_t *credit = nep_far_word(far, far.local, far.own.dispatch_credit, node);
         return nep_far_wait_relayed(far, is_first, credit, &far.state->credit[node],
-                                    number - NEP_FAR_WINDOW + 1, NEP_FAR_PHASE_CREDIT,
+                                    number - far.window + 1, NEP_FAR_PHASE_CREDIT,
                                     nep_far_landing(far, far.rank, node));
     }
-    if (threadIdx.x == 32 && sequence >= NEP_FAR_WINDOW) {
+    if (threadIdx.x == 32 && sequence >= far.window) {
         return nep_far_wait_relayed(far, is_first, &far.page->tiles_free[ring],
-                                    &far.state->slot[ring], sequence - NEP_FAR_WINDOW + 1,
+                                    &far.state->slot[ring], sequence - far.window + 1,
                                     NEP_FAR_PHASE_SLOT, nep_far_landing(far, far.rank, node));
     }
     return true;
 }
 
+/* The stream to a node: in the send half, or a launch that does both. */
+__device__ __forceinline__ nep_far_stream stream_ahead(const dispatch_args &a, uint64_t op,
+                                                       uint32_t node)
+{
+    uint64_t planned = a.far.state->next_tile[node];
+    if (a.is_whole) { /* nothing is outstanding */
+        uint32_t ring = nep_far_skip(a.far.node, node);
+        return {planned, a.far.state->next_send[ring], a.far.window};
+    }
+    const struct nep_far_op *oldest = nep_far_oldest(a.far, op);
+    return nep_far_stream_ahead(a.far, planned,
+                                oldest != nullptr ? oldest->first_tile[node] : planned,
+                                nep_far_skip(a.far.node, node));
+}
+
+/* What a launch that did the send half's work, too, or the send half left. */
+__device__ __forceinline__ nep_far_stream stream_left(const dispatch_args &a, uint64_t op,
+                                                      uint32_t node)
+{
+    if (a.is_whole) {
+        return stream_ahead(a, op, node);
+    }
+    return nep_far_stream_left(a.far, op,
+                               a.far.state->ops[nep_far_slot(a.far, op)].first_tile[node],
+                               nep_far_skip(a.far.node, node));
+}
+
 /* Tile t of the stream to a node; false: gave up. */
 __device__ inline bool pack_tile(const dispatch_args &a, const tables &tab, const role &r,
-                                 uint64_t op, uint32_t node, uint32_t t, uint32_t rows)
+                                 uint64_t op, uint32_t node, const nep_far_stream &stream,
+                                 uint32_t t, uint32_t rows)
 {
     const struct nep_far &far = a.far;
     const struct nep_region &region = far.own;
     uint32_t ring = nep_far_skip(far.node, node);
-    uint64_t number = far.state->next_tile[node] + t;
-    uint64_t sequence = far.state->next_send[ring] + t;
+    uint64_t number = stream.number + t;
+    uint64_t sequence = stream.sequence + t;
     if (__syncthreads_and(may_pack(a, r, node, number, ring, sequence)) == 0) {
         return false;
     }
     uint32_t first = t * far.tile_rows;
     uint32_t num = min(far.tile_rows, rows - first);
     char *slot = far.data[far.local] + region.send +
-                 (ring * NEP_FAR_WINDOW + sequence % NEP_FAR_WINDOW) * region.send_tile_bytes;
+                 (ring * far.window + nep_far_slot(far, sequence)) * region.send_tile_bytes;
     fill_tile(a, tab, r, node, first, num, slot);
-    if (nep_far_is_last(&far.state->packed[ring][number % NEP_FAR_WINDOW], r.num) &&
+    if (nep_far_is_last(&far.state->packed[ring][nep_far_slot(far, number)], r.num) &&
         threadIdx.x == 0) {
         struct nep_tile_msg msg = {};
         msg.op = op;
@@ -357,13 +387,14 @@ __device__ inline bool pack_tile(const dispatch_args &a, const tables &tab, cons
     return true;
 }
 
-/* Rounds [begin, end) of all streams; each node begins with its neighbour. */
+/* All streams in rounds, what slots hold or (is_rest) what that left; each node begins with its
+ * neighbour. */
 __device__ inline bool pack(const dispatch_args &a, const tables &tab, const role &r, uint64_t op,
-                            uint32_t begin, uint32_t end)
+                            bool is_rest)
 {
     const struct nep_far &far = a.far;
     bool is_left = true;
-    for (uint32_t t = begin; is_left && t < end; t++) {
+    for (uint32_t t = 0; is_left; t++) {
         is_left = false;
         for (uint32_t i = 1; i < far.num_nodes; i++) {
             uint32_t node = (far.node + i) % far.num_nodes;
@@ -371,8 +402,12 @@ __device__ inline bool pack(const dispatch_args &a, const tables &tab, const rol
             if (t >= nep_far_tiles(far, rows)) {
                 continue;
             }
-            is_left = true;
-            if (!pack_tile(a, tab, r, op, node, t, rows)) {
+            nep_far_stream stream = is_rest ? stream_left(a, op, node) : stream_ahead(a, op, node);
+            is_left = is_left || is_rest || t < stream.sent;
+            if (is_rest == (t < stream.sent)) {
+                continue;
+            }
+            if (!pack_tile(a, tab, r, op, node, stream, t, rows)) {
                 return false;
             }
         }
@@ -408,7 +443,10 @@ inline dispatch_args make_args(const struct nep_far_dispatch *d)
     args.own_parts = nep_cuda_row_parts(d->geometry, args.num_tokens, args.units, least);
     uint32_t rows = args.num_tokens < far->tile_rows ? args.num_tokens : far->tile_rows;
     args.tile_parts = nep_cuda_row_parts(d->geometry, rows, args.units, 32 * NEP_ROWS_FLIGHT);
-    bool is_long = args.num_tokens > NEP_FAR_WINDOW * far->tile_rows;
+    /* Operations outstanding before may have taken the slots. */
+    uint32_t most = far->window > NEP_FAR_TILES ? far->shape.max_tokens : args.num_tokens;
+    bool is_long = most > NEP_FAR_TILES * far->tile_rows;
+    args.cell = d->routing->cell;
     args.pack_blocks = is_long && d->geometry->blocks > 1 ? d->geometry->blocks / 2 : 0;
     return args;
 }

@@ -19,11 +19,15 @@ struct combine_args {
     struct nep_far_routing routing;
     char *y;
     const char *bias[2];
+    float *weights; /* [T][K]; NULL: they are not wanted here */
+    struct nep_cuda_cell *cell;
     uint32_t num_tokens;
     uint32_t units;
     uint32_t own_parts;
     uint32_t tile_parts;
-    uint32_t reduce_blocks; /* of sum: they do what W slots did not hold */
+    uint32_t reduce_blocks; /* of sum: they do what slots did not hold */
+    bool has_weights;       /* rows come with top-k weights, which are added up like them */
+    bool is_whole;          /* both halves in one launch */
 };
 
 struct role {
@@ -122,7 +126,8 @@ __device__ __forceinline__ void sum_columns(const addend *addends, uint32_t num,
     }
 }
 
-/* Where each local rank's expert outputs lie; by a block. False: gave up. */
+/* Where each local rank's expert outputs lie, and NEP_FAR_MAX_RANKS behind that their weights; by a
+ * block. False: gave up. */
 __device__ inline bool find_rows(const combine_args &a, uint64_t op, const char **base)
 {
     const struct nep_far &far = a.far;
@@ -132,6 +137,14 @@ __device__ inline bool find_rows(const combine_args &a, uint64_t op, const char 
         is_there = nep_near_wait(far, &bind->word, op + 1, NEP_CUDA_PHASE_READY,
                                  nep_far_rank_at(far, g), far.timeout_ns);
         base[g] = is_there ? far.near[g] + bind->x : nullptr;
+        if (a.has_weights && is_there) {
+            base[NEP_FAR_MAX_RANKS + g] = far.near[g] + bind->topk_weights;
+            if (bind->topk_weights == NEP_CUDA_NONE) {
+                nep_far_give_up(far, NEP_CUDA_STATUS(NEP_CUDA_DISAGREE, NEP_CUDA_PHASE_READY,
+                                                     nep_far_rank_at(far, g)));
+                is_there = false;
+            }
+        }
     }
     return __syncthreads_and(is_there) != 0;
 }
@@ -166,17 +179,59 @@ __device__ inline bool may_reduce(const combine_args &a, const role &r, uint32_t
 {
     const struct nep_far &far = a.far;
     bool is_first = r.block == 0;
-    if (threadIdx.x == 0 && number >= NEP_FAR_WINDOW) {
+    if (threadIdx.x == 0 && number >= far.window) {
         const uint64_t *credit = nep_far_word(far, far.local, far.own.combine_credit, lane);
         return nep_far_wait_relayed(far, is_first, credit, &far.state->sums_credit[lane],
-                                    number - NEP_FAR_WINDOW + 1, NEP_FAR_PHASE_CREDIT, source);
+                                    number - far.window + 1, NEP_FAR_PHASE_CREDIT, source);
     }
-    if (threadIdx.x == 32 && sequence >= NEP_FAR_WINDOW) {
+    if (threadIdx.x == 32 && sequence >= far.window) {
         return nep_far_wait_relayed(far, is_first, &far.page->tiles_free[lane],
-                                    &far.state->slot[lane], sequence - NEP_FAR_WINDOW + 1,
+                                    &far.state->slot[lane], sequence - far.window + 1,
                                     NEP_FAR_PHASE_SLOT, source);
     }
     return true;
+}
+
+/*
+ * The weights that came with a token's rows on this node, by a lane per k: in the order of the
+ * terms, from 0, as dispatch/sums.c adds them.
+ */
+__device__ __forceinline__ float add_weights(const combine_args &a, const char *const *base,
+                                             const struct nep_cuda_term *terms, uint32_t num,
+                                             uint32_t lane)
+{
+    float sum = 0;
+    for (uint32_t i = 0; i < num; i++) {
+        struct nep_cuda_term term = terms[i];
+        const float *row = (const float *)base[NEP_FAR_MAX_RANKS + term.rank] +
+                           (uint64_t)term.pos * a.far.shape.top_k;
+        sum = __fadd_rn(sum, *(const volatile float *)(row + lane));
+    }
+    return sum;
+}
+
+/* Where the weights behind a tile's rows lie. */
+__device__ __forceinline__ float *tile_weights(const struct nep_far &far, char *tile,
+                                               uint32_t num_rows, uint32_t row)
+{
+    return (float *)(tile + sizeof(struct nep_tile_msg) + (uint64_t)num_rows * far.row_bytes) +
+           (uint64_t)row * far.shape.top_k;
+}
+
+/* In a loop of their own: the one over rows has no registers to spare. */
+static __device__ __noinline__ void add_tile_weights(const combine_args &a, const role &r,
+                                                     const char *const *base, uint64_t first,
+                                                     uint32_t num, char *slot)
+{
+    uint32_t lane = threadIdx.x % 32;
+    uint32_t top_k = a.far.shape.top_k;
+    uint32_t stride = r.num * (THREADS / 32);
+    for (uint32_t i = threadIdx.x / 32 * r.num + r.block; lane < top_k && i < num; i += stride) {
+        uint64_t row = first + i;
+        float sum =
+            add_weights(a, base, a.routing.far_terms + row * top_k, a.routing.far_num[row], lane);
+        tile_weights(a.far, slot, num, i)[lane] = __fadd_rn(0.0f, sum);
+    }
 }
 
 template <class T>
@@ -197,26 +252,54 @@ __device__ inline void sum_tile(const combine_args &a, const role &r, const char
                            (uint64_t)(i / a.tile_parts) * a.far.row_bytes,
                        part_at(a, part, a.tile_parts), part_at(a, part + 1, a.tile_parts));
     }
+    if (a.has_weights) {
+        add_tile_weights(a, r, base, first, num, slot);
+    }
+}
+
+/* The stream to a lane source: in the send half, or a launch that does both. */
+__device__ __forceinline__ nep_far_stream stream_ahead(const combine_args &a, uint64_t op,
+                                                       uint32_t lane)
+{
+    uint64_t planned = a.far.state->next_sums[lane];
+    if (a.is_whole) { /* nothing is outstanding */
+        return {planned, a.far.state->next_send[lane], a.far.window};
+    }
+    const struct nep_far_op *oldest = nep_far_oldest(a.far, op);
+    return nep_far_stream_ahead(a.far, planned,
+                                oldest != nullptr ? oldest->first_sums[lane] : planned, lane);
+}
+
+/* What a launch that did the send half's work, too, or the send half left. */
+__device__ __forceinline__ nep_far_stream stream_left(const combine_args &a, uint64_t op,
+                                                      uint32_t lane)
+{
+    if (a.is_whole) {
+        return stream_ahead(a, op, lane);
+    }
+    return nep_far_stream_left(a.far, op,
+                               a.far.state->ops[nep_far_slot(a.far, op)].first_sums[lane], lane);
 }
 
 template <class T>
 __device__ inline bool reduce_tile(const combine_args &a, const role &r, const char *const *base,
-                                   addend *addends, uint64_t op, uint32_t lane, uint32_t t)
+                                   addend *addends, uint64_t op, uint32_t lane,
+                                   const nep_far_stream &stream, uint32_t t)
 {
     const struct nep_far &far = a.far;
     const struct nep_region &region = far.own;
     uint32_t source = far.lane_source[lane];
-    uint64_t number = far.state->next_sums[lane] + t;
-    uint64_t sequence = far.state->next_send[lane] + t;
+    uint64_t number = stream.number + t;
+    uint64_t sequence = stream.sequence + t;
     if (__syncthreads_and(may_reduce(a, r, lane, source, number, sequence)) == 0) {
         return false;
     }
     uint32_t first = t * far.tile_rows;
     uint32_t num = min(far.tile_rows, a.routing.in[source].rows - first);
     char *slot = far.data[far.local] + region.send +
-                 (lane * NEP_FAR_WINDOW + sequence % NEP_FAR_WINDOW) * region.send_tile_bytes;
+                 (lane * far.window + nep_far_slot(far, sequence)) * region.send_tile_bytes;
     sum_tile<T>(a, r, base, addends, (uint64_t)lane * far.shape.max_tokens + first, num, slot);
-    if (nep_far_is_last(&far.state->packed[lane][number % NEP_FAR_WINDOW], r.num) &&
+    if (nep_far_is_last(&far.state->packed[lane][nep_far_slot(far, number)], r.num) &&
         threadIdx.x == 0) {
         struct nep_tile_msg msg = {};
         msg.op = op;
@@ -226,30 +309,34 @@ __device__ inline bool reduce_tile(const combine_args &a, const role &r, const c
         msg.first_row = first;
         msg.num_rows = num;
         *(struct nep_tile_msg *)slot = msg;
+        uint32_t rows = num | (a.has_weights ? NEP_FAR_HAS_WEIGHTS : 0);
         bool is_posted =
-            nep_far_post(far, nep_ring_command(NEP_KIND_COMBINE, lane, num, op, number));
+            nep_far_post(far, nep_ring_command(NEP_KIND_COMBINE, lane, rows, op, number));
         nep_far_stamp(far, NEP_FAR_AT_REDUCED);
         return is_posted;
     }
     return true;
 }
 
-/* The first W tiles of all lanes, in rounds: they wait for earlier operations alone. */
+/* The tiles of all lanes that slots hold, in rounds: they wait for operations that this rank has
+ * completed alone. */
 template <class T>
 __device__ inline bool reduce_first(const combine_args &a, const role &r, const char *const *base,
                                     addend *addends, uint64_t op)
 {
     const struct nep_far &far = a.far;
     bool is_left = true;
-    for (uint32_t t = 0; is_left && t < NEP_FAR_WINDOW; t++) {
+    for (uint32_t t = 0; is_left; t++) {
         is_left = false;
         for (uint32_t i = 0; i < far.num_lanes; i++) {
             uint32_t lane = (far.rank + i) % far.num_lanes;
-            if (t >= nep_far_tiles(far, a.routing.in[far.lane_source[lane]].rows)) {
+            nep_far_stream stream = stream_ahead(a, op, lane);
+            if (t >= stream.sent ||
+                t >= nep_far_tiles(far, a.routing.in[far.lane_source[lane]].rows)) {
                 continue;
             }
             is_left = true;
-            if (!reduce_tile<T>(a, r, base, addends, op, lane, t)) {
+            if (!reduce_tile<T>(a, r, base, addends, op, lane, stream, t)) {
                 return false;
             }
         }
@@ -262,15 +349,16 @@ __device__ inline bool reduce_first(const combine_args &a, const role &r, const 
  * another: one thread chooses any lane whose credit and slot are there and writes it into the
  * schedule, which all blocks of the role follow.
  */
-__device__ inline bool is_ready(const combine_args &a, uint32_t lane, uint32_t t)
+__device__ inline bool is_ready(const combine_args &a, uint64_t op, uint32_t lane, uint32_t t)
 {
     const struct nep_far &far = a.far;
-    uint64_t number = far.state->next_sums[lane] + t;
-    uint64_t sequence = far.state->next_send[lane] + t;
+    nep_far_stream stream = stream_left(a, op, lane);
+    uint64_t number = stream.number + t;
+    uint64_t sequence = stream.sequence + t;
     const uint64_t *credit = nep_far_word(far, far.local, far.own.combine_credit, lane);
     /* Acquire: pairs with raise() of the sink, and with the proxy's page. */
-    return nep_ring_load(credit) + NEP_FAR_WINDOW > number &&
-           nep_ring_load(&far.page->tiles_free[lane]) + NEP_FAR_WINDOW > sequence;
+    return nep_ring_load(credit) + far.window > number &&
+           nep_ring_load(&far.page->tiles_free[lane]) + far.window > sequence;
 }
 
 __device__ __forceinline__ uint32_t tiles_of(const combine_args &a, uint32_t lane)
@@ -291,7 +379,7 @@ __device__ inline bool choose(const combine_args &a, uint64_t op, uint32_t entry
                 continue;
             }
             waits = lane;
-            if (is_ready(a, lane, next[lane])) {
+            if (is_ready(a, op, lane, next[lane])) {
                 uint64_t value = (op + 1) << 32 | lane << 20 | next[lane]++;
                 nep_ring_store(&a.routing.schedule[entry], value);
                 return true;
@@ -322,8 +410,9 @@ __device__ inline bool reduce_rest(const combine_args &a, const role &r, const c
     uint32_t entries = 0;
     for (uint32_t l = 0; l < far.num_lanes; l++) {
         uint32_t tiles = tiles_of(a, l);
-        entries += tiles > NEP_FAR_WINDOW ? tiles - NEP_FAR_WINDOW : 0;
-        next[l] = NEP_FAR_WINDOW; /* the same by every thread */
+        uint32_t sent = stream_left(a, op, l).sent;
+        entries += tiles > sent ? tiles - sent : 0;
+        next[l] = sent; /* the same by every thread */
     }
     __syncthreads();
     for (uint32_t e = 0; e < entries; e++) {
@@ -334,8 +423,11 @@ __device__ inline bool reduce_rest(const combine_args &a, const role &r, const c
                                      NEP_FAR_PHASE_CREDIT, far.rank, 2 * far.timeout_ns);
             chosen = is_there ? nep_ring_load(&a.routing.schedule[e]) : 0;
         }
-        if (__syncthreads_and(is_there) == 0 ||
-            !reduce_tile<T>(a, r, base, addends, op, (uint32_t)(chosen >> 20) & 4095,
+        if (__syncthreads_and(is_there) == 0) {
+            return false;
+        }
+        uint32_t lane = (uint32_t)(chosen >> 20) & 4095;
+        if (!reduce_tile<T>(a, r, base, addends, op, lane, stream_left(a, op, lane),
                             (uint32_t)chosen & 0xfffff)) {
             return false;
         }
@@ -358,12 +450,12 @@ inline enum nep_status fill(const struct nep_far_combine *c, combine_args *args_
                         far->row_bytes, (unsigned long long)c->rows, c->y);
     }
     /* A source may have max_tokens, whatever this rank has. */
-    bool is_long = far->shape.max_tokens > NEP_FAR_WINDOW * far->tile_rows;
+    bool is_long = far->shape.max_tokens > NEP_FAR_TILES * far->tile_rows;
     if (is_long && geometry->blocks < 2) {
         return nep_fail(NEP_ERR_INVALID,
                         "combine: %u tokens are more than %u tiles of %u, which needs two SMs at "
                         "least: some reduce while others sum",
-                        far->shape.max_tokens, NEP_FAR_WINDOW, far->tile_rows);
+                        far->shape.max_tokens, NEP_FAR_TILES, far->tile_rows);
     }
     combine_args args = {};
     args.far = *far;
@@ -371,6 +463,9 @@ inline enum nep_status fill(const struct nep_far_combine *c, combine_args *args_
     args.y = (char *)c->y;
     args.bias[0] = (const char *)c->bias[0];
     args.bias[1] = (const char *)c->bias[1];
+    args.weights = c->topk_weights;
+    args.has_weights = c->weights != NEP_CUDA_NONE;
+    args.cell = c->routing->cell;
     args.num_tokens = c->num_tokens;
     args.units = far->row_bytes / 16;
     uint32_t chunk = c->num_tokens < far->tile_rows ? c->num_tokens : far->tile_rows;

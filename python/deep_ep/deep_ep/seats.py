@@ -23,6 +23,7 @@ from .rows import RowPool
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 FP8 = getattr(torch, "float8_e4m3fn", torch.uint8)  # a torch without the type: its bytes
+OUTSTANDING = 2  # operations between send and complete at once, in low-latency mode
 LEAST_TOKENS = 1024  # of an ep in normal mode that may grow
 
 # (dtype, hidden, (row bytes, scale bytes) of an opaque payload or None)
@@ -95,7 +96,7 @@ class Seats:
         # Weights that come with a combine stay at home where the whole sum is made there.
         self.weighs_late = comm.topology.num_nodes == 1
         # Executors whose combine brings top-k weights back beside the rows.
-        self.returns_weights = {"host", "cuda"} if comm.topology.num_nodes == 1 else {"host"}
+        self.returns_weights = {"host", "cuda"}
 
     def sms(self, executor: str) -> Dict[str, int]:
         """What Buffer.set_num_sms asked for; nearep's own choice until it is called."""
@@ -175,10 +176,6 @@ class Seats:
 
     # ---- low latency --------------------------------------------------------------------------
 
-    def outstanding(self, executor: str) -> int:
-        """Operations between send and complete at once: over several nodes kernels do one after the other."""
-        return 2 if executor == "host" or self.comm.topology.num_nodes == 1 else 1
-
     def low_latency(self, shape: Shape, top_k: int, wire: Tuple[str, Optional[str]], executor: str) -> Seat:
         """wire: (type, scale): of bf16 and fp8 rows, made on the way, or of nvfp4 rows as they are given."""
         key = ("low latency", shape, top_k, wire, executor)
@@ -196,12 +193,12 @@ class Seats:
                 kind = "opaque"
                 extra.update(row_bytes=hidden // 2, scale_bytes=hidden // 16)
             ep = self.comm.ep(num_experts=experts, top_k=top_k, hidden=hidden, max_tokens=tokens,
-                              layout="front", wire=kind, scale=scale, outstanding=self.outstanding(executor),
+                              layout="front", wire=kind, scale=scale, outstanding=OUTSTANDING,
                               map=self.placement,
                               pool_bytes=2 * (rows * row + self.slots(experts) * hidden // 8 + 16384) + back + 16384,
                               executor=executor, scale_order=int(columns), **self.sms(executor), **extra)
             seat = self._seats[key] = Seat(ep, experts)
-            seat.most_open = self.outstanding(executor)
+            seat.most_open = OUTSTANDING
             seat.rows = rows
             seat.columns = columns
             seat.landing = [self._landing(ep, rows, columns) for _ in range(2)]
@@ -225,7 +222,7 @@ class Seats:
             tokens, hidden, experts = shape
             rows = self.slots(experts) * self.comm.num_ranks * tokens
             ep = self.comm.ep(num_experts=experts, top_k=top_k, hidden=hidden, max_tokens=tokens,
-                              layout="front", wire="opaque", row_bytes=16, outstanding=self.outstanding(executor),
+                              layout="front", wire="opaque", row_bytes=16, outstanding=OUTSTANDING,
                               map=self.placement, executor=executor, **self.sms(executor),
                               pool_bytes=2 * (rows * 2 * hidden + 8192) + rows * 16 + 8192)
             seat = self._seats[key] = Seat(ep, experts)
