@@ -132,6 +132,7 @@ struct nep_far {
     uint32_t meta_bytes;
     uint32_t row_bytes; /* of combine */
     uint32_t window;    /* W = V, slots of COUNTS and of each stream; nep_far_window */
+    uint32_t tiles;     /* NEP_FAR_TILES; others for a measurement */
     uint32_t num_lanes;
     uint32_t num_controls;
     struct nep_cuda_shape shape;

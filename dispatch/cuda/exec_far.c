@@ -201,6 +201,7 @@ static void fill_numbers(struct nep_ep *ep)
         .meta_bytes = here->plan.shape.meta_bytes,
         .row_bytes = ep->shape.row_bytes,
         .window = here->plan.shape.window,
+        .tiles = NEP_FAR_TILES,
         .num_lanes = region->num_lanes,
         .num_controls = region->num_controls,
         .shape = ep->device->shape,

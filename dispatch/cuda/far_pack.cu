@@ -24,6 +24,7 @@ __device__ void end_send(const dispatch_args &a, uint64_t op)
         [&](uint32_t node) { return stream_ahead(a, op, node); });
 }
 
+template <bool kScales>
 __global__ void __launch_bounds__(THREADS, 1) pack_kernel(const __grid_constant__ dispatch_args a)
 {
     if (nep_ld_relaxed_gpu(&a.far.state->run.status) != 0) {
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(THREADS, 1) pack_kernel(const __grid_constant_
     load_tables(a.far, tab);
     __syncthreads();
     uint64_t op = nep_ld_relaxed_gpu(&a.far.state->begun);
-    if (pack(a, tab, r, op, false) && nep_far_is_last(&a.far.state->arrived, gridDim.x)) {
+    if (pack<kScales>(a, tab, r, op, false) && nep_far_is_last(&a.far.state->arrived, gridDim.x)) {
         end_send(a, op);
     }
 }
@@ -46,7 +47,9 @@ __global__ void __launch_bounds__(THREADS, 1) pack_kernel(const __grid_constant_
 
 enum nep_status nep_cuda_load_far_pack(void)
 {
-    return nep_cuda_load_kernel((const void *)pack_kernel, "far pack");
+    enum nep_status status = nep_cuda_load_kernel((const void *)pack_kernel<true>, "far pack");
+    return status == NEP_OK ? nep_cuda_load_kernel((const void *)pack_kernel<false>, "far pack")
+                            : status;
 }
 
 enum nep_status nep_cuda_far_check(const struct nep_far_dispatch *d)
@@ -61,11 +64,11 @@ enum nep_status nep_cuda_far_check(const struct nep_far_dispatch *d)
                         far->shape.wire.payload_bytes, d->in->x, far->num_ranks, NEP_FAR_MAX_RANKS,
                         far->num_nodes, NEP_FAR_MAX_NODES);
     }
-    if (d->in->num_tokens > NEP_FAR_TILES * far->tile_rows && d->geometry->blocks < 2) {
+    if (d->in->num_tokens > far->tiles * far->tile_rows && d->geometry->blocks < 2) {
         return nep_fail(NEP_ERR_INVALID,
                         "far pack: %u tokens are more than %u tiles of %u, which needs two SMs at "
                         "least: some pack while others receive",
-                        d->in->num_tokens, NEP_FAR_TILES, far->tile_rows);
+                        d->in->num_tokens, far->tiles, far->tile_rows);
     }
     return NEP_OK;
 }
@@ -78,6 +81,7 @@ extern "C" enum nep_status nep_cuda_far_pack(const struct nep_far_dispatch *d,
         return status;
     }
     dispatch_args args = make_args(d);
-    pack_kernel<<<d->geometry->blocks, THREADS, d->geometry->shared_bytes, stream>>>(args);
+    auto kernel = has_scales(args) ? pack_kernel<true> : pack_kernel<false>;
+    kernel<<<d->geometry->blocks, THREADS, d->geometry->shared_bytes, stream>>>(args);
     return nep_cuda_check(cudaGetLastError(), "launch of far pack");
 }

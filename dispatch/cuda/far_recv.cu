@@ -14,6 +14,7 @@ using namespace far_rows;
 namespace
 {
 
+template <bool kScales>
 __device__ void push_home(const dispatch_args &a, const tables &t, const role &r)
 {
     const struct nep_far &far = a.far;
@@ -42,7 +43,7 @@ __device__ void push_home(const dispatch_args &a, const tables &t, const role &r
             store_beside(a, t, p, place, far.rank, token);
         }
         if (__any_sync(0xffffffffu, place.has_row)) {
-            move_input(a, t, token, place, {p.g, p.pos, nullptr}, part, a.own_parts);
+            move_input<kScales>(a, t, token, place, {p.g, p.pos, nullptr}, part, a.own_parts);
         }
     }
 }
@@ -55,6 +56,7 @@ struct tiles {
 };
 
 /* This rank's copy of a row that landed; the landing rank also writes down what combine adds up. */
+template <bool kScales>
 __device__ void pull_row(const dispatch_args &a, const tables &t, uint32_t source,
                          uint32_t first_row, uint32_t row, uint32_t num, uint32_t part,
                          const char *tile)
@@ -89,7 +91,7 @@ __device__ void pull_row(const dispatch_args &a, const tables &t, uint32_t sourc
     const char *from = tile + nep_far_payload(far, num) + (uint64_t)row * wire.row_bytes;
     nep_copy_row(from, place.row, rows, nullptr, part_begin(a, part, a.tile_parts),
                  part_begin(a, part + 1, a.tile_parts));
-    if (part == 0 && wire.scale_bytes != 0) {
+    if (kScales && part == 0 && wire.scale_bytes != 0) {
         copy_scales(a, t, from + wire.payload_bytes, {p.g, p.pos, nullptr}, rows);
     }
 }
@@ -186,6 +188,7 @@ __device__ void release_round(const dispatch_args &a, const tiles &round, uint32
 
 /* All rounds. Where nobody packs meanwhile, the last one is left to finish(): blocks then arrive
  * once in place of twice. False: gave up. */
+template <bool kScales>
 __device__ bool read_all(const dispatch_args &a, const tables &tab, const role &r, uint64_t op,
                          uint32_t rounds, tiles &round)
 {
@@ -203,8 +206,8 @@ __device__ bool read_all(const dispatch_args &a, const tables &tab, const role &
             while (row >= round.begin[source + 1]) {
                 source++;
             }
-            pull_row(a, tab, source, t * far.tile_rows, row - round.begin[source],
-                     round.rows[source], i % a.tile_parts, round.tile[source]);
+            pull_row<kScales>(a, tab, source, t * far.tile_rows, row - round.begin[source],
+                              round.rows[source], i % a.tile_parts, round.tile[source]);
         }
         if (t + 1 == rounds && a.pack_blocks == 0) {
             break;
@@ -245,7 +248,7 @@ __device__ void finish(const dispatch_args &a, uint64_t op, uint32_t rounds, con
 }
 
 /* By all blocks, when positions are known. tab: load_tables. */
-__device__ void receive(const dispatch_args &a, tables &tab, uint64_t op)
+template <bool kScales> __device__ void receive(const dispatch_args &a, tables &tab, uint64_t op)
 {
     const struct nep_far &far = a.far;
     if (a.is_binding && blockIdx.x == 0 && threadIdx.x == 0) {
@@ -263,14 +266,14 @@ __device__ void receive(const dispatch_args &a, tables &tab, uint64_t op)
     uint32_t rounds = count_rounds(a);
     if (blockIdx.x < a.pack_blocks) {
         role r = {blockIdx.x, a.pack_blocks};
-        is_done = pack(a, tab, r, op, true);
+        is_done = pack<kScales>(a, tab, r, op, true);
     } else {
         role r = {blockIdx.x - a.pack_blocks, gridDim.x - a.pack_blocks};
-        push_home(a, tab, r);
+        push_home<kScales>(a, tab, r);
         if (r.block == 0 && threadIdx.x == 0) {
             nep_far_stamp(far, NEP_FAR_AT_PUSHED);
         }
-        is_done = read_all(a, tab, r, op, rounds, round);
+        is_done = read_all<kScales>(a, tab, r, op, rounds, round);
         if (r.block == 0 && threadIdx.x == 0) {
             nep_far_stamp(far, NEP_FAR_AT_READ);
         }
@@ -283,6 +286,7 @@ __device__ void receive(const dispatch_args &a, tables &tab, uint64_t op)
     }
 }
 
+template <bool kScales>
 __global__ void __launch_bounds__(THREADS, 1) recv_kernel(const __grid_constant__ dispatch_args a)
 {
     __shared__ tables tab;
@@ -290,7 +294,7 @@ __global__ void __launch_bounds__(THREADS, 1) recv_kernel(const __grid_constant_
         return;
     }
     load_tables(a.far, tab);
-    receive(a, tab, nep_ld_relaxed_gpu(&a.far.state->run.op));
+    receive<kScales>(a, tab, nep_ld_relaxed_gpu(&a.far.state->run.op));
 }
 
 struct whole_args {
@@ -359,6 +363,7 @@ __device__ __forceinline__ role find_packer(const struct nep_far &far, uint32_t 
  * works out positions while the others pack. Launches of their own for that took as long as the
  * hand-overs to the fabric; one block for all of it took longer still.
  */
+template <bool kScales>
 __global__ void __launch_bounds__(THREADS, 1) whole_kernel(const __grid_constant__ whole_args a)
 {
     extern __shared__ uint32_t totals[];
@@ -393,22 +398,27 @@ __global__ void __launch_bounds__(THREADS, 1) whole_kernel(const __grid_constant
         }
         far_counts::count_local(a.counts);
     } else {
-        bool is_packed =
-            packer.num == 0 || (wait_listed(far, op) && pack(a.rows, tab, packer, op, false));
+        bool is_packed = packer.num == 0 ||
+                         (wait_listed(far, op) && pack<kScales>(a.rows, tab, packer, op, false));
         if (!is_packed || !wait_placed(far, op)) {
             return;
         }
     }
-    receive(a.rows, tab, op);
+    receive<kScales>(a.rows, tab, op);
 }
 
 } // namespace
 
 enum nep_status nep_cuda_load_far_recv(void)
 {
-    enum nep_status status = nep_cuda_load_kernel((const void *)whole_kernel, "far dispatch");
-    return status == NEP_OK ? nep_cuda_load_kernel((const void *)recv_kernel, "far receive")
-                            : status;
+    const void *const kernels[] = {
+        (const void *)whole_kernel<true>, (const void *)whole_kernel<false>,
+        (const void *)recv_kernel<true>, (const void *)recv_kernel<false>};
+    enum nep_status status = NEP_OK;
+    for (int i = 0; status == NEP_OK && i < 4; i++) {
+        status = nep_cuda_load_kernel(kernels[i], i < 2 ? "far dispatch" : "far receive");
+    }
+    return status;
 }
 
 /* Refuses rows that are not aligned; the rest is pack's to refuse. */
@@ -432,7 +442,8 @@ extern "C" enum nep_status nep_cuda_far_recv(const struct nep_far_dispatch *d, u
         return status;
     }
     args.is_binding = (flags & NEP_FAR_BINDS) != 0;
-    recv_kernel<<<d->geometry->blocks, THREADS, d->geometry->shared_bytes, stream>>>(args);
+    auto kernel = has_scales(args) ? recv_kernel<true> : recv_kernel<false>;
+    kernel<<<d->geometry->blocks, THREADS, d->geometry->shared_bytes, stream>>>(args);
     return nep_cuda_check(cudaGetLastError(), "launch of far receive");
 }
 
@@ -450,7 +461,8 @@ extern "C" enum nep_status nep_cuda_far_dispatch(const struct nep_far_dispatch *
     args.rows.is_whole = true;
     args.counts = far_counts::dispatch_counts(d, NEP_FAR_BINDS);
     args.place = far_counts::place_args_of(d);
-    whole_kernel<<<d->geometry->blocks, THREADS, far_counts::place_bytes(d->far, d->geometry),
-                   stream>>>(args);
+    auto kernel = has_scales(args.rows) ? whole_kernel<true> : whole_kernel<false>;
+    kernel<<<d->geometry->blocks, THREADS, far_counts::place_bytes(d->far, d->geometry), stream>>>(
+        args);
     return nep_cuda_check(cudaGetLastError(), "launch of far dispatch");
 }

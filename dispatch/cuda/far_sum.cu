@@ -54,8 +54,8 @@ __device__ __forceinline__ char *sums_tile(const combine_args &a, uint32_t node,
 }
 
 /* By one thread: the tiles of a node that hold its rows of tokens [begin, end). */
-__device__ bool wait_sums(const combine_args &a, const role &r, uint64_t op, uint32_t node,
-                          uint32_t begin, uint32_t end)
+__device__ __noinline__ bool wait_sums(const combine_args &a, const role &r, uint64_t op,
+                                       uint32_t node, uint32_t begin, uint32_t end)
 {
     const struct nep_far &far = a.far;
     uint32_t first = rows_before(a, node, begin);
@@ -189,11 +189,8 @@ __device__ bool sum_chunk(const combine_args &a, const role &r, const char *cons
         __syncwarp();
         uint32_t addend_end = take_token(a, base, token, addends);
         __syncwarp();
-        uint64_t at = (uint64_t)token * far.row_bytes;
-        const char *const bias[2] = {a.bias[0] != nullptr ? a.bias[0] + at : nullptr,
-                                     a.bias[1] != nullptr ? a.bias[1] + at : nullptr};
-        sum_columns<T>(addends, addend_end, a.y + at, part_at(a, part, a.own_parts),
-                       part_at(a, part + 1, a.own_parts), bias);
+        sum_columns<T, true>(a, addends, addend_end, a.y + (uint64_t)token * far.row_bytes,
+                             part_at(a, part, a.own_parts), part_at(a, part + 1, a.own_parts));
     }
     if (a.weights != nullptr) {
         add_token_weights(a, r, base, begin, end);
@@ -208,7 +205,7 @@ __device__ bool sum_chunk(const combine_args &a, const role &r, const char *cons
 }
 
 /* By a block: R1, COUNTS of all ranks. Long before the end: words across PCIe take their time. */
-__device__ bool hear_all(const combine_args &a, uint64_t op)
+__device__ __noinline__ bool hear_all(const combine_args &a, uint64_t op)
 {
     const struct nep_far &far = a.far;
     bool is_there = true;
@@ -229,7 +226,7 @@ __device__ bool hear_all(const combine_args &a, uint64_t op)
 }
 
 /* By the last block, when R1 holds: the node's end of reading, then the end of the operation. */
-__device__ void finish(const combine_args &a, uint64_t op)
+__device__ __noinline__ void finish(const combine_args &a, uint64_t op)
 {
     const struct nep_far &far = a.far;
     if (threadIdx.x == 0) {
@@ -299,7 +296,7 @@ __global__ void __launch_bounds__(THREADS, 1) sum_kernel(const __grid_constant__
 
 /* By one block: one look across PCIe at every credit, and at what is complete of tiles and COUNTS,
  * before it is asked for. */
-__device__ void look_ahead(const struct nep_far &far)
+__device__ __noinline__ void look_ahead(const struct nep_far &far)
 {
     /* Acquire: pairs with raise() of the sink, and with the proxy's page; handed on here. */
     for (uint32_t l = threadIdx.x; l < far.num_lanes; l += blockDim.x) {

@@ -371,7 +371,7 @@ __global__ void __launch_bounds__(PUSH_THREADS, 1)
     uint64_t op = 0;
     prefetch_ids(args.layout);
     bool is_begun = nep_begin_next(a.group, &op);
-    fill_slots(args.layout, tables, op);
+    is_begun = fill_slots(args.layout, tables, op) && is_begun;
     if (!__syncthreads_and(is_begun)) {
         return;
     }

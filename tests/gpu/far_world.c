@@ -69,6 +69,12 @@ double far_max(struct far_rank *r, double value)
 
 /* ---- shapes and places ---------------------------------------------------------------------- */
 
+/* One operation is outstanding, so all slots are for it. */
+static uint32_t tiles_of(const struct far_shape *s)
+{
+    return s->tiles != 0 ? s->tiles : NEP_FAR_TILES;
+}
+
 static void make_plan(struct far_rank *r)
 {
     const struct far_world *w = r->world;
@@ -92,8 +98,8 @@ static void make_plan(struct far_rank *r)
         .max_tokens = s->max_tokens,
         .alignment = s->alignment > 1 ? s->alignment : 1,
         .outstanding = 1,
-        .window = nep_far_window(1),
-        .tile_slots = nep_far_window(1),
+        .window = tiles_of(s),
+        .tile_slots = tiles_of(s),
         .num_layers = 1,
         .dtype = s->dtype,
         .wire = s->wire,
@@ -218,6 +224,7 @@ static void make_far(struct far_rank *r)
         .meta_bytes = r->shape.meta_bytes,
         .row_bytes = r->shape.row_bytes,
         .window = r->shape.window,
+        .tiles = tiles_of(s),
         .dtype = s->dtype,
         .timeout_ns = s->timeout_ns,
     };

@@ -27,6 +27,7 @@ struct far_shape {
     uint32_t hidden;
     uint32_t max_tokens;
     uint32_t tile_rows;
+    uint32_t tiles; /* of a stream that always find slots, a power of two; 0: NEP_FAR_TILES */
     uint32_t alignment;
     uint32_t num_sms;
     enum nep_layout layout;

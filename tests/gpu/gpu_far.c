@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * usage: gpu_far random SEED COUNT | lockstep SEED COUNT | faults | perf NODES RANKS SMS TOKENS
- * bf16|fp8 [staged] Two hops on one GPU: emulated nodes (far_world.h). random: every element of
- * dispatch and combine over random shapes, groups of unlike nodes, few and many tiles, a NIC that
- * reorders, staging through pinned memory, graphs. lockstep: the same in small, launch by launch, a
- * rank a node, for sanitizers, which may not run two kernels at once. faults: a stopped proxy and a
- * lost rank, named within the deadline on every rank that waits. perf: times in a graph that is
- * replayed.
+ * bf16|fp8 [staged | TILES] Two hops on one GPU: emulated nodes (far_world.h). random: every
+ * element of dispatch and combine over random shapes, groups of unlike nodes, few and many tiles, a
+ * NIC that reorders, staging through pinned memory, graphs. lockstep: the same in small, launch by
+ * launch, a rank a node, for sanitizers, which may not run two kernels at once. faults: a stopped
+ * proxy and a lost rank, named within the deadline on every rank that waits. perf: times in a graph
+ * that is replayed; TILES: into so many an operation's rows for a node are cut, a power of two.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -91,6 +91,7 @@ static struct far_shape random_shape(uint64_t key)
     s.nic_seed = nep_ref_rng_below(&rng, 2);
     s.is_graph = nep_ref_rng_below(&rng, 2);
     s.is_whole = nep_ref_rng_below(&rng, 2);
+    s.tiles = nep_ref_rng_below(&rng, 3) == 0 ? 4 : 0;
     return s;
 }
 
@@ -333,22 +334,30 @@ static void measure(struct far_rank *r)
 
 static int perf(char **argv, int argc)
 {
+    uint32_t tokens = (uint32_t)atoi(argv[5]);
+    uint32_t tiles = argc == 8 ? (uint32_t)atoi(argv[7]) : 0; /* staged: none */
     struct far_shape s = {
         .key = 3,
         .num_nodes = (uint32_t)atoi(argv[2]),
         .top_k = 8,
         .hidden = 7168,
-        .max_tokens = (uint32_t)atoi(argv[5]),
-        .tile_rows = nep_far_tile_rows((uint32_t)atoi(argv[5])),
+        .max_tokens = tokens,
+        .tile_rows = tiles != 0 ? (tokens + tiles - 1) / tiles : nep_far_tile_rows(tokens),
+        .tiles = tiles,
         .is_whole = true,
         .num_sms = (uint32_t)atoi(argv[4]),
         .layout = NEP_LAYOUT_RANK,
         .dtype = NEP_DTYPE_BF16,
         .wire = strcmp(argv[6], "fp8") == 0 ? NEP_DTYPE_FP8_E4M3 : NEP_DTYPE_BF16,
-        .is_staged = argc == 8,
+        .is_staged = argc == 8 && tiles == 0,
         .is_full = true,
         .timeout_ns = 2 * NEP_S,
     };
+    if (tiles > NEP_FAR_MAX_WINDOW || (tiles & (tiles - 1)) != 0 || s.tile_rows > 256) {
+        fprintf(stderr, "gpu_far: TILES is a power of two, at most %d, of at most 256 rows\n",
+                NEP_FAR_MAX_WINDOW);
+        return 2;
+    }
     for (uint32_t n = 0; n < s.num_nodes; n++) {
         s.node_ranks[n] = (uint32_t)atoi(argv[3]);
     }
@@ -376,6 +385,6 @@ int main(int argc, char **argv)
         return perf(argv, argc);
     }
     fprintf(stderr, "usage: gpu_far random SEED COUNT | lockstep SEED COUNT | faults | perf NODES "
-                    "RANKS SMS TOKENS bf16|fp8 [staged]\n");
+                    "RANKS SMS TOKENS bf16|fp8 [staged | TILES]\n");
     return 2;
 }

@@ -74,7 +74,7 @@ static __device__ __forceinline__ uint32_t nep_far_slot(const struct nep_far &a,
 /* Of the slots, half are for operations that may be outstanding. */
 static __device__ __forceinline__ uint32_t nep_far_area(const struct nep_far &a, uint64_t op)
 {
-    return (uint32_t)op & (a.window / NEP_FAR_TILES - 1);
+    return (uint32_t)op & (a.window / a.tiles - 1);
 }
 
 /* As struct nep_bind of dispatch/region.h: where this rank's buffers lie in its `near` window. */

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Rows of a dispatch over several nodes: what far_pack.cu and far_recv.cu share. Packing is here
- * as a whole, since blocks of the receiving kernel pack what W slots did not hold.
+ * as a whole, since blocks of the receiving kernel pack what slots did not hold. kScales: rows have
+ * scales, which are cast or come with them; kernels without were 300 bytes of spills slower.
  */
 #ifndef NEP_DISPATCH_CUDA_DEVICE_FAR_ROWS_CUH
 #define NEP_DISPATCH_CUDA_DEVICE_FAR_ROWS_CUH
@@ -28,7 +29,7 @@ struct dispatch_args {
     uint32_t units;       /* 16-byte pieces of a dispatched payload */
     uint32_t own_parts;   /* of an own row */
     uint32_t tile_parts;  /* of a row of a tile */
-    uint32_t pack_blocks; /* of recv: they pack what W slots did not hold */
+    uint32_t pack_blocks; /* of recv: they pack what slots did not hold */
     bool is_cast;
     bool is_binding;
     bool is_whole; /* both halves in one launch */
@@ -226,13 +227,16 @@ __device__ inline void store_terms(const dispatch_args &a, const pair &p,
     }
 }
 
+template <bool kScales>
 __device__ __forceinline__ const char *input_row(const dispatch_args &a, uint32_t token)
 {
-    uint32_t bytes = a.is_cast ? a.far.shape.wire.in_bytes : a.far.shape.wire.payload_bytes;
+    uint32_t bytes =
+        kScales && a.is_cast ? a.far.shape.wire.in_bytes : a.far.shape.wire.payload_bytes;
     return a.x + (uint64_t)token * bytes;
 }
 
 /* A part of an own row to its places. */
+template <bool kScales>
 __device__ __forceinline__ void move_input(const dispatch_args &a, const tables &t, uint32_t token,
                                            const nep_far_place &place, const scale_target &to,
                                            uint32_t part, uint32_t parts)
@@ -241,12 +245,12 @@ __device__ __forceinline__ void move_input(const dispatch_args &a, const tables 
     uint32_t begin = part_begin(a, part, parts);
     uint32_t end = part_begin(a, part + 1, parts);
     uint32_t rows = __ballot_sync(0xffffffffu, place.has_row);
-    if (a.is_cast) {
-        cast_row(a, t, input_row(a, token), place.row, to, rows, begin, end);
+    if (kScales && a.is_cast) {
+        cast_row(a, t, input_row<kScales>(a, token), place.row, to, rows, begin, end);
         return;
     }
-    nep_copy_row(input_row(a, token), place.row, rows, nullptr, begin, end);
-    if (part == 0 && scale_bytes != 0) {
+    nep_copy_row(input_row<kScales>(a, token), place.row, rows, nullptr, begin, end);
+    if (kScales && part == 0 && scale_bytes != 0) {
         copy_scales(a, t, a.scales + (uint64_t)token * scale_bytes, to, rows);
     }
 }
@@ -281,6 +285,7 @@ __device__ inline void store_meta(const dispatch_args &a, const tables &tab, uin
 }
 
 /* Rows [first, first + num) of the node's list into a send slot. */
+template <bool kScales>
 __device__ inline void fill_tile(const dispatch_args &a, const tables &tab, const role &r,
                                  uint32_t node, uint32_t first, uint32_t num, char *slot)
 {
@@ -295,8 +300,8 @@ __device__ inline void fill_tile(const dispatch_args &a, const tables &tab, cons
         uint32_t token = tokens[row];
         char *to = payload + (uint64_t)row * a.far.shape.wire.row_bytes;
         nep_far_place place = {lane == 0, to};
-        move_input(a, tab, token, place, {0, 0, to + a.far.shape.wire.payload_bytes}, part,
-                   a.tile_parts);
+        move_input<kScales>(a, tab, token, place, {0, 0, to + a.far.shape.wire.payload_bytes}, part,
+                            a.tile_parts);
         if (part == 0) {
             store_meta(a, tab, node, token,
                        slot + sizeof(struct nep_tile_msg) + (uint64_t)row * a.far.meta_bytes);
@@ -352,6 +357,7 @@ __device__ __forceinline__ nep_far_stream stream_left(const dispatch_args &a, ui
 }
 
 /* Tile t of the stream to a node; false: gave up. */
+template <bool kScales>
 __device__ inline bool pack_tile(const dispatch_args &a, const tables &tab, const role &r,
                                  uint64_t op, uint32_t node, const nep_far_stream &stream,
                                  uint32_t t, uint32_t rows)
@@ -368,7 +374,7 @@ __device__ inline bool pack_tile(const dispatch_args &a, const tables &tab, cons
     uint32_t num = min(far.tile_rows, rows - first);
     char *slot = far.data[far.local] + region.send +
                  (ring * far.window + nep_far_slot(far, sequence)) * region.send_tile_bytes;
-    fill_tile(a, tab, r, node, first, num, slot);
+    fill_tile<kScales>(a, tab, r, node, first, num, slot);
     if (nep_far_is_last(&far.state->packed[ring][nep_far_slot(far, number)], r.num) &&
         threadIdx.x == 0) {
         struct nep_tile_msg msg = {};
@@ -389,6 +395,7 @@ __device__ inline bool pack_tile(const dispatch_args &a, const tables &tab, cons
 
 /* All streams in rounds, what slots hold or (is_rest) what that left; each node begins with its
  * neighbour. */
+template <bool kScales>
 __device__ inline bool pack(const dispatch_args &a, const tables &tab, const role &r, uint64_t op,
                             bool is_rest)
 {
@@ -407,7 +414,7 @@ __device__ inline bool pack(const dispatch_args &a, const tables &tab, const rol
             if (is_rest == (t < stream.sent)) {
                 continue;
             }
-            if (!pack_tile(a, tab, r, op, node, stream, t, rows)) {
+            if (!pack_tile<kScales>(a, tab, r, op, node, stream, t, rows)) {
                 return false;
             }
         }
@@ -444,11 +451,17 @@ inline dispatch_args make_args(const struct nep_far_dispatch *d)
     uint32_t rows = args.num_tokens < far->tile_rows ? args.num_tokens : far->tile_rows;
     args.tile_parts = nep_cuda_row_parts(d->geometry, rows, args.units, 32 * NEP_ROWS_FLIGHT);
     /* Operations outstanding before may have taken the slots. */
-    uint32_t most = far->window > NEP_FAR_TILES ? far->shape.max_tokens : args.num_tokens;
-    bool is_long = most > NEP_FAR_TILES * far->tile_rows;
+    uint32_t most = far->window > far->tiles ? far->shape.max_tokens : args.num_tokens;
+    bool is_long = most > far->tiles * far->tile_rows;
     args.cell = d->routing->cell;
     args.pack_blocks = is_long && d->geometry->blocks > 1 ? d->geometry->blocks / 2 : 0;
     return args;
+}
+
+/* Whether a dispatch needs the kernels with kScales. */
+inline bool has_scales(const dispatch_args &args)
+{
+    return args.is_cast || args.far.shape.wire.scale_bytes != 0;
 }
 
 } // namespace far_rows

@@ -92,19 +92,18 @@ template <class T> struct levels {
     }
 };
 
-/* Columns [begin, end) of one sum, by a warp; eight rows in flight. bias: rows that are added at
- * home before all others, or NULL. */
-template <class T>
-__device__ __forceinline__ void sum_columns(const addend *addends, uint32_t num, char *to,
-                                            uint32_t begin, uint32_t end,
-                                            const char *const *bias = nullptr)
+/* Columns [begin, end) of one sum, by a warp; eight rows in flight. kHome: into a.y; bias is added
+ * before all others (its place follows from `to`: registers are short). */
+template <class T, bool kHome>
+__device__ __forceinline__ void sum_columns(const combine_args &a, const addend *addends,
+                                            uint32_t num, char *to, uint32_t begin, uint32_t end)
 {
     for (uint32_t column = begin + threadIdx.x % 32; column < end; column += 32) {
         levels<T> sum;
         sum.start();
-        for (int b = 0; bias != nullptr && b < 2; b++) {
-            if (bias[b] != nullptr) {
-                sum.add_bias(nep_ld16(bias[b] + 16 * (uint64_t)column));
+        for (int b = 0; kHome && b < 2; b++) {
+            if (a.bias[b] != nullptr) {
+                sum.add_bias(nep_ld16(a.bias[b] + (to - a.y) + 16 * (uint64_t)column));
             }
         }
         for (uint32_t first = 0; first < num; first += FLIGHT) {
@@ -247,10 +246,10 @@ __device__ inline void sum_tile(const combine_args &a, const role &r, const char
         uint32_t end = take_terms(a, base, a.routing.far_terms + row * top_k,
                                   a.routing.far_num[row], 0, addends);
         __syncwarp();
-        sum_columns<T>(addends, end,
-                       slot + sizeof(struct nep_tile_msg) +
-                           (uint64_t)(i / a.tile_parts) * a.far.row_bytes,
-                       part_at(a, part, a.tile_parts), part_at(a, part + 1, a.tile_parts));
+        sum_columns<T, false>(a, addends, end,
+                              slot + sizeof(struct nep_tile_msg) +
+                                  (uint64_t)(i / a.tile_parts) * a.far.row_bytes,
+                              part_at(a, part, a.tile_parts), part_at(a, part + 1, a.tile_parts));
     }
     if (a.has_weights) {
         add_tile_weights(a, r, base, first, num, slot);
@@ -401,8 +400,8 @@ __device__ inline bool choose(const combine_args &a, uint64_t op, uint32_t entry
 }
 
 template <class T>
-__device__ inline bool reduce_rest(const combine_args &a, const role &r, const char *const *base,
-                                   addend *addends, uint64_t op)
+__device__ __noinline__ bool reduce_rest(const combine_args &a, const role &r,
+                                         const char *const *base, addend *addends, uint64_t op)
 {
     __shared__ uint32_t next[NEP_FAR_MAX_RANKS];
     __shared__ uint64_t chosen;
@@ -450,12 +449,12 @@ inline enum nep_status fill(const struct nep_far_combine *c, combine_args *args_
                         far->row_bytes, (unsigned long long)c->rows, c->y);
     }
     /* A source may have max_tokens, whatever this rank has. */
-    bool is_long = far->shape.max_tokens > NEP_FAR_TILES * far->tile_rows;
+    bool is_long = far->shape.max_tokens > far->tiles * far->tile_rows;
     if (is_long && geometry->blocks < 2) {
         return nep_fail(NEP_ERR_INVALID,
                         "combine: %u tokens are more than %u tiles of %u, which needs two SMs at "
                         "least: some reduce while others sum",
-                        far->shape.max_tokens, NEP_FAR_TILES, far->tile_rows);
+                        far->shape.max_tokens, far->tiles, far->tile_rows);
     }
     combine_args args = {};
     args.far = *far;

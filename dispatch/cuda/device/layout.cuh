@@ -63,12 +63,16 @@ __device__ __forceinline__ uint32_t num_counts(const layout_args &a)
     return slot_section(a) + a.num_ranks * a.slots_per_rank;
 }
 
-__device__ __forceinline__ int32_t take_id(const layout_args &a, uint64_t op, uint64_t at)
+__device__ __forceinline__ int32_t take_id(const layout_args &a, uint64_t op, uint64_t at,
+                                           bool *is_bad_p = nullptr)
 {
     int64_t id = a.in.id_type == NEP_IDS_INT64 ? ((const int64_t *)a.in.ids)[at]
                                                : ((const int32_t *)a.in.ids)[at];
     if (id < -1 || id >= (int64_t)a.in.copies.num_experts) {
         nep_give_up(a.group, op, NEP_CUDA_STATUS(NEP_CUDA_BAD_ID, NEP_CUDA_PHASE_LAYOUT, at));
+        if (is_bad_p != nullptr) {
+            *is_bad_p = true;
+        }
         return -1;
     }
     return (int32_t)id;
@@ -95,26 +99,35 @@ __device__ __forceinline__ void prefetch_ids(const layout_args &a)
     }
 }
 
-/* Slots that need no choice, a pair per thread. A barrier must follow. */
-__device__ __forceinline__ void fill_slots(const layout_args &a, const layout_tables &tb,
+/* No id is read after fill_slots. */
+__device__ __forceinline__ bool needs_no_choice(const layout_args &a)
+{
+    return a.in.ids == nullptr || a.in.copies.is_single;
+}
+
+/* Slots that need no choice, a pair per thread. False: an id does not exist, and this rank gave up.
+ * A barrier must follow. */
+__device__ __forceinline__ bool fill_slots(const layout_args &a, const layout_tables &tb,
                                            uint64_t op)
 {
     uint32_t pairs = a.in.num_tokens * a.top_k;
+    bool is_bad = false;
     for (uint32_t i = threadIdx.x; i < pairs; i += blockDim.x) {
         if (a.in.ids == nullptr) {
             tb.slots[i] = a.routing.slots[i];
         } else if (a.in.copies.is_single) {
-            int32_t id = take_id(a, op, i);
+            int32_t id = take_id(a, op, i, &is_bad);
             tb.slots[i] = id < 0 ? NEP_SLOT_NONE : a.in.copies.slot[id];
         }
     }
+    return !is_bad;
 }
 
 /* Slots of the block's tokens [begin, end), where there is a choice. */
 __device__ void route(const layout_args &a, const layout_tables &tb, uint64_t op, uint32_t begin,
                       uint32_t end)
 {
-    if (a.in.ids == nullptr || a.in.copies.is_single) {
+    if (needs_no_choice(a)) {
         return;
     }
     for (uint32_t t = begin + threadIdx.x; t < end; t += blockDim.x) {
@@ -353,7 +366,9 @@ __device__ __forceinline__ void layout_block(const layout_args &a, const layout_
     index_in_warp(a, tb, op, begin, end, hists + warp * a.num_buckets, counts);
     __syncthreads();
     bool is_told = is_sender && !a.is_quiet;
-    if (num_blocks == 1 && is_told && !nep_is_stuck(a.group)) {
+    /* One look at memory less where all ids have been looked at before the last barrier. */
+    bool is_fine = tb.is_filled && needs_no_choice(a);
+    if (num_blocks == 1 && is_told && (is_fine || !nep_is_stuck(a.group))) {
         send_counts(a, counts, op); /* these are all: no block comes before */
     }
     for (uint32_t i = threadIdx.x; num_blocks > 1 && i < num_counts(a); i += blockDim.x) {
