@@ -3,6 +3,7 @@
  * The verbs transport over devices in memory, without faults: what is put arrives, once, with its
  * bytes, over any number of paths and QPs; queues never overflow; requests are few.
  */
+#include <fcntl.h>
 #include <string.h>
 
 #include "tests/unit/cmocka_all.h"

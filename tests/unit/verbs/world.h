@@ -10,7 +10,9 @@
 #define NEP_TESTS_VERBS_WORLD_H
 
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "base/clock.h"
 #include "tests/unit/cmocka_all.h"
