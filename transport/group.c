@@ -380,6 +380,7 @@ struct asking {
     uint64_t asked;      /* in which a seat was asked for */
     uint64_t ticket;
     uint64_t number; /* of what is prepared, or was last */
+    uint64_t deadline_ns;
     bool is_preparing;
     bool has_answered; /* said that it is prepared, to members that want to change over */
     struct nep_group_decision *preparation;
@@ -448,6 +449,9 @@ static enum nep_status look_at_preparation(struct asking *asking)
     int state = vote->preparer->state(vote->ctx);
     if (state < 0) {
         drop_prepared(asking);
+    } else if (state == 0) {
+        /* Members are at it; what it waits for has deadlines of its own. */
+        asking->deadline_ns = nep_deadline_ns(vote->timeout_ns);
     }
     return state > 0 && !asking->has_answered ? answer_members(asking) : NEP_OK;
 }
@@ -460,9 +464,9 @@ static enum nep_status look_at_preparation(struct asking *asking)
 static enum nep_status ask(struct asking *asking, struct nep_group_decision *decision)
 {
     const struct nep_group_vote *vote = asking->vote;
-    uint64_t deadline_ns = nep_deadline_ns(vote->timeout_ns);
     enum nep_status status = NEP_OK;
-    while (status == NEP_OK && nep_left_ns(deadline_ns) != 0) {
+    asking->deadline_ns = nep_deadline_ns(vote->timeout_ns);
+    while (status == NEP_OK && nep_left_ns(asking->deadline_ns) != 0) {
         bool must_hurry = asking->is_preparing && !asking->has_answered;
         uint64_t wait_ns = asking->asked != asking->generation ? 2 * PEEK_NS
                            : must_hurry                        ? PEEK_NS

@@ -475,6 +475,95 @@ static void test_group_newcomer_leaves_the_seat_of_a_dead_one(void **state)
     check(third, 3, everybody);
 }
 
+/* What a newcomer prepares, in a test: nothing, which takes it so long. */
+struct preparing {
+    uint64_t long_ns, until_ns;
+    uint64_t number;
+    uint32_t num_begun, num_dropped;
+    atomic_bool is_ready;
+};
+
+static struct preparing preparing;
+
+static void begin(void *ctx, uint64_t number, const struct nep_group_decision *decision)
+{
+    (void)ctx;
+    assert_true(nep_group_lives(decision, 1));
+    preparing.number = number;
+    preparing.num_begun++;
+    preparing.until_ns = nep_deadline_ns(preparing.long_ns);
+}
+
+static int state_of(void *ctx)
+{
+    (void)ctx;
+    bool is_ready = nep_left_ns(preparing.until_ns) == 0;
+    atomic_store(&preparing.is_ready, is_ready);
+    return is_ready;
+}
+
+static void set_ops(void *ctx, const struct nep_group_ops *ops)
+{
+    (void)ctx;
+    assert_int_equal(ops->next[3], 10);
+}
+
+static void drop(void *ctx)
+{
+    (void)ctx;
+    preparing.num_dropped++;
+}
+
+static const struct nep_group_preparer preparer = {begin, state_of, set_ops, drop};
+
+/* A member begins to prepare, and votes for it when the newcomer is ready. */
+static void *grow(void *arg)
+{
+    static const atomic_bool is_never;
+    struct voter *voter = arg;
+    struct nep_group_decision *who = NULL;
+    voter->vote.num_new = 1;
+    voter->status = nep_group_prepare(&voter->vote, 1, 1, &is_never, &who);
+    uint64_t deadline_ns = nep_deadline_ns(60 * NEP_S);
+    while (!atomic_load(&preparing.is_ready) && nep_left_ns(deadline_ns) != 0) {
+        nanosleep(&(struct timespec){.tv_nsec = (long)NEP_MS}, NULL);
+    }
+    if (voter->status == NEP_OK) {
+        voter->vote.prepared = 1;
+        voter->vote.preparation = who;
+        voter->status = nep_group_agree(&voter->vote, &voter->decision);
+    }
+    free(who);
+    return NULL;
+}
+
+/* While something is prepared a newcomer does not give up, however long it has been asking. */
+static void test_group_newcomer_is_patient_while_it_prepares(void **state)
+{
+    struct fixture *fixture = *state;
+    struct voter *voters = fixture->votes[0];
+    preparing.long_ns = 3 * NEP_S;
+    prepare(voters, &fixture->bootstrap, all_but_1);
+    voters[1].vote.node_of_rank = NULL;
+    voters[1].vote.preparer = &preparer;
+    voters[1].vote.timeout_ns = 2 * NEP_S;
+    for (uint32_t r = 0; r < RANKS; r++) {
+        memset(&voters[r].vote.ops, 0, sizeof voters[r].vote.ops);
+        voters[r].vote.ops.next[3] = voters[r].vote.ops.completed[3] = 10;
+        assert_int_equal(pthread_create(&voters[r].thread, NULL, r == 1 ? vote : grow, &voters[r]),
+                         0);
+    }
+    for (uint32_t r = 0; r < RANKS; r++) {
+        pthread_join(voters[r].thread, NULL);
+    }
+    voters[1].is_absent = false;
+    check(voters, 1, everybody);
+    assert_int_equal(voters[0].decision->prepared, 1);
+    assert_int_equal(preparing.number, 1);
+    assert_int_equal(preparing.num_begun, 1);
+    assert_int_equal(preparing.num_dropped, 0);
+}
+
 static void test_group_newcomer_without_members_times_out(void **state)
 {
     struct fixture *fixture = *state;
@@ -731,6 +820,7 @@ int main(void)
         FRESH(test_group_member_that_never_worked_has_no_say),
         FRESH(test_group_newcomer_asks_again),
         FRESH(test_group_newcomer_leaves_the_seat_of_a_dead_one),
+        FRESH(test_group_newcomer_is_patient_while_it_prepares),
         FRESH(test_group_newcomer_without_members_times_out),
         FRESH(test_group_store_that_refuses_is_named),
         FRESH(test_group_exchange_among_those_who_live),
