@@ -4,7 +4,9 @@
 #include <dirent.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
+#include "base/clock.h"
 #include "tests/unit/cmocka_all.h"
 
 #if NEP_HAVE_VERBS
@@ -170,6 +172,95 @@ static void test_pci_numa_is_the_systems(void **state)
     assert_int_equal(nep_verbs_cuda_numa(), -1); /* nothing here has loaded the driver */
 }
 
+/* ---- a file that says which rank takes which ports ------------------------------------------- */
+
+static int alone(void *ctx, const void *in, void *out, size_t bytes, uint64_t timeout_ns)
+{
+    (void)ctx;
+    (void)timeout_ns;
+    memcpy(out, in, bytes);
+    return 0;
+}
+
+static int32_t no_gpu(void)
+{
+    return -1;
+}
+
+static struct nep_verbs chooser;
+
+/* What a rank that is `local` on its node chooses by a file of that content; NULL: no file. */
+static enum nep_status choose(const char *content, uint32_t local, uint32_t num_paths)
+{
+    static struct nep_config config;
+    static struct nep_topology topology;
+    static const struct nep_bootstrap bootstrap = {.size = sizeof bootstrap, .allgather = alone};
+    memset(&chooser, 0, sizeof chooser);
+    topology.local = local;
+    snprintf(config.verbs_devices, sizeof config.verbs_devices, "./verbs-devices-%ld",
+             (long)getpid());
+    FILE *file = content == NULL ? NULL : fopen(config.verbs_devices, "we");
+    if (file != NULL) {
+        fputs(content, file);
+        fclose(file);
+    }
+    chooser.params.config = &config;
+    chooser.params.topology = &topology;
+    chooser.params.bootstrap = &bootstrap;
+    chooser.params.timeout_ns = NEP_S;
+    chooser.api.gpu_numa = no_gpu;
+    chooser.num_ranks = 1;
+    chooser.num_paths = num_paths;
+    enum nep_status status = nep_verbs_paths_choose(&chooser);
+    unlink(config.verbs_devices);
+    return status;
+}
+
+static void test_file_of_devices_decides_alone(void **state)
+{
+    (void)state;
+    const char *two = "# rank  ports\n\n0 rail_a,rail_b:2\n  1 rail_c:3,rail_d\n* other:7,last\n";
+    assert_int_equal(choose(two, 0, 2), NEP_OK);
+    assert_string_equal(chooser.paths[0].device, "rail_a");
+    assert_int_equal(chooser.paths[0].port, 1);
+    assert_string_equal(chooser.paths[1].device, "rail_b");
+    assert_int_equal(chooser.paths[1].port, 2);
+    assert_int_equal(chooser.num_local, 1);
+    assert_int_equal(choose(two, 1, 1), NEP_OK); /* fewer paths than ports */
+    assert_string_equal(chooser.paths[0].device, "rail_c");
+    assert_int_equal(chooser.paths[0].port, 3);
+    assert_int_equal(choose(two, 9, 2), NEP_OK);
+    assert_string_equal(chooser.paths[0].device, "other");
+    assert_int_equal(chooser.paths[0].port, 7);
+    assert_string_equal(chooser.paths[1].device, "last");
+}
+
+static void test_file_of_devices_that_does_not_say_is_refused(void **state)
+{
+    (void)state;
+    const struct {
+        const char *content;
+        uint32_t local, num_paths;
+        enum nep_status status;
+        const char *says;
+    } cases[] = {
+        {NULL, 0, 1, NEP_ERR_NOT_FOUND, "No such file"},
+        {"", 2, 1, NEP_ERR_FORMAT, "has no line for local rank 2"},
+        {"0 a\n1 b\n", 2, 1, NEP_ERR_FORMAT, "has no line for local rank 2"},
+        {"# a comment\n0\n", 0, 1, NEP_ERR_FORMAT, "line 2 is not"},
+        {"zero a\n", 0, 1, NEP_ERR_FORMAT, "line 1 is not"},
+        {"0 a\n", 0, 2, NEP_ERR_INVALID, "lists 1 devices, NEP_VERBS_PATHS is 2"},
+        {"0 a,,b\n", 0, 3, NEP_ERR_INVALID, "lists 1 devices, NEP_VERBS_PATHS is 3"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        assert_int_equal(choose(cases[i].content, cases[i].local, cases[i].num_paths),
+                         cases[i].status);
+        if (strstr(nep_last_message(), cases[i].says) == NULL) {
+            fail_msg("case %zu: '%s' does not say '%s'", i, nep_last_message(), cases[i].says);
+        }
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -178,6 +269,8 @@ int main(void)
         cmocka_unit_test(test_assign_spreads_before_it_shares),
         cmocka_unit_test(test_assign_is_near_where_it_can_be),
         cmocka_unit_test(test_pci_numa_is_the_systems),
+        cmocka_unit_test(test_file_of_devices_decides_alone),
+        cmocka_unit_test(test_file_of_devices_that_does_not_say_is_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
