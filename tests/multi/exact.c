@@ -5,14 +5,19 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { SLOTS = NEP_EXACT_SLOTS, TOP_K = NEP_EXACT_TOP_K, HIDDEN = NEP_EXACT_HIDDEN };
+enum { SLOTS = NEP_EXACT_SLOTS, TOP_K = NEP_EXACT_TOP_K };
+
+static uint32_t hidden_of(const struct nep_exact *exact)
+{
+    return exact->hidden != 0 ? exact->hidden : NEP_EXACT_HIDDEN;
+}
 
 struct nep_ep_params nep_exact_params(const struct nep_exact *exact)
 {
     return (struct nep_ep_params){.size = sizeof(struct nep_ep_params),
                                   .num_experts = exact->num_ranks * SLOTS,
                                   .top_k = TOP_K,
-                                  .hidden = HIDDEN,
+                                  .hidden = hidden_of(exact),
                                   .max_tokens = exact->max_tokens,
                                   .dtype = NEP_DTYPE_FP32,
                                   .layout = exact->layout,
@@ -26,7 +31,7 @@ static uint32_t mix(uint32_t a, uint32_t b, uint32_t c)
     return z ^ z >> 13;
 }
 
-static float value(uint32_t rank, uint32_t step, uint32_t token, uint32_t h)
+float nep_exact_value(uint32_t rank, uint32_t step, uint32_t token, uint32_t h)
 {
     return (float)((int)(mix(rank * 64 + h, step, token) % 17) - 8);
 }
@@ -79,10 +84,11 @@ static void free_buffers(struct nep_exact *exact)
 
 bool nep_exact_make_buffers(struct nep_exact *exact)
 {
+    uint32_t hidden = hidden_of(exact);
     free_buffers(exact);
-    exact->x = buffer(exact, (uint64_t)exact->max_tokens * HIDDEN);
-    exact->y = buffer(exact, (uint64_t)exact->max_tokens * HIDDEN);
-    exact->rows = buffer(exact, exact->capacity * HIDDEN);
+    exact->x = buffer(exact, (uint64_t)exact->max_tokens * hidden);
+    exact->y = buffer(exact, (uint64_t)exact->max_tokens * hidden);
+    exact->rows = buffer(exact, exact->capacity * hidden);
     return exact->x != NULL && exact->y != NULL && exact->rows != NULL;
 }
 
@@ -99,8 +105,9 @@ void nep_exact_free(struct nep_exact *exact)
 
 /* ---- a step --------------------------------------------------------------------------------- */
 
-static void fill(struct nep_exact *exact, uint32_t step, uint32_t num_tokens)
+void nep_exact_fill(struct nep_exact *exact, uint32_t step, uint32_t num_tokens)
 {
+    uint32_t hidden = hidden_of(exact);
     uint32_t me = exact->rank, num_experts = exact->num_ranks * SLOTS;
     uint32_t drawn = mix(me + 11, step, 5) % (exact->max_tokens + 1);
     exact->num_tokens = num_tokens == UINT32_MAX ? drawn : num_tokens;
@@ -112,23 +119,24 @@ static void fill(struct nep_exact *exact, uint32_t step, uint32_t num_tokens)
     }
     for (uint32_t t = 0; t < exact->num_tokens; t++) {
         exact->present[t] = -1;
-        for (uint32_t h = 0; h < HIDDEN; h++) {
-            exact->x[t * HIDDEN + h] = value(me, step, t, h);
-            exact->y[t * HIDDEN + h] = 1e30f;
+        for (uint32_t h = 0; h < hidden; h++) {
+            exact->x[t * hidden + h] = nep_exact_value(me, step, t, h);
+            exact->y[t * hidden + h] = 1e30f;
         }
     }
-    memset(exact->rows, 0, exact->capacity * HIDDEN * sizeof *exact->rows);
+    memset(exact->rows, 0, exact->capacity * hidden * sizeof *exact->rows);
 }
 
 /* Experts, in place: each row times its expert's factor. */
 static void run_slots(struct nep_exact *exact, const struct nep_counts *counts)
 {
+    uint32_t hidden = hidden_of(exact);
     uint64_t room = (uint64_t)exact->num_ranks * exact->max_tokens;
     for (uint32_t l = 0; l < SLOTS; l++) {
         bool is_padded = exact->layout == NEP_LAYOUT_EXPERT_PADDED;
         uint64_t first = is_padded ? l * room : counts->first_row[l];
         uint64_t num = is_padded ? room : counts->rows_per_slot[l];
-        for (uint64_t i = first * HIDDEN; i < (first + num) * HIDDEN; i++) {
+        for (uint64_t i = first * hidden; i < (first + num) * hidden; i++) {
             exact->rows[i] *= factor(exact->rank * SLOTS + l);
         }
     }
@@ -137,6 +145,7 @@ static void run_slots(struct nep_exact *exact, const struct nep_counts *counts)
 /* The rank layout: each row times the weighted sum of its experts' factors. */
 static void run_rows(struct nep_exact *exact, const struct nep_counts *counts)
 {
+    uint32_t hidden = hidden_of(exact);
     for (uint64_t r = 0; r < counts->num_rows; r++) {
         float scale = 0;
         for (uint32_t k = 0; k < TOP_K; k++) {
@@ -145,9 +154,18 @@ static void run_rows(struct nep_exact *exact, const struct nep_counts *counts)
                               : exact->slot_weights[r * TOP_K + k] *
                                     factor(exact->rank * SLOTS + (uint32_t)slot);
         }
-        for (uint32_t h = 0; h < HIDDEN; h++) {
-            exact->rows[r * HIDDEN + h] *= scale;
+        for (uint32_t h = 0; h < hidden; h++) {
+            exact->rows[r * hidden + h] *= scale;
         }
+    }
+}
+
+void nep_exact_run_experts(struct nep_exact *exact, const struct nep_counts *counts)
+{
+    if (exact->layout == NEP_LAYOUT_RANK) {
+        run_rows(exact, counts);
+    } else {
+        run_slots(exact, counts);
     }
 }
 
@@ -199,16 +217,12 @@ static int combine(struct nep_exact *exact)
 int nep_exact_step(struct nep_exact *exact, uint32_t step, uint32_t num_tokens)
 {
     struct nep_counts counts = {.size = sizeof counts};
-    fill(exact, step, num_tokens);
+    nep_exact_fill(exact, step, num_tokens);
     int status = dispatch(exact, &counts);
     if (status != NEP_OK) {
         return status;
     }
-    if (exact->layout == NEP_LAYOUT_RANK) {
-        run_rows(exact, &counts);
-    } else {
-        run_slots(exact, &counts);
-    }
+    nep_exact_run_experts(exact, &counts);
     return combine(exact);
 }
 
@@ -235,6 +249,7 @@ static void expect(const struct nep_exact *exact, uint32_t t, float *scale_p, fl
 
 bool nep_exact_is_right(const struct nep_exact *exact, uint32_t step, char *text, size_t cap)
 {
+    uint32_t hidden = hidden_of(exact);
     for (uint32_t t = 0; t < exact->num_tokens; t++) {
         float scale, present;
         expect(exact, t, &scale, &present);
@@ -243,8 +258,9 @@ bool nep_exact_is_right(const struct nep_exact *exact, uint32_t step, char *text
                      (double)exact->present[t], (double)present);
             return false;
         }
-        for (uint32_t h = 0; h < HIDDEN; h++) {
-            float is = exact->y[t * HIDDEN + h], want = scale * value(exact->rank, step, t, h);
+        for (uint32_t h = 0; h < hidden; h++) {
+            float is = exact->y[t * hidden + h],
+                  want = scale * nep_exact_value(exact->rank, step, t, h);
             if (is != want) {
                 snprintf(text, cap, "step %u, token %u, element %u: %g, not %g", step, t, h,
                          (double)is, (double)want);

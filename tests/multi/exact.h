@@ -20,6 +20,7 @@ struct nep_exact {
     uint32_t rank;
     uint32_t num_ranks; /* seats */
     uint32_t max_tokens;
+    uint32_t hidden;        /* 0: NEP_EXACT_HIDDEN */
     enum nep_layout layout; /* rank, packed or padded */
     bool is_mapped;         /* buffers of the ep's pool */
     struct nep_ep *ep;
@@ -46,6 +47,12 @@ bool nep_exact_make_tables(struct nep_exact *exact);
 /* Buffers, anew: after each change of the group, as only fresh memory of the pool is mapped. */
 bool nep_exact_make_buffers(struct nep_exact *exact);
 void nep_exact_free(struct nep_exact *exact); /* tables and buffers, before the ep goes */
+/* The parts of a step, for those who make the calls: inputs and poisoned outputs (num_tokens:
+ * UINT32_MAX: none to max_tokens, as the step says), and what stands in for the experts. */
+void nep_exact_fill(struct nep_exact *exact, uint32_t step, uint32_t num_tokens);
+void nep_exact_run_experts(struct nep_exact *exact, const struct nep_counts *counts);
+/* What a rank sends: of this token, this element. */
+float nep_exact_value(uint32_t rank, uint32_t step, uint32_t token, uint32_t h);
 /* One dispatch and one combine. num_tokens: UINT32_MAX: none to max_tokens, as the step says.
  * Returns the status of the library, or what the hook returned. */
 int nep_exact_step(struct nep_exact *exact, uint32_t step, uint32_t num_tokens);

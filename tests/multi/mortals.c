@@ -106,10 +106,10 @@ bool mortals_expect_stop(struct mortals_seat *seat, uint32_t step)
     const struct mortals_plan *plan = seat->plan;
     uint32_t num_live = 0;
     for (uint32_t r = 0; r < plan->num_ranks; r++) {
-        num_live += seat->is_live[r];
+        num_live += seat->exact.is_live[r];
     }
     for (uint32_t d = 0; plan->is_threads && d < plan->num_deaths; d++) {
-        if (plan->deaths[d].step != step || !seat->is_live[plan->deaths[d].rank]) {
+        if (plan->deaths[d].step != step || !seat->exact.is_live[plan->deaths[d].rank]) {
             continue;
         }
         _Atomic uint64_t *sent = &nep_multi_words(seat->rank)[MORTALS_SENT_WORD + d];
@@ -122,7 +122,7 @@ bool mortals_expect_stop(struct mortals_seat *seat, uint32_t step)
             }
             usleep(100);
         }
-        nep_ep_set_timeout(seat->ep, STOP_NS);
+        nep_ep_set_timeout(seat->exact.ep, STOP_NS);
     }
     return true;
 }
@@ -146,29 +146,27 @@ static bool open_seat(struct mortals_seat *seat, struct nep_multi_rank *rank, ui
                                      .inter = plan->inter,
                                      .timeout_ns = plan->timeout_ns,
                                      .joins = joins};
-    struct nep_ep_params shape = {.size = sizeof shape,
-                                  .num_experts = plan->num_ranks * MORTALS_SLOTS,
-                                  .top_k = MORTALS_TOP_K,
-                                  .hidden = plan->hidden,
-                                  .max_tokens = plan->num_tokens,
-                                  .dtype = NEP_DTYPE_FP32,
-                                  .layout = plan->layout,
-                                  .pool_bytes = 8 << 20};
+    seat->exact = (struct nep_exact){.rank = number,
+                                     .num_ranks = plan->num_ranks,
+                                     .max_tokens = plan->num_tokens,
+                                     .hidden = plan->hidden,
+                                     .layout = plan->layout};
+    struct nep_ep_params shape = nep_exact_params(&seat->exact);
     uint64_t begin_ns = nep_now_ns();
     if (nep_comm_create(&params, &seat->comm) != NEP_OK ||
-        nep_ep_create(seat->comm, &shape, &seat->ep) != NEP_OK) {
+        nep_ep_create(seat->comm, &shape, &seat->exact.ep) != NEP_OK) {
         return nep_multi_fail(rank, "seat %u: %s", number, nep_last_message());
     }
     seat->made_ns = nep_now_ns() - begin_ns;
     doom_attach(seat);
-    memset(seat->is_live, 1, plan->num_ranks);
+    memset(seat->exact.is_live, 1, plan->num_ranks);
     return true;
 }
 
 static bool finish_seat(struct mortals_seat *seat, uint64_t generation)
 {
-    bool is_made =
-        nep_handle_create(seat->ep, &seat->handle) == NEP_OK && mortals_buffers_make(seat);
+    bool is_made = nep_handle_create(seat->exact.ep, &seat->exact.handle) == NEP_OK &&
+                   mortals_buffers_make(seat);
     return (is_made || nep_multi_fail(seat->rank, "handle and buffers: %s", nep_last_message())) &&
            mortals_buffers_enrol(seat, generation);
 }
@@ -176,8 +174,8 @@ static bool finish_seat(struct mortals_seat *seat, uint64_t generation)
 static void close_seat(struct mortals_seat *seat)
 {
     mortals_buffers_free(seat);
-    nep_handle_destroy(seat->handle);
-    nep_ep_destroy(seat->ep);
+    nep_handle_destroy(seat->exact.handle);
+    nep_ep_destroy(seat->exact.ep);
     mortals_registered_free(seat);
     nep_comm_destroy(seat->comm);
 }
@@ -196,13 +194,13 @@ static bool recover(struct mortals_seat *seat, uint32_t *step_p, uint32_t num_jo
         return nep_multi_fail(seat->rank, "no recovery: %s", nep_last_message());
     }
     doom_attach(seat);
-    memcpy(seat->is_live, recovery.is_live, seat->plan->num_ranks);
+    memcpy(seat->exact.is_live, recovery.is_live, seat->plan->num_ranks);
     if (!mortals_buffers_enrol(seat, recovery.generation)) {
         return false;
     }
-    nep_ep_set_timeout(seat->ep, 0);
+    nep_ep_set_timeout(seat->exact.ep, 0);
     uint64_t first = 0, next = 0;
-    if (nep_ep_resume(seat->ep, &first, &next) != NEP_OK) {
+    if (nep_ep_resume(seat->exact.ep, &first, &next) != NEP_OK) {
         return nep_multi_fail(seat->rank, "%s", nep_last_message());
     }
     *step_p = seat->base_step + (uint32_t)((first - seat->base_op) / 2);
@@ -223,7 +221,7 @@ static void note_named(struct mortals_seat *seat, uint32_t d)
            !atomic_compare_exchange_weak(&words[MORTALS_SLOWEST_WORD + d], &slowest_ns, took_ns)) {
     }
     for (uint32_t r = 0; r < seat->plan->num_ranks; r++) {
-        num_survivors += seat->is_live[r] && r != death->rank;
+        num_survivors += seat->exact.is_live[r] && r != death->rank;
     }
     if (atomic_fetch_add(&words[MORTALS_NAMED_WORD + d], 1) + 1 == num_survivors &&
         death->moment.name != NULL) {
@@ -240,7 +238,7 @@ static bool check_fault(struct mortals_seat *seat, uint32_t step)
     struct nep_fault fault = {.size = sizeof fault};
     nep_comm_fault(seat->comm, &fault);
     uint32_t d = 0;
-    while (d < plan->num_deaths && !seat->is_live[plan->deaths[d].rank]) {
+    while (d < plan->num_deaths && !seat->exact.is_live[plan->deaths[d].rank]) {
         d++;
     }
     if (d == plan->num_deaths || plan->deaths[d].rank != fault.rank ||
@@ -258,7 +256,7 @@ static bool let_in(struct mortals_seat *seat, uint32_t *step_p)
     if (!recover(seat, step_p, 1)) {
         return false;
     }
-    if (*step_p != seat->plan->join_step || !seat->is_live[seat->plan->newcomer]) {
+    if (*step_p != seat->plan->join_step || !seat->exact.is_live[seat->plan->newcomer]) {
         return nep_multi_fail(seat->rank, "the newcomer was not let in");
     }
     return true;
@@ -326,9 +324,9 @@ static bool run_newcomer(struct nep_multi_rank *rank)
     if (nep_comm_recover(seat.comm, NULL, &recovery) != NEP_OK) {
         return nep_multi_fail(rank, "the newcomer: %s", nep_last_message());
     }
-    memcpy(seat.is_live, recovery.is_live, plan->num_ranks);
+    memcpy(seat.exact.is_live, recovery.is_live, plan->num_ranks);
     uint64_t first;
-    nep_ep_resume(seat.ep, &first, &seat.base_op);
+    nep_ep_resume(seat.exact.ep, &first, &seat.base_op);
     seat.base_step = (uint32_t)atomic_load(&words[MORTALS_STEP_WORD]);
     bool is_fine = finish_seat(&seat, recovery.generation) && run_steps(&seat, seat.base_step);
     close_seat(&seat);

@@ -12,9 +12,10 @@
 #define NEP_TESTS_MULTI_MORTALS_H
 
 #include "dispatch/offsets.h"
+#include "tests/multi/exact.h"
 #include "tests/multi/harness.h"
 
-enum { MORTALS_MAX_RANKS = 64, MORTALS_MAX_DEATHS = 4 };
+enum { MORTALS_MAX_RANKS = NEP_EXACT_RANKS, MORTALS_MAX_DEATHS = 4 };
 
 /* The parts of a step, in their order. */
 enum mortals_call {
@@ -78,8 +79,6 @@ void mortals_run(struct mortals_plan plan);
 
 /* ---- between mortals.c and mortals_step.c --------------------------------------------------- */
 
-enum { MORTALS_SLOTS = 2, MORTALS_TOP_K = 3 };
-
 /* Words that the ranks share. */
 enum {
     MORTALS_STEP_WORD = 0,     /* where the members are when a newcomer is let in */
@@ -101,19 +100,10 @@ struct mortals_seat {
     struct nep_multi_rank *rank;
     const struct mortals_plan *plan;
     struct nep_comm *comm;
-    struct nep_ep *ep;
-    struct nep_handle *handle;
-    uint8_t is_live[MORTALS_MAX_RANKS];
-    struct mortals_tensor tensors[3]; /* of the three below */
+    struct nep_exact exact;           /* ep, handle, tensors, who lives */
+    struct mortals_tensor tensors[3]; /* x, y and rows */
     bool is_registered;
-    float *x, *rows, *y;
-    float *present;
-    uint32_t *source_rank, *source_token;
-    int32_t *slots; /* [capacity][K] */
-    float *row_weights;
-    int32_t *ids; /* [tokens][K] */
-    float *weights;
-    uint64_t capacity;
+    uint32_t *source_token;
     uint32_t base_step;
     uint64_t base_op;
     uint64_t made_ns;   /* how long communicator and ep took to make */

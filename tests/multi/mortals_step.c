@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* One step of a rank: route, dispatch, stand-in experts, combine, and what must come of it. */
+/* One step of a rank, call by call, each of which it may not live to see the end of. */
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -7,35 +7,6 @@
 
 #include "dispatch/ep.h"
 #include "tests/multi/mortals.h"
-
-static uint32_t mix(uint32_t a, uint32_t b, uint32_t c)
-{
-    uint32_t z = a * 2654435761u ^ b * 2246822519u ^ c * 3266489917u;
-    z = (z ^ z >> 15) * 2246822519u;
-    return z ^ z >> 13;
-}
-
-static void route(const struct mortals_plan *plan, uint32_t rank, uint32_t step, int32_t *ids,
-                  float *weights)
-{
-    uint32_t num_experts = plan->num_ranks * MORTALS_SLOTS;
-    for (uint32_t i = 0; i < plan->num_tokens * MORTALS_TOP_K; i++) {
-        uint32_t first = mix(rank, step, i / MORTALS_TOP_K);
-        ids[i] = (int32_t)((first + i % MORTALS_TOP_K * 3) % num_experts);
-        ids[i] = mix(rank + 7, step, i) % 11 == 0 ? -1 : ids[i];
-        weights[i] = 0.25f * (float)(1 + mix(rank + 3, step, i) % 8);
-    }
-}
-
-static float value(uint32_t rank, uint32_t step, uint32_t token, uint32_t h)
-{
-    return (float)((int)(mix(rank * 64 + h, step, token) % 17) - 8);
-}
-
-static float factor(int32_t expert)
-{
-    return (float)(1 + expert % 4);
-}
 
 uint32_t mortals_number(const struct mortals_seat *seat)
 {
@@ -53,7 +24,7 @@ static void *tensor_make(struct mortals_seat *seat, uint32_t idx, size_t bytes)
     if (seat->plan->memory == MORTALS_PRIVATE) {
         tensor->base = calloc(1, bytes);
     } else if (seat->plan->memory == MORTALS_POOL) {
-        nep_buffer_alloc(seat->ep, bytes, &tensor->base);
+        nep_buffer_alloc(seat->exact.ep, bytes, &tensor->base);
     } else {
         tensor->fd = memfd_create("tensor", MFD_CLOEXEC);
         void *base = MAP_FAILED;
@@ -68,7 +39,7 @@ static void *tensor_make(struct mortals_seat *seat, uint32_t idx, size_t bytes)
 static bool check_forgotten(const struct mortals_seat *seat)
 {
     for (uint32_t i = 0; i < 3 && seat->is_registered; i++) {
-        if (nep_buffer_deregister(seat->ep, seat->tensors[i].number) != NEP_ERR_NOT_FOUND) {
+        if (nep_buffer_deregister(seat->exact.ep, seat->tensors[i].number) != NEP_ERR_NOT_FOUND) {
             return nep_multi_fail(seat->rank, "buffer %u is registered still",
                                   seat->tensors[i].number);
         }
@@ -86,7 +57,7 @@ bool mortals_buffers_enrol(struct mortals_seat *seat, uint64_t generation)
         struct mortals_tensor *tensor = &seat->tensors[i];
         struct nep_buffer_params params = {
             .size = sizeof params, .base = tensor->base, .bytes = tensor->bytes, .fd = tensor->fd};
-        if (nep_buffer_register(seat->ep, &params, &tensor->number) != NEP_OK) {
+        if (nep_buffer_register(seat->exact.ep, &params, &tensor->number) != NEP_OK) {
             return nep_multi_fail(seat->rank, "registering: %s", nep_last_message());
         }
     }
@@ -95,41 +66,31 @@ bool mortals_buffers_enrol(struct mortals_seat *seat, uint64_t generation)
 
 bool mortals_buffers_make(struct mortals_seat *seat)
 {
+    struct nep_exact *exact = &seat->exact;
     size_t row = seat->plan->hidden * sizeof(float), tokens = seat->plan->num_tokens;
-    if (nep_ep_max_rows(seat->ep, &seat->capacity) != NEP_OK) {
+    if (!nep_exact_make_tables(exact)) {
         return false;
     }
-    seat->x = tensor_make(seat, 0, tokens * row);
-    seat->y = tensor_make(seat, 1, tokens * row);
-    seat->rows = tensor_make(seat, 2, seat->capacity * row);
-    seat->present = calloc(tokens, sizeof(float));
-    seat->source_rank = calloc(seat->capacity, sizeof(uint32_t));
-    seat->source_token = calloc(seat->capacity, sizeof(uint32_t));
-    seat->slots = calloc(seat->capacity * MORTALS_TOP_K, sizeof(int32_t));
-    seat->row_weights = calloc(seat->capacity * MORTALS_TOP_K, sizeof(float));
-    seat->ids = calloc(tokens * MORTALS_TOP_K, sizeof(int32_t));
-    seat->weights = calloc(tokens * MORTALS_TOP_K, sizeof(float));
-    return seat->x != NULL && seat->y != NULL && seat->rows != NULL && seat->present != NULL &&
-           seat->source_rank != NULL && seat->source_token != NULL && seat->slots != NULL &&
-           seat->row_weights != NULL && seat->ids != NULL && seat->weights != NULL;
+    exact->x = tensor_make(seat, 0, tokens * row);
+    exact->y = tensor_make(seat, 1, tokens * row);
+    exact->rows = tensor_make(seat, 2, exact->capacity * row);
+    seat->source_token = calloc(exact->capacity, sizeof *seat->source_token);
+    return exact->x != NULL && exact->y != NULL && exact->rows != NULL &&
+           seat->source_token != NULL;
 }
 
 void mortals_buffers_free(struct mortals_seat *seat)
 {
     for (uint32_t i = 0; i < 3; i++) {
         if (seat->plan->memory == MORTALS_POOL) {
-            nep_buffer_free(seat->ep, seat->tensors[i].base);
+            nep_buffer_free(seat->exact.ep, seat->tensors[i].base);
         } else if (seat->plan->memory == MORTALS_PRIVATE) {
             free(seat->tensors[i].base);
         }
     }
-    free(seat->present);
-    free(seat->source_rank);
+    seat->exact.x = seat->exact.y = seat->exact.rows = NULL; /* they were not its own */
+    nep_exact_free(&seat->exact);
     free(seat->source_token);
-    free(seat->slots);
-    free(seat->row_weights);
-    free(seat->ids);
-    free(seat->weights);
 }
 
 void mortals_registered_free(struct mortals_seat *seat)
@@ -146,7 +107,7 @@ void mortals_registered_free(struct mortals_seat *seat)
 static bool check_mapped(const struct mortals_seat *seat, uint32_t step)
 {
     return seat->plan->memory != MORTALS_REGISTERED ||
-           seat->handle->op.out_is_mapped == seat->is_registered ||
+           seat->exact.handle->op.out_is_mapped == seat->is_registered ||
            nep_multi_fail(seat->rank, "step %u: its rows count as %s", step,
                           seat->is_registered ? "private" : "mapped");
 }
@@ -155,14 +116,15 @@ static bool check_mapped(const struct mortals_seat *seat, uint32_t step)
 
 static bool check_row(struct mortals_seat *seat, uint32_t step, uint64_t row)
 {
-    uint32_t source = seat->source_rank[row], token = seat->source_token[row];
+    uint32_t source = seat->exact.source_rank[row], token = seat->source_token[row];
     if (source >= seat->plan->num_ranks || token >= seat->plan->num_tokens ||
-        !seat->is_live[source]) {
+        !seat->exact.is_live[source]) {
         return nep_multi_fail(seat->rank, "step %u, row %llu: of token %u of rank %u", step,
                               (unsigned long long)row, token, source);
     }
     for (uint32_t h = 0; h < seat->plan->hidden; h++) {
-        float got = seat->rows[row * seat->plan->hidden + h], want = value(source, step, token, h);
+        float got = seat->exact.rows[row * seat->plan->hidden + h],
+              want = nep_exact_value(source, step, token, h);
         if (got != want) {
             return nep_multi_fail(
                 seat->rank, "step %u, row %llu, token %u of rank %u, element %u: %g, not %g", step,
@@ -180,7 +142,7 @@ static bool check_rows(struct mortals_seat *seat, uint32_t step, const struct ne
     for (uint64_t r = 0; seat->plan->layout == NEP_LAYOUT_RANK && r < counts->num_rows; r++) {
         is_fine = is_fine && check_row(seat, step, r);
     }
-    for (uint32_t l = 0; seat->plan->layout != NEP_LAYOUT_RANK && l < MORTALS_SLOTS; l++) {
+    for (uint32_t l = 0; seat->plan->layout != NEP_LAYOUT_RANK && l < NEP_EXACT_SLOTS; l++) {
         bool is_packed = seat->plan->layout == NEP_LAYOUT_EXPERT_PACKED;
         uint64_t first = is_packed ? counts->first_row[l] : l * room;
         /* padded rows lie with gaps between sources, whose first is checked alone */
@@ -194,121 +156,56 @@ static bool check_rows(struct mortals_seat *seat, uint32_t step, const struct ne
 
 bool mortals_step_check(struct mortals_seat *seat, uint32_t step)
 {
-    uint32_t me = mortals_number(seat), hidden = seat->plan->hidden;
-    for (uint32_t t = 0; t < seat->plan->num_tokens; t++) {
-        const int32_t *ids = seat->ids + (size_t)t * MORTALS_TOP_K;
-        const float *weights = seat->weights + (size_t)t * MORTALS_TOP_K;
-        float scale = 0, weight = 0, ranks = 0;
-        for (uint32_t k = 0; k < MORTALS_TOP_K; k++) {
-            bool is_new = ids[k] >= 0 && seat->is_live[ids[k] / MORTALS_SLOTS];
-            scale += is_new ? weights[k] * factor(ids[k]) : 0;
-            weight += is_new ? weights[k] : 0;
-            for (uint32_t i = 0; i < k; i++) {
-                is_new = is_new && (ids[i] < 0 || ids[i] / MORTALS_SLOTS != ids[k] / MORTALS_SLOTS);
-            }
-            ranks += is_new;
-        }
-        float want = seat->plan->layout == NEP_LAYOUT_RANK ? ranks : weight;
-        if (seat->present[t] != want) {
-            return nep_multi_fail(seat->rank, "step %u, token %u: present %g, not %g", step, t,
-                                  (double)seat->present[t], (double)want);
-        }
-        for (uint32_t h = 0; h < hidden; h++) {
-            float sum = scale * value(me, step, t, h);
-            if (seat->y[t * hidden + h] != sum) {
-                return nep_multi_fail(seat->rank, "step %u, token %u, element %u: %g, not %g", step,
-                                      t, h, (double)seat->y[t * hidden + h], (double)sum);
-            }
-        }
-    }
-    return true;
+    char text[160];
+    return nep_exact_is_right(&seat->exact, step, text, sizeof text) ||
+           nep_multi_fail(seat->rank, "%s", text);
 }
 
 /* ---- the step ------------------------------------------------------------------------------- */
-
-/* The stand-in experts, in place: each row times its expert's factor (rank layout: weighted sum).
- */
-static void run_experts(struct mortals_seat *seat, const struct nep_counts *counts)
-{
-    uint32_t me = mortals_number(seat), hidden = seat->plan->hidden;
-    enum nep_layout layout = seat->plan->layout;
-    for (uint32_t l = 0; layout != NEP_LAYOUT_RANK && l < MORTALS_SLOTS; l++) {
-        float scale = factor((int32_t)(me * MORTALS_SLOTS + l));
-        uint64_t room = (uint64_t)seat->plan->num_ranks * seat->plan->num_tokens;
-        bool is_packed = layout == NEP_LAYOUT_EXPERT_PACKED;
-        uint64_t first = is_packed ? counts->first_row[l] : l * room;
-        uint64_t num = is_packed ? counts->rows_per_slot[l] : room;
-        for (uint64_t i = 0; i < num * hidden; i++) {
-            seat->rows[first * hidden + i] *= scale;
-        }
-    }
-    for (uint64_t r = 0; layout == NEP_LAYOUT_RANK && r < counts->num_rows; r++) {
-        float scale = 0;
-        for (uint32_t k = 0; k < MORTALS_TOP_K; k++) {
-            int32_t slot = seat->slots[r * MORTALS_TOP_K + k];
-            scale += slot >= 0 ? seat->row_weights[r * MORTALS_TOP_K + k] *
-                                     factor((int32_t)(me * MORTALS_SLOTS) + slot)
-                               : 0;
-        }
-        for (uint32_t h = 0; h < hidden; h++) {
-            seat->rows[r * hidden + h] *= scale;
-        }
-    }
-}
-
-static void prepare(struct mortals_seat *seat, uint32_t step)
-{
-    uint32_t me = mortals_number(seat), hidden = seat->plan->hidden;
-    route(seat->plan, me, step, seat->ids, seat->weights);
-    for (uint32_t i = 0; i < seat->plan->num_tokens * hidden; i++) {
-        seat->x[i] = value(me, step, i / hidden, i % hidden);
-        seat->y[i] = 1e30f;
-    }
-    memset(seat->rows, 0, seat->capacity * hidden * sizeof(float));
-    memset(seat->source_rank, 0xff, seat->capacity * sizeof(uint32_t));
-}
 
 static int run_dispatch(struct mortals_seat *seat, uint32_t step, struct nep_counts *counts)
 {
     struct nep_tokens in = {.size = sizeof in,
                             .num_tokens = seat->plan->num_tokens,
-                            .x = seat->x,
-                            .topk_ids = seat->ids,
-                            .topk_weights = seat->weights};
+                            .x = seat->exact.x,
+                            .topk_ids = seat->exact.ids,
+                            .topk_weights = seat->exact.weights};
     bool is_rank = seat->plan->layout == NEP_LAYOUT_RANK;
     struct nep_rows out = {.size = sizeof out,
-                           .x = seat->rows,
-                           .capacity = seat->capacity,
-                           .source_rank = seat->source_rank,
+                           .x = seat->exact.rows,
+                           .capacity = seat->exact.capacity,
+                           .source_rank = seat->exact.source_rank,
                            .source_token = seat->source_token,
-                           .topk_slots = is_rank ? seat->slots : NULL,
-                           .topk_weights = seat->row_weights};
+                           .topk_slots = is_rank ? seat->exact.slots : NULL,
+                           .topk_weights = seat->exact.slot_weights};
     int status = mortals_call_begins(seat, step, MORTALS_DISPATCH_SEND)
                      ? 1
-                     : nep_dispatch_send(seat->ep, seat->handle, &in, NULL);
+                     : nep_dispatch_send(seat->exact.ep, seat->exact.handle, &in, NULL);
     if (status == NEP_OK && !mortals_expect_stop(seat, step)) {
         status = NEP_ERR_INTERNAL;
     }
     if (status == NEP_OK) {
         status = mortals_call_begins(seat, step, MORTALS_DISPATCH_RECV)
                      ? 1
-                     : nep_dispatch_recv(seat->ep, seat->handle, &out, NULL);
+                     : nep_dispatch_recv(seat->exact.ep, seat->exact.handle, &out, NULL);
     }
     if (status == NEP_OK) {
-        status = nep_dispatch_counts(seat->ep, seat->handle, counts);
+        status = nep_dispatch_counts(seat->exact.ep, seat->exact.handle, counts);
     }
     return status;
 }
 
 int mortals_step_run(struct mortals_seat *seat, uint32_t step)
 {
+    struct nep_exact *exact = &seat->exact;
     struct nep_counts counts = {.size = sizeof counts};
-    struct nep_expert_rows back = {.size = sizeof back, .y = seat->rows};
+    struct nep_expert_rows back = {.size = sizeof back, .y = seat->exact.rows};
     struct nep_tokens_out sum = {.size = sizeof sum,
                                  .num_tokens = seat->plan->num_tokens,
-                                 .y = seat->y,
-                                 .present = seat->present};
-    prepare(seat, step);
+                                 .y = seat->exact.y,
+                                 .present = seat->exact.present};
+    nep_exact_fill(exact, step, seat->plan->num_tokens);
+    memset(exact->source_rank, 0xff, exact->capacity * sizeof *exact->source_rank);
     int status = run_dispatch(seat, step, &counts);
     if (status == NEP_OK && (!check_mapped(seat, step) || !check_rows(seat, step, &counts))) {
         return NEP_ERR_INTERNAL;
@@ -317,15 +214,15 @@ int mortals_step_run(struct mortals_seat *seat, uint32_t step)
         status = 1;
     }
     if (status == NEP_OK) {
-        run_experts(seat, &counts);
+        nep_exact_run_experts(exact, &counts);
         status = mortals_call_begins(seat, step, MORTALS_COMBINE_SEND)
                      ? 1
-                     : nep_combine_send(seat->ep, seat->handle, &back, NULL);
+                     : nep_combine_send(seat->exact.ep, seat->exact.handle, &back, NULL);
     }
     if (status == NEP_OK) {
         status = mortals_call_begins(seat, step, MORTALS_COMBINE_RECV)
                      ? 1
-                     : nep_combine_recv(seat->ep, seat->handle, &sum, NULL);
+                     : nep_combine_recv(seat->exact.ep, seat->exact.handle, &sum, NULL);
     }
     if (status == NEP_OK && mortals_call_begins(seat, step, MORTALS_AFTER)) {
         status = 1;
