@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Harm at random moments, and what must hold after it (tests/chaos/chaos.py, docs/faults.md):
+# Harm at random moments, and what must hold after it (tests/chaos/chaos.py, docs/chaos.md):
 # scripts/chaos.sh [MINUTES] [OPTIONS OF chaos.py]   all harms over shm, ucx and the adversary (5)
 # scripts/chaos.sh guest [MINUTES] [OPTIONS]         over verbs, in the guest of tests/vm (5)
 # scripts/chaos.sh soak [MINUTES] [OPTIONS]          both, hosts and shm and ucx at once (60)
