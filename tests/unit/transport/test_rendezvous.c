@@ -78,15 +78,15 @@ static enum nep_status wait_for_key(struct group_rank *rank)
     enum nep_status status;
     if (rank->rank == 0) {
         usleep(30000);
-        status = b->put(b->ctx, "first", "hello", 5, 5 * NEP_S);
-        return status != NEP_OK ? status : b->put(b->ctx, "empty", "", 0, 5 * NEP_S);
+        status = b->put(b->ctx, "first", "hello", 5, 60 * NEP_S);
+        return status != NEP_OK ? status : b->put(b->ctx, "empty", "", 0, 60 * NEP_S);
     }
-    status = b->get(b->ctx, "first", value, sizeof value, &len, 5 * NEP_S);
+    status = b->get(b->ctx, "first", value, sizeof value, &len, 60 * NEP_S);
     if (status == NEP_OK && (len != 5 || memcmp(value, "hellop", 6) != 0)) {
         return nep_fail(NEP_ERR_INTERNAL, "got %zu bytes '%.6s'", len, value);
     }
     len = 99;
-    status = status != NEP_OK ? status : b->get(b->ctx, "empty", NULL, 0, &len, 5 * NEP_S);
+    status = status != NEP_OK ? status : b->get(b->ctx, "empty", NULL, 0, &len, 60 * NEP_S);
     return status == NEP_OK && len != 0 ? NEP_ERR_INTERNAL : status;
 }
 
@@ -111,7 +111,7 @@ static enum nep_status raise_counter(struct group_rank *rank)
     for (int i = 0; i < SWAPS_EACH && status == NEP_OK;) {
         uint32_t next[2] = {have[0] + 1, rank->rank};
         status = b->cas(b->ctx, "counter", have, have_len, next, sizeof next, have, sizeof have,
-                        &have_len, 5 * NEP_S);
+                        &have_len, 60 * NEP_S);
         if (status == NEP_OK && have_len != sizeof have) {
             return nep_fail(NEP_ERR_INTERNAL, "%zu bytes stand", have_len);
         }
@@ -124,7 +124,7 @@ static enum nep_status raise_counter(struct group_rank *rank)
         status = gather_once(rank, 1, 1);
     }
     if (status == NEP_OK) {
-        status = b->get(b->ctx, "counter", last, sizeof last, &have_len, 5 * NEP_S);
+        status = b->get(b->ctx, "counter", last, sizeof last, &have_len, 60 * NEP_S);
     }
     if (status == NEP_OK && last[0] != SWAPS_EACH * rank->run->num_ranks) {
         return nep_fail(NEP_ERR_INTERNAL, "the counter is %u", last[0]);
@@ -151,7 +151,7 @@ static void *get_main(void *arg)
     struct getter *getter = arg;
     size_t len;
     struct nep_bootstrap *b = getter->bootstrap;
-    getter->status = b->get(b->ctx, "late", &getter->value, 8, &len, 10 * NEP_S);
+    getter->status = b->get(b->ctx, "late", &getter->value, 8, &len, 60 * NEP_S);
     return NULL;
 }
 
@@ -168,7 +168,7 @@ static enum nep_status call_from_threads(struct group_rank *rank)
     usleep(10000);
     enum nep_status status = gather_many(rank);
     if (status == NEP_OK && rank->rank == 0) {
-        status = rank->bootstrap.put(rank->bootstrap.ctx, "late", &value, 8, 5 * NEP_S);
+        status = rank->bootstrap.put(rank->bootstrap.ctx, "late", &value, 8, 60 * NEP_S);
     }
     for (int i = 0; i < 2; i++) {
         pthread_join(threads[i], NULL);
@@ -373,11 +373,11 @@ static void test_rendezvous_released_server_serves_until_last_client(void **stat
         nep_rendezvous_client_bootstrap(clients[r], &bootstraps[r]);
     }
     nep_rendezvous_server_release(server);
-    assert_int_equal(bootstraps[0].put(bootstraps[0].ctx, "k", "v", 1, 5 * NEP_S), NEP_OK);
+    assert_int_equal(bootstraps[0].put(bootstraps[0].ctx, "k", "v", 1, 60 * NEP_S), NEP_OK);
     nep_rendezvous_client_close(clients[0]);
     char value;
     size_t len;
-    assert_int_equal(bootstraps[1].get(bootstraps[1].ctx, "k", &value, 1, &len, 5 * NEP_S), NEP_OK);
+    assert_int_equal(bootstraps[1].get(bootstraps[1].ctx, "k", &value, 1, &len, 60 * NEP_S), NEP_OK);
     assert_true(len == 1 && value == 'v');
     nep_rendezvous_client_close(clients[1]);
     /* Its address is free again, at the latest when the thread has run. */
@@ -449,14 +449,14 @@ static void test_rendezvous_forked_process_disturbs_nothing(void **state)
     assert_int_equal(read(fds[0], &is_refused, sizeof is_refused), sizeof is_refused);
     assert_true(is_refused);
     nep_rendezvous_client_bootstrap(first, &b);
-    assert_int_equal(b.allgather(b.ctx, &mine, &all, 4, 10 * NEP_S), NEP_OK);
+    assert_int_equal(b.allgather(b.ctx, &mine, &all, 4, 60 * NEP_S), NEP_OK);
     nep_rendezvous_client_close(first);
     for (int i = 0; i < 20; i++) {
         struct nep_rendezvous_client *client = NULL;
         all = 0;
         assert_int_equal(nep_rendezvous_client_open(&params, &client), NEP_OK);
         nep_rendezvous_client_bootstrap(client, &b);
-        assert_int_equal(b.allgather(b.ctx, &mine, &all, 4, 10 * NEP_S), NEP_OK);
+        assert_int_equal(b.allgather(b.ctx, &mine, &all, 4, 60 * NEP_S), NEP_OK);
         assert_int_equal(all, 7);
         nep_rendezvous_client_close(client);
     }
