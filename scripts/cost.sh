@@ -8,15 +8,19 @@ cd "$(dirname "$0")/.."
 # shellcheck source=scripts/lib/packages.sh
 . scripts/lib/packages.sh
 
-base=719badf pairs=0 functions=0 counts=1
+base=719badf pairs=0 functions=0 counts=1 recorder=0
 usage() {
     cat <<'TEXT'
 usage: scripts/cost.sh [--base COMMIT] [--pairs N] [--pairs-only] [--functions N]
+       scripts/cost.sh --recorder N
 
   --base COMMIT   what to compare with (719badf, the last before ranks could be lost)
   --pairs N       also time N alternating pairs of runs and print the ratio of medians (0)
   --pairs-only    count no instructions
   --functions N   also print the N functions whose instructions differ most (0)
+  --recorder N    no commits: N alternating pairs of runs of build/bin/nep-perf without --record
+                  ("before") and with it ("now"), 2 ranks of one node, 128 tokens; its instructions
+                  are counted by scripts/recorder-cost.sh
 
 Instructions: in the calls of dispatch and combine, one rank, 8 tokens; the difference of 150 and 50
 iterations, so that set-up does not count. Times: the same rank and tokens,
@@ -29,14 +33,32 @@ while [ $# -gt 0 ]; do
     --pairs) pairs=${2:?--pairs needs a number}; shift ;;
     --functions) functions=${2:?--functions needs a number}; shift ;;
     --pairs-only) counts=0 ;;
+    --recorder) recorder=${2:?--recorder needs a number}; shift ;;
     --help | -h) usage; exit 0 ;;
     *) echo "cost.sh: unknown option $1" >&2; usage >&2; exit 2 ;;
     esac
     shift
 done
+dir=build/cost
+if [ "$recorder" -gt 0 ]; then
+    mkdir -p "$dir/out"
+    run_one() { # [--record FILE]: us
+        NEP_LOG=error build/bin/nep-perf ep --ranks 2 --ranks-per-node 2 --tokens 128 --iters 60 \
+            "$@" --json - | sed -n 's/^ *"total_us": {"p50": \([0-9.]*\).*/\1/p'
+    }
+    for i in $(seq "$recorder"); do
+        if [ $((i % 2)) -eq 0 ]; then
+            a=$(run_one) b=$(run_one --record "$dir/out/trace.%r")
+        else
+            b=$(run_one --record "$dir/out/trace.%r") a=$(run_one)
+        fi
+        echo "$a $b"
+    done > "$dir/out/pairs"
+    python3 scripts/lib/cost_functions.py --pairs "$dir/out/pairs"
+    exit 0
+fi
 nep_need valgrind
 
-dir=build/cost
 # By commit: files of another one that are older than its objects would not be compiled again.
 before=$(git rev-parse --short "$base")
 mkdir -p "$dir/$before"

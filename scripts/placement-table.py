@@ -5,6 +5,8 @@
 usage: scripts/placement-table.py TRACES [--seeds N] [--jobs N] [--only PART] [--match TEXT]
                                            [--nearep]
 
+All tables of the page but "In time" (scripts/placement-time.sh) and "Other figures".
+
 Every figure is the mean of N seeds (5), each of the split by request and of the solver, and the
 least and most of them in brackets. nep-place is build/bin/nep-place, or NEP_PLACE. Times are taken
 last, one run at a time; they are of the processor, which other work on the machine leaves alone.
@@ -18,6 +20,7 @@ import resource
 import struct
 import subprocess
 import tempfile
+import time
 import zlib
 
 TOOL = os.environ.get("NEP_PLACE", os.path.join(os.path.dirname(__file__), "../build/bin/nep-place"))
@@ -26,6 +29,16 @@ ROWS = [("own/small256", "math-word", 4, 12.5), ("own/small128", "math-word", 4,
         ("own/small128", "math-word", 8, 12.5), ("external/dsv2lite", "summary", 8, 12.5),
         ("external/gptoss20b", "gpqa", 4, 12.5), ("external/gptoss20b", "gpqa", 8, 25),
         ("own/small256", "math-word", 4, 25), ("external/gptoss20b", "gpqa", 4, 25)]
+
+# What must be reached: change and imbalance without copies, with them, and of the unseen domain.
+MUSTS = {("small256", 4, 12.5): (-29, 1.15, -36, 1.12, -19.5),
+         ("small256", 8, 12.5): (-33.5, 1.22, -39, 1.16, -25),
+         ("small128", 4, 12.5): (-22, 1.12, -28.5, 1.10, -16),
+         ("small128", 8, 12.5): (-25.5, 1.14, -31.5, 1.13, -19),
+         ("dsv2lite", 4, 12.5): (-22, 1.16, -29, 1.17, -21.5),
+         ("dsv2lite", 8, 12.5): (-21.5, 1.29, -28, 1.29, -22),
+         ("gptoss20b", 4, 12.5): (-29.5, 1.38, -39, 1.36, -34),
+         ("gptoss20b", 8, 25): (-18.5, 1.51, -35, 1.60, -31)}
 
 
 def place(*args):
@@ -70,6 +83,32 @@ def cell(results, *path):
         items.append(result)
     change = [item["change_pct"] for item in items]
     return f"{span(change)} / {sum(i['imbalance_node'] for i in items) / len(items):.3f}"
+
+
+def mean_of(results, *path):
+    total = 0.0
+    for result in results:
+        for key in path:
+            result = result[key]
+        total += result
+    return total / len(results)
+
+
+def must_row(row, results):
+    """One line of what must be and what is, by the means."""
+    key = (os.path.basename(row[0]), *row[2:])
+    plain, plain_load, copies, copies_load, unseen = MUSTS[key]
+    line = [f"{key[0]}, {key[1]}" + (" (25 %)" if key[2] == 25 else "")]
+    for must, load, path in ((plain, plain_load, ("methods", "nearep")),
+                             (copies, copies_load, ("methods", "nearep_replicas")),
+                             (unseen, None, ("unseen", "methods", "nearep_replicas"))):
+        change = mean_of(results, *path, "change_pct")
+        loads = mean_of(results, *path, "imbalance_node")
+        is_met = change <= must and (load is None or loads <= load)
+        line += [f"{must:g}" + (f" / {load:.2f}" if load else ""),
+                 f"{change:.1f}" + (f" / {loads:.3f}" if load else "") +
+                 ("" if is_met else ": missed")]
+    return [cell.replace("-", "−") for cell in line]
 
 
 def name_of(row):
@@ -118,6 +157,10 @@ def main_tables(traces, pool, seeds, match, is_short):
             *(cell(results, "references", m) for m in ("oracle_homes", "solved_on_test"))])
     table("### nearep", ["trace, nodes, copies, left out", "no copies, all", "copies, all",
                          "copies, unseen", "online, all", "online, unseen", "copies moved"], first)
+    table("### Must and reached",
+          ["trace, nodes", "must, no copies", "reached", "must, copies", "reached", "must, unseen",
+           "reached"], [must_row(row, results) for row, results in done.items()
+                        if (os.path.basename(row[0]), *row[2:]) in MUSTS])
     if not is_short:
         table("### Baselines and references, all requests",
               ["trace, nodes, copies, left out", "EPLB", "EPLB, the same copies", "paper", "spectral",
@@ -125,11 +168,11 @@ def main_tables(traces, pool, seeds, match, is_short):
 
 
 def control_tables(traces, pool, seeds):
-    rows = [ROWS[0], ROWS[2], ROWS[6]]
+    rows = [ROWS[0], ROWS[2], ROWS[5], ROWS[6]]
     options = ["--shuffled", "--methods", "nearep,nearep_replicas,eplb_replicas"]
     jobs = [(f"{name_of(row)}, limit {limit}", [
         pool.submit(traces.compare, row, seed, *options, "--max-imbalance", limit)
-        for seed in seeds[:2]]) for row in rows for limit in (1.10, 1.04)]
+        for seed in seeds]) for row in rows for limit in (1.10, 1.04)]
     path = os.path.join(traces.folder, "uniform")
     uniform(path)
     jobs.append(("uniform routing, 4, 12.5 %", [
@@ -140,7 +183,7 @@ def control_tables(traces, pool, seeds):
           [[name, *(cell([j.result() for j in job], "methods", m) for m in (
               "nearep", "nearep_replicas", "eplb_replicas"))] for name, job in jobs])
     large = [pool.submit(traces.compare, (*ROWS[0][:2], 8, 0), seed, "--gpus-per-node", 8)
-             for seed in seeds[:2]]
+             for seed in seeds]
     large = [job.result() for job in large]
     ranks = {m: span([r[where][m]["ranks_per_token"] for r in large], 2) for where, m in (
         ("methods", "linear"), ("methods", "eplb"), ("references", "packed_inside"),
@@ -203,9 +246,31 @@ def other_tables(traces, pool, seeds):
 
 
 def seconds(*args):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime, time.monotonic()
     place(*args)
-    return f"{resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before:.2f}"
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+    return spent, time.monotonic() - start
+
+
+def deepseek(path):
+    """DeepSeek-V3's shape, made up: 58 layers, 256 experts, top-8 of four of eight groups, 100
+    requests of ten kinds with 16 + 200 tokens each, so that 20,000 a layer are scored."""
+    rng, layers, requests = random.Random(3), 58, 100
+    kinds = [[rng.sample(range(8), 4) for _ in range(layers)] for _ in range(10)]
+    pools = [[[g * 32 + e for g in groups for e in rng.sample(range(32), 12)] for groups in kind]
+             for kind in kinds]
+    ids = bytearray()
+    for i in range(requests):
+        pool = pools[i % 10]
+        for _ in range(216):
+            for picks in pool:
+                ids += bytes(rng.sample(picks, 8))
+    head = struct.pack("<8sIIIIIIQII64s32s", b"NEPTRACE", 1, layers, 256, 8, requests, 1,
+                       requests * 216, 1, 0, b"DeepSeek-V3's shape", b"none")
+    for i in range(requests):
+        head += struct.pack("<IIIIQ", 0, 16, 200, 0, i * 216)
+    with open(path, "wb") as file:
+        file.write(head + ids + struct.pack("<I", zlib.crc32(head + ids)))
 
 
 def time_table(traces):
@@ -218,12 +283,20 @@ def time_table(traces):
         plain = seconds("solve", *shape, "-o", path)
         full = seconds("solve", *shape, "--replicas", replicas, "-o", path)
         only = traces.cut(trace, "all", 1, "--only", domain)
-        warm = seconds("solve", "--trace", only, "--nodes", nodes, "--replicas", replicas, "--warm",
-                       path, "-o", f"{path}.warm")
-        lines.append([f"{os.path.basename(trace)}, {nodes}, {replicas:g} %", plain, full, warm])
+        warm = [seconds("solve", "--trace", only, "--nodes", nodes, "--replicas", replicas,
+                        "--warm", path, "--max-moves", limit, "-o", f"{path}.warm")
+                for limit in (400, 0)]
+        lines.append([f"{os.path.basename(trace)}, {nodes}, {replicas:g} %",
+                      *(f"{t[0]:.2f}" for t in (plain, full, *warm)), f"{full[1]:.2f}"])
     table("### Seconds of the processor, one thread, the whole trace",
-          ["trace, nodes, copies", "without copies", "with copies", "again from it, no limit"],
-          lines)
+          ["trace, nodes, copies", "without copies", "with copies", "again, 400 copies",
+           "again, no limit", "with copies, on the clock"], lines)
+    path = os.path.join(traces.folder, "deepseek")
+    deepseek(path)
+    spent, clock = seconds("solve", "--trace", path, "--nodes", 18, "--replicas", 12.5,
+                           "--threads", 2, "-o", f"{path}.map")
+    print(f"\nDeepSeek-V3's shape, 18 nodes, 32 copies, 2 threads: {clock:.1f} s, of the processor "
+          f"{spent:.1f}", flush=True)
 
 
 def main():
@@ -244,6 +317,10 @@ def main():
                  "controls": lambda: control_tables(traces, pool, seeds),
                  "others": lambda: other_tables(traces, pool, seeds),
                  "times": lambda: time_table(traces)}
+        commit = subprocess.run(["git", "-C", os.path.dirname(__file__) or ".", "describe",
+                                 "--always", "--dirty"], capture_output=True, text=True,
+                                check=False).stdout.strip()
+        print(f"commit {commit or 'unknown'}, {time.strftime('%Y-%m-%d')}, {args.seeds} seeds")
         for name, part in parts.items():
             if args.only in (None, name):
                 part()
