@@ -429,6 +429,8 @@ static enum nep_status answer_members(struct asking *asking)
             vote.preparer->set_ops(vote.ctx, &card.ops);
             vote.ops = card.ops;
             asking->has_answered = true;
+            /* They count on it now, and decide soon: it is not to give up in between. */
+            asking->deadline_ns = nep_deadline_ns(vote.timeout_ns);
         }
     }
     return asking->has_answered
