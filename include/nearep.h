@@ -185,6 +185,7 @@ NEP_API enum nep_status nep_comm_fault(const struct nep_comm *comm, struct nep_f
  *   take one more copy: free them and allocate anew to be fast.
  * - Experts with a copy on a rank that lives are reached through it by the next dispatch. Tokens
  * lose the others: nep_tokens_out.present says what is left of each.
+ * - A newcomer waits timeout_ns for the members to come, longer only while they prepare for it.
  * - Fails with NEP_ERR_UNSUPPORTED without a store (put, get, cas of the bootstrap), with
  *   NEP_ERR_PEER_LOST when the others decided without this rank. After another failure (one more
  *   rank was lost meanwhile) it may be called again.
