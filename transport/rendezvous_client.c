@@ -17,7 +17,7 @@
 
 enum { SENTENCE = NEP_RDV_SENTENCE };
 
-static const uint64_t LEAST_ANSWER_NS = NEP_MS, MOST_ANSWER_NS = NEP_S;
+static const uint64_t LEAST_ANSWER_NS = NEP_MS, MOST_ANSWER_NS = NEP_S, MOST_LATE_NS = 2 * NEP_S;
 
 struct call {
     struct call *next;
@@ -139,17 +139,16 @@ static uint64_t served_ns(const struct nep_rdv_message *request)
     return request->op == NEP_RDV_GET ? request->timeout_ns / 4 * 3 : 0;
 }
 
-/*
- * A get may be a short look at a key, over a wire on which an answer takes longer than that; those
- * who look again and again would never see it. So the answer has its own time, which is learnt.
- */
-static uint64_t answer_deadline(const struct nep_rendezvous_client *client,
-                                const struct nep_rdv_message *request)
+uint64_t nep_rdv_answer_ns(const struct nep_rdv_message *request, uint64_t learnt_ns)
 {
-    uint64_t least_ns = served_ns(request) + client->answer_ns;
+    uint64_t timeout_ns = request->timeout_ns;
+    if (request->op == NEP_RDV_GATHER) {
+        uint64_t more_ns = timeout_ns / 4 < MOST_LATE_NS ? timeout_ns / 4 : MOST_LATE_NS;
+        return more_ns > UINT64_MAX - timeout_ns ? UINT64_MAX : timeout_ns + more_ns;
+    }
+    uint64_t least_ns = served_ns(request) + learnt_ns;
     least_ns = least_ns < MOST_ANSWER_NS ? least_ns : MOST_ANSWER_NS;
-    bool is_longer = request->op == NEP_RDV_GET && least_ns > request->timeout_ns;
-    return nep_deadline_ns(is_longer ? least_ns : request->timeout_ns);
+    return request->op == NEP_RDV_GET && least_ns > timeout_ns ? least_ns : timeout_ns;
 }
 
 /* Twice what an answer took, and twice as long as before where none came. */
@@ -177,7 +176,7 @@ static enum nep_status do_call(struct nep_rendezvous_client *client, struct call
                         client->name, (long)client->pid);
     }
     pthread_mutex_lock(&client->mutex);
-    uint64_t deadline_ns = answer_deadline(client, request);
+    uint64_t deadline_ns = nep_deadline_ns(nep_rdv_answer_ns(request, client->answer_ns));
     start_call(client, call, request, deadline_ns);
     while (!call->is_done && nep_left_ns(deadline_ns) != 0) {
         if (client->is_reading) {

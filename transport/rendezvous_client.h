@@ -30,7 +30,7 @@ struct nep_rendezvous_client {
     struct call *calls;
     uint32_t num_calls;
     uint64_t num_gathers;
-    uint64_t answer_ns; /* what the way there and back is taken to last; see answer_deadline */
+    uint64_t answer_ns; /* what the way there and back is taken to last; see nep_rdv_answer_ns */
     enum nep_status broken;
     char sentence[NEP_RDV_SENTENCE];
     uint8_t *in;
@@ -49,5 +49,15 @@ enum nep_status nep_rdv_send_message(struct nep_rendezvous_client *client,
 enum nep_status nep_rdv_receive_message(struct nep_rendezvous_client *client, uint64_t deadline_ns,
                                         struct nep_rdv_message *message);
 void nep_rdv_client_destroy(struct nep_rendezvous_client *client);
+
+/*
+ * How long an answer is waited for; learnt_ns: what the way there and back took of late.
+ * A get may be a short look at a key, over a wire on which an answer takes longer than that; those
+ * who look again and again would never see it. So the answer has its own time.
+ * A gather is ended by the server within its timeout, with who is missing. A server that gets no
+ * core just then is late with that, and the caller would name the rendezvous in place of the rank:
+ * a quarter of the timeout more, two seconds at most.
+ */
+uint64_t nep_rdv_answer_ns(const struct nep_rdv_message *request, uint64_t learnt_ns);
 
 #endif
