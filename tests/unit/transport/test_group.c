@@ -311,7 +311,7 @@ static void test_group_one_does_not_come(void **state)
         for (uint32_t r = 0; r < RANKS; r++) {
             voters[r].gone[lost] = cases[i].how == ALL_KNOW_IT_GONE;
             voters[r].vote.suspect = cases[i].how == ALL_SUSPECT_IT ? lost : UINT32_MAX;
-            voters[r].vote.timeout_ns = cases[i].how == NOBODY_KNOWS ? NEP_S : 20 * NEP_S;
+            voters[r].vote.timeout_ns = cases[i].how == NOBODY_KNOWS ? 4 * NEP_S : 20 * NEP_S;
         }
         run(voters);
         check(voters, 1, live);
