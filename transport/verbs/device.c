@@ -29,6 +29,14 @@ static int32_t device_numa(const char *device)
     return numa;
 }
 
+/* The number of a port; 0 where the text is none. */
+static uint8_t port_number(const char *text)
+{
+    char *end = NULL;
+    unsigned long number = isdigit((unsigned char)text[0]) ? strtoul(text, &end, 10) : 0;
+    return number > 0 && number < UINT8_MAX && (*end == '\0' || *end == ',') ? (uint8_t)number : 0;
+}
+
 /* Whether "dev[:port],..." names this port; "auto" and "" name all. */
 static bool is_named(const char *only, const char *device, uint8_t port)
 {
@@ -40,7 +48,7 @@ static bool is_named(const char *only, const char *device, uint8_t port)
         const char *colon = memchr(at, ':', len);
         size_t name_len = colon == NULL ? len : (size_t)(colon - at);
         if (strlen(device) == name_len && memcmp(device, at, name_len) == 0 &&
-            (colon == NULL || (uint8_t)atoi(colon + 1) == port)) {
+            (colon == NULL || port_number(colon + 1) == port)) {
             return true;
         }
         at += len;
@@ -301,7 +309,12 @@ static enum nep_status choose_listed(struct nep_verbs *verbs, const char *device
                             verbs->rank, p, verbs->num_paths);
         }
         char *colon = strchr(entry, ':');
-        verbs->paths[p].port = colon == NULL ? 1 : (uint8_t)atoi(colon + 1);
+        verbs->paths[p].port = colon == NULL ? 1 : port_number(colon + 1);
+        if (verbs->paths[p].port == 0) {
+            return nep_fail(NEP_ERR_INVALID,
+                            "verbs: NEP_VERBS_DEVICES: the port of '%s' is not from 1 to 254",
+                            entry);
+        }
         if (colon != NULL) {
             *colon = '\0';
         }

@@ -251,6 +251,10 @@ static void test_file_of_devices_that_does_not_say_is_refused(void **state)
         {"zero a\n", 0, 1, NEP_ERR_FORMAT, "line 1 is not"},
         {"0 a\n", 0, 2, NEP_ERR_INVALID, "lists 1 devices, NEP_VERBS_PATHS is 2"},
         {"0 a,,b\n", 0, 3, NEP_ERR_INVALID, "lists 1 devices, NEP_VERBS_PATHS is 3"},
+        {"0 a:300\n", 0, 1, NEP_ERR_INVALID, "port of 'a:300'"},
+        {"0 a,b:x\n", 0, 2, NEP_ERR_INVALID, "port of 'b:x'"},
+        {"0 a:\n", 0, 1, NEP_ERR_INVALID, "port of 'a:'"},
+        {"0 a:1b\n", 0, 1, NEP_ERR_INVALID, "port of 'a:1b'"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         assert_int_equal(choose(cases[i].content, cases[i].local, cases[i].num_paths),
