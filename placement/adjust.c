@@ -4,7 +4,9 @@
  * replacement of one copy by another are compared per copy moved, and the better one is made. What
  * stays put keeps its slot, because the table of slots itself is changed; only what moves costs
  * bytes. With the price of overload high, the same steps restore balance; with it low, they follow
- * the traffic.
+ * the traffic. Where many copies move, looking at all of them for every step takes too long: then
+ * they are looked at in turn, and whatever gains enough is done at once (nep_adjust_turn); the
+ * caller lowers what is enough.
  *
  * Rejected: solving anew and matching the result to the old map. It rewrites nearly every slot for
  * a few points of rows (a solve's labels and ties are arbitrary), and a limit on moves would cut it
@@ -20,13 +22,9 @@
 #include "placement/copy_swap.h"
 
 #define MOST_SWEEPS 64u
-/* With a limit on moves: the first gain per copy that is taken, in units of the least one, and the
- * step down. */
-#define FIRST_GAIN 8.0
-#define GAIN_STEP  8.0
 
-struct adjust {
-    const struct nep_adjust_params *params;
+struct nep_adjust {
+    struct nep_adjust_params params;
     uint32_t *table;
     uint32_t *node_slots; /* [num_nodes] */
     uint32_t *first_slot; /* [num_nodes + 1] */
@@ -35,7 +33,7 @@ struct adjust {
     struct nep_cover cover;
 };
 
-static uint32_t find_slot(const struct adjust *a, uint32_t expert, uint32_t node)
+static uint32_t find_slot(const struct nep_adjust *a, uint32_t expert, uint32_t node)
 {
     for (uint32_t s = a->first_slot[node]; s < a->first_slot[node + 1]; s++) {
         if (a->table[s] == expert) {
@@ -45,10 +43,10 @@ static uint32_t find_slot(const struct adjust *a, uint32_t expert, uint32_t node
     return NEP_SLOT_EMPTY;
 }
 
-static enum nep_status adjust_init(struct adjust *a)
+static enum nep_status adjust_init(struct nep_adjust *a)
 {
-    const struct nep_map_shape *shape = a->params->shape;
-    const struct nep_sets *sets = a->params->sets;
+    const struct nep_map_shape *shape = a->params.shape;
+    const struct nep_sets *sets = a->params.sets;
     uint32_t nodes = shape->num_nodes;
     a->node_slots = calloc(nodes, sizeof *a->node_slots);
     a->first_slot = calloc((size_t)nodes + 1, sizeof *a->first_slot);
@@ -60,8 +58,7 @@ static enum nep_status adjust_init(struct adjust *a)
     for (uint32_t n = 0; n < nodes; n++) {
         a->first_slot[n + 1] = a->first_slot[n] + shape->ranks_per_node[n] * shape->slots_per_rank;
         a->node_slots[n] = a->first_slot[n + 1] - a->first_slot[n];
-        a->limit[n] =
-            a->params->max_imbalance * pairs * shape->ranks_per_node[n] / shape->num_ranks;
+        a->limit[n] = a->params.max_imbalance * pairs * shape->ranks_per_node[n] / shape->num_ranks;
     }
     enum nep_status status = nep_layer_copies_init(&a->copies, a->first_slot[nodes]);
     for (uint32_t n = 0; n < nodes && status == NEP_OK; n++) {
@@ -81,11 +78,11 @@ static enum nep_status adjust_init(struct adjust *a)
                                             .num_nodes = nodes,
                                             .slots = a->node_slots,
                                             .limit = a->limit,
-                                            .price = a->params->price};
+                                            .price = a->params.price};
     return status == NEP_OK ? nep_cover_init(&a->cover, &params, &a->copies) : status;
 }
 
-static void adjust_fini(struct adjust *a)
+static void adjust_fini(struct nep_adjust *a)
 {
     nep_cover_fini(&a->cover);
     nep_layer_copies_fini(&a->copies);
@@ -102,7 +99,7 @@ struct replacement {
 };
 
 /* Tries to replace every copy that is not the last of its expert; the cover is unchanged after. */
-static void best_replacement(struct adjust *a, struct replacement *best)
+static void best_replacement(struct nep_adjust *a, struct replacement *best)
 {
     struct nep_cover *cover = &a->cover;
     uint32_t nodes = cover->params.num_nodes;
@@ -140,7 +137,7 @@ static void best_replacement(struct adjust *a, struct replacement *best)
     }
 }
 
-static uint32_t make_replacement(struct adjust *a, const struct replacement *r)
+static uint32_t make_replacement(struct nep_adjust *a, const struct replacement *r)
 {
     uint32_t slot = find_slot(a, r->out, r->node);
     if (slot == NEP_SLOT_EMPTY) {
@@ -155,7 +152,7 @@ static uint32_t make_replacement(struct adjust *a, const struct replacement *r)
 }
 
 /* The search has swapped x and y (its group[] is after that): the table and the cover follow. */
-static void make_swap(struct adjust *a, const struct nep_copy_swap *cs, uint32_t x, uint32_t y)
+static void make_swap(struct nep_adjust *a, const struct nep_copy_swap *cs, uint32_t x, uint32_t y)
 {
     uint32_t x_node = cs->swap.group[y];
     uint32_t y_node = cs->swap.group[x];
@@ -172,12 +169,12 @@ static void make_swap(struct adjust *a, const struct nep_copy_swap *cs, uint32_t
 
 /* Every copy that is not its expert's last gives way, in turn, to the one that is worth most there,
  * if that gains; empty slots are filled. */
-static void replace_in_turn(struct adjust *a, double least, uint32_t *moved_p)
+static void replace_in_turn(struct nep_adjust *a, double least, uint32_t most, uint32_t *moved_p)
 {
     struct nep_cover *cover = &a->cover;
     uint32_t nodes = cover->params.num_nodes;
     uint32_t all = cover->params.sets->num_items * nodes;
-    for (uint32_t i = 0; i < all && *moved_p < a->params->max_moves; i++) {
+    for (uint32_t i = 0; i < all && *moved_p < most; i++) {
         uint32_t expert = i / nodes;
         uint32_t node = i % nodes;
         if (!cover->has[i] || cover->num_copies[expert] < 2) {
@@ -200,8 +197,7 @@ static void replace_in_turn(struct adjust *a, double least, uint32_t *moved_p)
     }
     for (uint32_t n = 0; n < nodes; n++) {
         uint32_t other = 0;
-        while (*moved_p < a->params->max_moves &&
-               nep_cover_best(cover, n, NEP_SLOT_EMPTY, &other) >= least) {
+        while (*moved_p < most && nep_cover_best(cover, n, NEP_SLOT_EMPTY, &other) >= least) {
             a->table[find_slot(a, NEP_SLOT_EMPTY, n)] = other;
             nep_cover_add(cover, other, n);
             (*moved_p)++;
@@ -211,19 +207,20 @@ static void replace_in_turn(struct adjust *a, double least, uint32_t *moved_p)
 
 /* Every copy in turn is swapped with its best partner, if that gains `least` per copy moved. The
  * best swap of all first would take many times longer for the same rows. */
-static enum nep_status swap_in_turn(struct adjust *a, double least, uint32_t *moved_p)
+static enum nep_status swap_in_turn(struct nep_adjust *a, double least, uint32_t most,
+                                    uint32_t *moved_p)
 {
     struct nep_copy_swap cs;
     nep_cover_get(&a->cover, &a->copies);
     enum nep_status status =
-        nep_copy_swap_init(&cs, &a->cover, &a->copies, a->limit, a->params->price);
+        nep_copy_swap_init(&cs, &a->cover, &a->copies, a->limit, a->params.price);
     if (status != NEP_OK) {
         return status;
     }
     int is_better = 1;
     for (uint32_t sweep = 0; is_better && sweep < MOST_SWEEPS; sweep++) {
         is_better = 0;
-        for (uint32_t x = 0; x < a->copies.num && a->params->max_moves - *moved_p >= 2; x++) {
+        for (uint32_t x = 0; x < a->copies.num && *moved_p + 2 <= most; x++) {
             uint32_t y;
             if (nep_swap_best_of(&cs.swap, x, 2.0 * least, &y)) {
                 make_swap(a, &cs, x, y);
@@ -236,46 +233,46 @@ static enum nep_status swap_in_turn(struct adjust *a, double least, uint32_t *mo
     return NEP_OK;
 }
 
-/* With a limit on moves, what gains most per copy comes first: in steps of the gain. */
-static enum nep_status adjust_in_turn(struct adjust *a, uint32_t *moved_p)
+enum nep_status nep_adjust_turn(struct nep_adjust *adjust, double least, uint32_t most,
+                                uint32_t *moved_p)
 {
+    uint32_t moved = 0;
     enum nep_status status = NEP_OK;
-    double least = a->params->least_gain;
-    double gain = a->params->max_moves == UINT32_MAX ? least : least * FIRST_GAIN;
-    for (; status == NEP_OK && gain >= least; gain /= GAIN_STEP) {
-        replace_in_turn(a, gain, moved_p);
-        status = swap_in_turn(a, gain, moved_p);
+    if (adjust->params.sets->num_tokens > 0) {
+        replace_in_turn(adjust, least, most, &moved);
+        status = swap_in_turn(adjust, least, most, &moved);
     }
-    if (status == NEP_OK) {
-        replace_in_turn(a, least, moved_p);
+    if (status == NEP_OK && moved > 0) {
+        replace_in_turn(adjust, least, most, &moved);
     }
+    *moved_p = moved;
     return status;
 }
 
 /* One step: the better of a swap and a replacement. *is_done_p: nothing pays any more. */
-static enum nep_status one_step(struct adjust *a, uint32_t *moved_p, int *is_done_p)
+static enum nep_status one_step(struct nep_adjust *a, uint32_t *moved_p, int *is_done_p)
 {
     struct replacement r;
     struct nep_copy_swap cs;
     uint32_t x;
     uint32_t y;
     double value = 0.0;
-    uint32_t left = a->params->max_moves - *moved_p;
+    uint32_t left = a->params.max_moves - *moved_p;
     best_replacement(a, &r);
     nep_cover_get(&a->cover, &a->copies);
     enum nep_status status =
-        nep_copy_swap_init(&cs, &a->cover, &a->copies, a->limit, a->params->price);
+        nep_copy_swap_init(&cs, &a->cover, &a->copies, a->limit, a->params.price);
     if (status != NEP_OK) {
         return status;
     }
     int is_swap = left >= 2 && nep_swap_best(&cs.swap, &x, &y, &value) && -value / 2.0 > r.gain &&
-                  -value / 2.0 > a->params->least_gain;
+                  -value / 2.0 > a->params.least_gain;
     *is_done_p = 1;
     if (is_swap) {
         make_swap(a, &cs, x, y);
         *moved_p += 2;
         *is_done_p = 0;
-    } else if (r.gain > a->params->least_gain) {
+    } else if (r.gain > a->params.least_gain) {
         *is_done_p = make_replacement(a, &r) == 0;
         *moved_p += !*is_done_p;
     }
@@ -286,20 +283,41 @@ static enum nep_status one_step(struct adjust *a, uint32_t *moved_p, int *is_don
 enum nep_status nep_adjust_layer(const struct nep_adjust_params *params, uint32_t *expert_of_slot,
                                  uint32_t *moved_p)
 {
-    struct adjust a = {.params = params, .table = expert_of_slot};
+    struct nep_adjust a = {.params = *params, .table = expert_of_slot};
     enum nep_status status = adjust_init(&a);
     uint32_t moved = 0;
     int is_done = params->sets->num_tokens == 0;
-    if (status == NEP_OK && !params->tries_copies) {
-        status = adjust_in_turn(&a, &moved);
-        is_done = 1;
-    }
     while (status == NEP_OK && !is_done && moved < params->max_moves) {
         status = one_step(&a, &moved, &is_done);
     }
     adjust_fini(&a);
     *moved_p = moved;
     return status;
+}
+
+enum nep_status nep_adjust_create(const struct nep_adjust_params *params, uint32_t *expert_of_slot,
+                                  struct nep_adjust **adjust_p)
+{
+    struct nep_adjust *a = calloc(1, sizeof *a);
+    if (a == NULL) {
+        return nep_fail(NEP_ERR_NO_MEMORY, "adjust: no memory");
+    }
+    *a = (struct nep_adjust){.params = *params, .table = expert_of_slot};
+    enum nep_status status = adjust_init(a);
+    if (status != NEP_OK) {
+        nep_adjust_destroy(a);
+        return status;
+    }
+    *adjust_p = a;
+    return NEP_OK;
+}
+
+void nep_adjust_destroy(struct nep_adjust *adjust)
+{
+    if (adjust != NULL) {
+        adjust_fini(adjust);
+        free(adjust);
+    }
 }
 
 void nep_adjust_copies(const struct nep_map *map, uint32_t layer, struct nep_layer_copies *list)

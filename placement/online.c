@@ -244,7 +244,6 @@ static enum nep_status correct_layer(struct nep_balance *b, uint32_t layer,
             .price = PRICE,
             .least_gain = 0.5,
             .max_moves = b->max_moves,
-            .tries_copies = 1,
         };
         status = nep_adjust_layer(
             &params, &b->tables[(size_t)layer * shape->num_ranks * shape->slots_per_rank], &moved);

@@ -15,12 +15,12 @@
  * Rejected: one search over all layers and homes at once. The homes' differences would have to be
  * kept for every proposal, and two or three rounds come within half a point of its end.
  */
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "base/clock.h"
 #include "base/status.h"
-#include "placement/adjust.h"
 #include "placement/cluster.h"
 #include "placement/copy_swap.h"
 #include "placement/parallel.h"
@@ -28,12 +28,10 @@
 
 #define DEFAULT_IMBALANCE  1.10
 #define DEFAULT_MAX_TOKENS 32768u
-/* From a running map: few copies move, and they are soon found. */
-#define WARM_MAX_TOKENS 4096u
-#define ROUNDS          4
-/* Rows that a pair above a node's limit is worth: in swaps as good as a wall, copies may buy. */
+#define ROUNDS             4
+/* Rows that a pair above a node's limit is worth in swaps: as good as a wall. Copies may buy it for
+ * NEP_LOAD_PRICE. */
 #define SWAP_PRICE 8.0
-#define LOAD_PRICE 2.0
 /* A pair between this share of the way to the limit and the limit costs so many rows: balance that
  * is cheap is taken, and rows that overload alone would earn are not. */
 #define SOFT_FROM  0.3
@@ -43,9 +41,6 @@
  * together. */
 #define SCARCE_TOKENS 16384u
 #define SCARCE_DRAWN  80u
-/* Rows per token of the sample that a moved copy must save: the term that keeps experts put. */
-#define WARM_GAIN 2e-4
-
 struct round {
     struct nep_solver *solver;
     uint32_t idx;
@@ -247,7 +242,7 @@ static int is_late(const struct nep_solver *s)
     return s->deadline_ns != UINT64_MAX && nep_now_ns() >= s->deadline_ns;
 }
 
-static void set_homes(const struct nep_solver *s, struct nep_sets *sets)
+void nep_solver_set_homes(const struct nep_solver *s, struct nep_sets *sets)
 {
     for (uint32_t t = 0; t < sets->num_tokens; t++) {
         struct nep_rng rng = nep_rng_seed(t);
@@ -257,7 +252,7 @@ static void set_homes(const struct nep_solver *s, struct nep_sets *sets)
     }
 }
 
-static enum nep_status cost_homes(const struct nep_solver *s, struct nep_solver_layer *layer)
+enum nep_status nep_solver_cost_homes(const struct nep_solver *s, struct nep_solver_layer *layer)
 {
     const struct nep_cover_params params = {.sets = &layer->sets,
                                             .num_nodes = s->shape.num_nodes,
@@ -273,9 +268,10 @@ static enum nep_status cost_homes(const struct nep_solver *s, struct nep_solver_
     return status;
 }
 
-/* Swaps of single copies; empty slots take part as items without tokens. */
+/* Swaps of single copies; empty slots take part as items without tokens. *total_p: rows in the end,
+ * loads at their prices. */
 static enum nep_status swap_experts(const struct nep_solver *s, struct nep_solver_layer *layer,
-                                    struct nep_rng *rng)
+                                    struct nep_rng *rng, uint64_t max_proposals, double *total_p)
 {
     uint32_t slots = 0;
     for (uint32_t n = 0; n < s->shape.num_nodes; n++) {
@@ -313,7 +309,8 @@ static enum nep_status swap_experts(const struct nep_solver *s, struct nep_solve
                                            .soft_price = SOFT_PRICE};
     status = nep_swap_init(&swap, &params, group);
     if (status == NEP_OK) {
-        nep_swap_run(&swap, rng, s->max_proposals, s->deadline_ns);
+        nep_swap_run(&swap, rng, max_proposals, s->deadline_ns);
+        *total_p = nep_swap_total(&swap);
         for (uint32_t c = 0; c < layer->copies.num; c++) {
             layer->copies.node[c] = swap.group[layer->copies.expert[c]];
         }
@@ -326,21 +323,54 @@ out:
     return status;
 }
 
+/* Starts and searches, several times where that is worth it; the cheapest end is kept. */
+static enum nep_status start_layer(const struct nep_solver *s, struct nep_solver_layer *layer,
+                                   uint64_t seed, struct nep_rng *rng)
+{
+    uint32_t starts = nep_start_count(s);
+    struct nep_layer_copies best;
+    double best_total = INFINITY;
+    enum nep_status status = nep_layer_copies_init(&best, layer->copies.cap);
+    for (uint32_t i = 0; i < starts && status == NEP_OK && !(i > 0 && is_late(s)); i++) {
+        double total = 0.0;
+        status = nep_start_place(s, layer, seed + ((uint64_t)i << 48), 0);
+        if (status == NEP_OK) {
+            status = swap_experts(s, layer, rng, s->max_proposals / starts, &total);
+        }
+        if (status == NEP_OK && total < best_total) {
+            struct nep_layer_copies other = best;
+            best = layer->copies;
+            layer->copies = other;
+            best_total = total;
+        }
+    }
+    struct nep_layer_copies other = layer->copies;
+    if (status == NEP_OK) {
+        layer->copies = best;
+    } else {
+        other = best;
+    }
+    nep_layer_copies_fini(&other);
+    return status;
+}
+
 static enum nep_status place_layer(void *ctx, uint32_t idx)
 {
     const struct round *round = ctx;
     const struct nep_solver *s = round->solver;
     struct nep_solver_layer *layer = &s->layers[idx];
     struct nep_rng rng = nep_rng_seed(s->seed ^ ((uint64_t)idx << 32) ^ round->idx);
-    set_homes(s, &layer->sets);
+    nep_solver_set_homes(s, &layer->sets);
     enum nep_status status = NEP_OK;
-    if (round->idx == 0) {
-        status = nep_start_place(s, layer, s->seed ^ idx, round->is_paper);
+    if (round->is_paper) {
+        status = nep_start_place(s, layer, s->seed ^ idx, 1);
+    } else if (round->idx == 0) {
+        status = start_layer(s, layer, s->seed ^ idx, &rng);
+    } else {
+        double total;
+        status = swap_experts(s, layer, &rng, s->max_proposals, &total);
     }
-    if (status == NEP_OK && !round->is_paper) {
-        status = swap_experts(s, layer, &rng);
-    }
-    return status == NEP_OK ? cost_homes(s, layer) : status;
+    return status == NEP_OK ? nep_solver_cost_homes(s, layer) : status;
 }
 
 static enum nep_status swap_copies(const struct nep_solver *s, struct nep_solver_layer *layer,
@@ -363,12 +393,12 @@ static enum nep_status copy_layer(void *ctx, uint32_t idx)
     const struct nep_solver *s = round->solver;
     struct nep_solver_layer *layer = &s->layers[idx];
     struct nep_rng rng = nep_rng_seed(s->seed ^ ((uint64_t)idx << 32) ^ (1000 + round->idx));
-    set_homes(s, &layer->sets);
+    nep_solver_set_homes(s, &layer->sets);
     const struct nep_cover_params params = {.sets = &layer->sets,
                                             .num_nodes = s->shape.num_nodes,
                                             .slots = s->slots,
                                             .limit = layer->limit,
-                                            .price = LOAD_PRICE,
+                                            .price = NEP_LOAD_PRICE,
                                             .soft_share = soft_share(s),
                                             .soft_price = SOFT_PRICE};
     struct nep_cover cover;
@@ -388,20 +418,20 @@ static enum nep_status copy_layer(void *ctx, uint32_t idx)
         }
         nep_cover_fini(&cover);
     }
-    return status == NEP_OK ? cost_homes(s, layer) : status;
+    return status == NEP_OK ? nep_solver_cost_homes(s, layer) : status;
 }
 
 static enum nep_status intra_layer(void *ctx, uint32_t idx)
 {
     const struct round *round = ctx;
     struct nep_solver_layer *layer = &round->solver->layers[idx];
-    set_homes(round->solver, &layer->sets);
+    nep_solver_set_homes(round->solver, &layer->sets);
     return nep_intra_place(round->solver, layer, idx);
 }
 
 /* ---- the course ---- */
 
-static enum nep_status assign_homes(struct nep_solver *s)
+enum nep_status nep_solver_assign_homes(struct nep_solver *s)
 {
     uint32_t nodes = s->shape.num_nodes;
     size_t num = (size_t)s->requests.num * nodes;
@@ -423,8 +453,7 @@ static enum nep_status assign_homes(struct nep_solver *s)
     return status;
 }
 
-/* Runs one step over all layers and says how far the solve is. */
-static enum nep_status step(struct nep_solver *s, nep_job_fn fn, void *ctx, double done)
+enum nep_status nep_solver_step(struct nep_solver *s, nep_job_fn fn, void *ctx, double done)
 {
     enum nep_status status = nep_parallel_run(s->num_threads, s->shape.num_layers, fn, ctx);
     if (status == NEP_OK && s->progress != NULL) {
@@ -442,90 +471,21 @@ static enum nep_status solve_cold(struct nep_solver *s, int is_paper)
     enum nep_status status =
         nep_cluster_homes(&s->requests, &s->shape, NEP_CLUSTER_ALL, s->seed, s->homes);
     for (; round.idx < rounds && status == NEP_OK && !(round.idx > 0 && is_late(s)); round.idx++) {
-        status = step(s, place_layer, &round, 0.05 + share * (round.idx + 1) / rounds);
+        status = nep_solver_step(s, place_layer, &round, 0.05 + share * (round.idx + 1) / rounds);
         if (status == NEP_OK && !is_paper) {
-            status = assign_homes(s);
+            status = nep_solver_assign_homes(s);
         }
     }
     if (status == NEP_OK && s->has_replicas && !is_paper) {
-        status = step(s, copy_layer, &round, 0.9);
+        status = nep_solver_step(s, copy_layer, &round, 0.9);
         if (status == NEP_OK) {
-            status = assign_homes(s);
+            status = nep_solver_assign_homes(s);
         }
     }
-    return status == NEP_OK ? step(s, intra_layer, &round, 1.0) : status;
+    return status == NEP_OK ? nep_solver_step(s, intra_layer, &round, 1.0) : status;
 }
 
-/* ---- from a running map ---- */
-
-/* What each home would cost now. */
-static enum nep_status warm_costs(void *ctx, uint32_t idx)
-{
-    const struct round *round = ctx;
-    struct nep_solver_layer *layer = &round->solver->layers[idx];
-    set_homes(round->solver, &layer->sets);
-    nep_adjust_copies(round->solver->warm, idx, &layer->copies);
-    return cost_homes(round->solver, layer);
-}
-
-/* A layer's share of the moves, those that gain most first. */
-static enum nep_status warm_layer(void *ctx, uint32_t idx)
-{
-    const struct round *round = ctx;
-    const struct nep_solver *s = round->solver;
-    struct nep_solver_layer *layer = &s->layers[idx];
-    uint32_t slots = s->shape.num_ranks * s->shape.slots_per_rank;
-    uint32_t *table = malloc((size_t)slots * sizeof *table);
-    uint32_t moved = 0;
-    if (table == NULL) {
-        return nep_fail(NEP_ERR_NO_MEMORY, "solver: no memory for %u slots", slots);
-    }
-    uint64_t most = UINT32_MAX;
-    if (s->max_moves != 0) {
-        uint64_t layers = s->shape.num_layers;
-        most = s->max_moves / layers + (idx < s->max_moves % layers);
-    }
-    set_homes(s, &layer->sets);
-    nep_adjust_table(s->warm, idx, table);
-    const struct nep_adjust_params params = {
-        .shape = &s->shape,
-        .sets = &layer->sets,
-        .max_imbalance = s->max_imbalance,
-        .price = LOAD_PRICE,
-        .least_gain = WARM_GAIN * layer->sets.num_tokens,
-        .max_moves = most > UINT32_MAX ? UINT32_MAX : (uint32_t)most,
-    };
-    enum nep_status status = nep_adjust_layer(&params, table, &moved);
-    layer->num_entries = 0;
-    for (uint32_t i = 0; i < slots && status == NEP_OK; i++) {
-        if (table[i] != NEP_SLOT_EMPTY) {
-            layer->entries[layer->num_entries++] = (struct nep_map_entry){idx, table[i], i, 1, 0};
-        }
-    }
-    free(table);
-    return status;
-}
-
-static enum nep_status solve_warm(struct nep_solver *s)
-{
-    struct round round = {s, 0, 0};
-    const struct nep_map_shape *shape = &s->warm->shape;
-    if (shape->num_layers != s->shape.num_layers || shape->num_experts != s->shape.num_experts ||
-        shape->num_nodes != s->shape.num_nodes || shape->num_ranks != s->shape.num_ranks ||
-        shape->slots_per_rank != s->shape.slots_per_rank) {
-        return nep_fail(NEP_ERR_MISMATCH,
-                        "solver: the running map has %u layers, %u experts, %u nodes, %u ranks, %u "
-                        "slots per rank; asked for are %u, %u, %u, %u, %u",
-                        shape->num_layers, shape->num_experts, shape->num_nodes, shape->num_ranks,
-                        shape->slots_per_rank, s->shape.num_layers, s->shape.num_experts,
-                        s->shape.num_nodes, s->shape.num_ranks, s->shape.slots_per_rank);
-    }
-    enum nep_status status = step(s, warm_costs, &round, 0.2);
-    if (status == NEP_OK) {
-        status = assign_homes(s);
-    }
-    return status == NEP_OK ? step(s, warm_layer, &round, 1.0) : status;
-}
+/* ---- the map ---- */
 
 static enum nep_status build(const struct nep_solver *s, struct nep_map **map_p)
 {
@@ -564,7 +524,7 @@ static enum nep_status solve(const struct nep_trace *trace, const struct nep_sol
     if (status == NEP_OK) {
         status = set_shape(&s, p.shape);
     }
-    uint32_t max_tokens = s.warm != NULL ? WARM_MAX_TOKENS : DEFAULT_MAX_TOKENS;
+    uint32_t max_tokens = s.warm != NULL ? NEP_WARM_MAX_TOKENS : DEFAULT_MAX_TOKENS;
     if (status == NEP_OK) {
         status = alloc_solver(&s, p.max_tokens == 0 ? max_tokens : p.max_tokens);
     }
@@ -575,7 +535,7 @@ static enum nep_status solve(const struct nep_trace *trace, const struct nep_sol
         status = check_limit(&s);
     }
     if (status == NEP_OK) {
-        status = s.warm != NULL ? solve_warm(&s) : solve_cold(&s, is_paper);
+        status = s.warm != NULL ? nep_solve_warm(&s) : solve_cold(&s, is_paper);
     }
     if (status == NEP_OK) {
         status = build(&s, map_p);

@@ -1,12 +1,18 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The solver's state, shared by solve.c (the course of it), start.c (first placement) and intra.c
- * (ranks inside a node). */
+/* The solver's state, shared by solve.c (the course of it), start.c (first placement), intra.c
+ * (ranks inside a node) and warm.c (the course from a running map). */
 #ifndef NEP_PLACEMENT_SOLVER_H
 #define NEP_PLACEMENT_SOLVER_H
 
 #include "placement/cover.h"
 #include "placement/map.h"
+#include "placement/parallel.h"
 #include "placement/rng.h"
+
+/* From a running map: few copies move, and they are soon found. */
+#define NEP_WARM_MAX_TOKENS 4096u
+/* Rows that a copy may cost for each pair that it takes off a node above its limit. */
+#define NEP_LOAD_PRICE 2.0
 
 struct nep_solver_layer {
     struct nep_sets sets;           /* of experts */
@@ -51,8 +57,22 @@ enum nep_status nep_solve_paper(const struct nep_trace *trace,
  * limits on slots and load; or, where tokens are scarce, by who fires together. */
 enum nep_status nep_start_place(const struct nep_solver *solver, struct nep_solver_layer *layer,
                                 uint64_t seed, int is_paper);
+/* How many of them are worth a search each. */
+uint32_t nep_start_count(const struct nep_solver *solver);
 /* Spreads the copies of each node over its ranks and writes layer->entries. */
 enum nep_status nep_intra_place(const struct nep_solver *solver, struct nep_solver_layer *layer,
                                 uint32_t layer_idx);
+/* solver->warm with the copies moved that save most, at most solver->max_moves; into the layers'
+ * entries. */
+enum nep_status nep_solve_warm(struct nep_solver *solver);
+
+/* Writes the solver's homes into a sample. */
+void nep_solver_set_homes(const struct nep_solver *s, struct nep_sets *sets);
+/* Rows that each request would cost from each home, with the layer's copies: into layer->cost. */
+enum nep_status nep_solver_cost_homes(const struct nep_solver *s, struct nep_solver_layer *layer);
+/* New homes from the costs of all layers. */
+enum nep_status nep_solver_assign_homes(struct nep_solver *s);
+/* Runs one step over all layers and says how far the solve is. */
+enum nep_status nep_solver_step(struct nep_solver *s, nep_job_fn fn, void *ctx, double done);
 
 #endif

@@ -229,6 +229,15 @@ static double load_cost(const struct nep_swap *swap, uint32_t group, double adde
            params->soft_price * above(load, params->soft_share * params->limit[group]);
 }
 
+double nep_swap_total(const struct nep_swap *swap)
+{
+    double total = (double)swap->cost;
+    for (uint32_t g = 0; g < swap->params.num_groups; g++) {
+        total += load_cost(swap, g, 0.0);
+    }
+    return total;
+}
+
 /* Changes when a and b swap: the return value of the overload, *cost_p of what the loads cost. */
 static double over_delta(const struct nep_swap *swap, uint32_t a, uint32_t b, double *cost_p)
 {

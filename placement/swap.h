@@ -46,6 +46,8 @@ int nep_swap_best_of(struct nep_swap *swap, uint32_t a, double least, uint32_t *
 /* Finds and applies the best single swap; 0: none improves. *value_p: its change of cost with the
  * overload at its price. */
 int nep_swap_best(struct nep_swap *swap, uint32_t *a_p, uint32_t *b_p, double *value_p);
+/* Distinct remote groups, with the loads at their prices. */
+double nep_swap_total(const struct nep_swap *swap);
 void nep_swap_apply(struct nep_swap *swap, uint32_t a, uint32_t b);
 
 #endif
