@@ -377,7 +377,8 @@ static void test_rendezvous_released_server_serves_until_last_client(void **stat
     nep_rendezvous_client_close(clients[0]);
     char value;
     size_t len;
-    assert_int_equal(bootstraps[1].get(bootstraps[1].ctx, "k", &value, 1, &len, 60 * NEP_S), NEP_OK);
+    assert_int_equal(bootstraps[1].get(bootstraps[1].ctx, "k", &value, 1, &len, 60 * NEP_S),
+                     NEP_OK);
     assert_true(len == 1 && value == 'v');
     nep_rendezvous_client_close(clients[1]);
     /* Its address is free again, at the latest when the thread has run. */
